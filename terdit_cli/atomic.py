@@ -1,0 +1,72 @@
+"""Files appear whole or not at all: write to a temporary name, sync, rename.
+
+A reader never sees a half-written file, and a failed or killed write leaves the previous file
+as it was. Failures of the disk become `EnvironmentProblem` with the path and the way out.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from terdit_cli.errors import EnvironmentProblem
+
+
+@contextmanager
+def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; on success sync it and rename it to `target`.
+
+    Missing parent folders are made. On any exception the temporary file is removed and
+    `target` is untouched.
+
+    Raises:
+        EnvironmentProblem: the folder cannot be written or the disk is full.
+    """
+    target = Path(target)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        # Only failures of the write itself are ours to explain: an OSError about another file,
+        # raised by the caller's code, passes through.
+        if error.filename is not None and Path(error.filename) not in (
+            target,
+            target.parent,
+            temporary,
+            *target.parents,
+        ):
+            raise
+        raise write_problem(target, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_problem(target: Path, error: OSError) -> EnvironmentProblem:
+    """Turn the operating system's refusal to write `target` into a sentence with a way out."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "free disk space or name another folder; the previous file, if any, is untouched"
+    else:
+        fix = "name a folder you can write to"
+    reason = error.strerror or str(error)
+    return EnvironmentProblem("cannot write", got=reason, where=target, fix=fix)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable (a no-op where folders cannot be opened)."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

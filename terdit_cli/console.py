@@ -1,0 +1,151 @@
+"""What the user sees: results on stdout, everything else on stderr.
+
+A live progress bar on a terminal; elsewhere one plain line every so many steps. Only the main
+process of a job (rank 0) writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+PLAIN_SECONDS = 10.0  # without a terminal: one line at most this often, unless told otherwise
+
+# Piped output is for programs and logs: never wrap a line there.
+_out = Console(soft_wrap=True, highlight=False)
+_err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def is_main() -> bool:
+    """Return whether this process is the one that talks (rank 0)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def note(text: str) -> None:
+    """Print a line to stderr."""
+    if is_main():
+        _err.print(escape(text))
+
+
+def warn(text: str) -> None:
+    """Print a warning line to stderr."""
+    if is_main():
+        _err.print(f"[yellow]warning:[/] {escape(text)}")
+
+
+def fail(text: str) -> None:
+    """Print an error line to stderr, from any rank."""
+    _err.print(f"[red]error:[/] {escape(text)}")
+
+
+def result(text: str) -> None:
+    """Print a line to stdout."""
+    if is_main():
+        _out.print(escape(text))
+
+
+def result_json(value: dict[str, Any]) -> None:
+    """Print exactly one JSON object to stdout."""
+    if is_main():
+        print(json.dumps(value, indent=2, sort_keys=True, default=str))
+
+
+def result_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table to stdout; columns after the first are right-aligned."""
+    if not is_main():
+        return
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
+    # A table that is piped must not be folded to eighty columns.
+    _out.print(table, width=None if _out.is_terminal else 160, soft_wrap=False)
+
+
+class Meter:
+    """Reports progress of one task; made by `progress`."""
+
+    def __init__(self, description: str, total: int, every: int | None, bar: Progress | None):
+        self._description = description
+        self._total = total
+        self._every = every
+        self._bar = bar
+        self._task = bar.add_task(description, total=total, status="") if bar else None
+        self._started = time.monotonic()
+        self._last_line = self._started
+
+    def start_at(self, completed: int) -> None:
+        """Say that `completed` of the total was done before this process started."""
+        if self._bar is not None and self._task is not None:
+            self._bar.reset(self._task, completed=completed)
+
+    def update(self, completed: int, status: str = "") -> None:
+        """Say that `completed` of the total is done; `status` is free text beside the bar."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=completed, status=escape(status))
+            return
+        now = time.monotonic()
+        due = now - self._last_line >= PLAIN_SECONDS
+        if self._every is not None:
+            due = completed % self._every == 0
+        if due or (completed == self._total and self._last_line > self._started):
+            self._last_line = now
+            note(f"{self._description}: {completed}/{self._total} {status}".rstrip())
+
+
+@contextmanager
+def progress(description: str, total: int, every: int | None = None) -> Iterator[Meter]:
+    """Show progress over `total` units; without a terminal a line every `every` units.
+
+    With `every=None` a plain line comes at most every ten seconds.
+    """
+    if not (_err.is_terminal and is_main()):
+        yield Meter(description, total, every, None)
+        return
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=_err,
+    )
+    with bar:
+        yield Meter(description, total, every, bar)
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as "2h 03m", "4m 05s" or "6.7s"."""
+    if seconds >= 3600:
+        return f"{int(seconds // 3600)}h {int(seconds % 3600 // 60):02d}m"
+    if seconds >= 60:
+        return f"{int(seconds // 60)}m {int(seconds % 60):02d}s"
+    return f"{seconds:.1f}s"
+
+
+def byte_size(count: float) -> str:
+    """Format bytes in decimal units: "134.2 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

@@ -1,0 +1,1 @@
+"""The network: the diffusion transformer and its ternary linear layer."""

@@ -1,0 +1,134 @@
+"""The file ckpt.pt: a trained model, tensors and plain types only.
+
+    {"format": "terdit-checkpoint", "version": 1, "info": ModelInfo as a dict,
+     "recipe": YAML text, "model": state dict, "ema": state dict}
+
+Written by training, read by ternarize, pack and load_model. Loadable with
+`torch.load(weights_only=True)`; read by mmap, so that a tensor is in memory only while it is used.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from terdit_cli.atomic import atomic_path
+from terdit_cli.errors import InputFileError
+from terdit_cli.model.info import ModelInfo
+
+FORMAT = "terdit-checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The opened file; state dicts are mapped, not read."""
+
+    path: Path
+    info: ModelInfo
+    recipe: str
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+
+    def state_dict(self, weights: Literal["ema", "raw"]) -> dict[str, Tensor]:
+        return self.ema if weights == "ema" else self.model
+
+
+def save_ckpt(
+    path: Path, info: ModelInfo, recipe: str, model: dict[str, Tensor], ema: dict[str, Tensor]
+) -> None:
+    """Write ckpt.pt whole or not at all; raises EnvironmentProblem as `atomic_path`."""
+    with atomic_path(path) as temporary:
+        torch.save(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "info": info.to_dict(),
+                "recipe": recipe,
+                "model": model,
+                "ema": ema,
+            },
+            temporary,
+        )
+
+
+def load_tensors(path: Path) -> Any:
+    """Load a file of torch.save by mmap, refusing everything but tensors and plain types.
+
+    `argparse.Namespace`, which upstream's model_args.pth holds, counts as a plain type.
+
+    Raises:
+        InputFileError: missing, truncated, no torch file, or holding code.
+    """
+    import argparse
+
+    if not path.is_file():
+        raise InputFileError("no such file", where=path, fix="check the path")
+    if not zipfile.is_zipfile(path):
+        raise InputFileError(
+            "the file is truncated or was not written by torch.save",
+            got=f"{path.stat().st_size} bytes that are no zip archive",
+            expected="a file of torch.save",
+            where=path,
+            fix="copy it again, or save it with torch 1.6 or newer",
+        )
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise InputFileError(
+            "the file holds something other than tensors and plain types, and was not loaded",
+            got=str(error).split("\n")[0][:200],
+            where=path,
+            fix="use it only if you trust it: save its state dict alone with torch.save",
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputFileError(
+            "the file is damaged",
+            got=str(error).split("\n")[0][:200],
+            expected="a file of torch.save",
+            where=path,
+            fix="copy it again",
+        ) from error
+
+
+def load_ckpt(path: Path) -> Checkpoint:
+    """Open a ckpt.pt.
+
+    Raises:
+        InputFileError: not a file that `terdit train` wrote, or a newer version.
+    """
+    values = load_tensors(path)
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise InputFileError(
+            "not a checkpoint of terdit",
+            got=f"a {type(values).__name__}"
+            + (f" with keys {sorted(map(str, values))[:5]}" if isinstance(values, dict) else ""),
+            expected="the ckpt.pt of a run folder",
+            where=path,
+            fix="released TerDiT weights are given as their folder",
+        )
+    if values.get("version") != VERSION:
+        raise InputFileError(
+            "this checkpoint has another version",
+            got=values.get("version"),
+            expected=VERSION,
+            where=path,
+            fix="update terdit",
+        )
+    for part in ("model", "ema"):
+        tensors = values.get(part)
+        if not isinstance(tensors, dict) or not all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
+        ):
+            raise InputFileError(
+                f"the checkpoint's {part!r} is not a state dict", where=path, fix="copy it again"
+            )
+    info = ModelInfo.from_dict(values.get("info"), path)
+    return Checkpoint(path, info, str(values.get("recipe", "")), values["model"], values["ema"])

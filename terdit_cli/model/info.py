@@ -1,0 +1,164 @@
+"""What an artefact must say of itself, so that nothing else is needed to use it.
+
+`ModelInfo` travels unchanged from the training checkpoint through the ternarized safetensors
+file into the .tdt: the network's configuration, the diffusion process, the space it runs in, the
+classes and their order, and where it came from. Plain JSON types only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import terdit_cli
+from terdit_cli.errors import InputFileError, TerditError
+from terdit_cli.model.dit import DiTConfig
+from terdit_cli.model.ternary import TernaryConfig
+
+# The only process this project trains and samples (upstream's).
+DIFFUSION: dict[str, object] = {
+    "steps": 1000,
+    "schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "prediction": "eps",
+    "variance": "learned_range",
+}
+
+LARGEST_INTEGER = 1 << 20  # of any size in a file; the largest published model needs 18,432
+
+
+@dataclass(frozen=True)
+class SpaceInfo:
+    """Where the diffusion runs: pixels in [-1, 1], or the latents of a VAE."""
+
+    kind: Literal["pixel", "vae"] = "pixel"
+    vae: str | None = None  # folder or hub id
+    scale_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The metadata of a model file; `class_order` says how class ids map to label rows.
+
+    "standard": row = class id. "text": the rows of ids 0..n-1 sorted as text ("0", "1", "10",
+    "100", ...), which the released TerDiT checkpoints use.
+    """
+
+    config: DiTConfig
+    ternary: TernaryConfig
+    space: SpaceInfo
+    image_size: int
+    class_names: list[str] = field(default_factory=list)
+    class_order: Literal["standard", "text"] = "standard"
+    diffusion: dict[str, object] = field(default_factory=lambda: dict(DIFFUSION))
+    weights: Literal["ema", "raw"] = "ema"
+    step: int | None = None
+    recipe_sha256: str | None = None
+    tool_version: str = terdit_cli.__version__
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, values: Any, where: object) -> ModelInfo:
+        """Check and rebuild what `to_dict` gave.
+
+        Raises:
+            InputFileError: a missing, unknown or impossible field; `where` names the file.
+        """
+        try:
+            values = dict(values)
+            sections = {
+                "config": DiTConfig,
+                "ternary": TernaryConfig,
+                "space": SpaceInfo,
+            }
+            for name, section in sections.items():
+                fields = dict(values[name])
+                _check_types(section, fields)
+                values[name] = section(**fields)
+            _check_types(cls, values)
+            info = cls(**values)
+        except (TypeError, KeyError, ValueError, TerditError) as error:
+            raise InputFileError(
+                "the model's description cannot be read",
+                got=f"{type(error).__name__}: {error}",
+                expected="the metadata that terdit writes",
+                where=where,
+                fix="make the file again with `terdit pack`",
+            ) from error
+        if info.diffusion != DIFFUSION:
+            raise InputFileError(
+                "unknown diffusion process",
+                got=info.diffusion,
+                expected=DIFFUSION,
+                where=where,
+                fix="update terdit",
+            )
+        return info
+
+    @classmethod
+    def from_json(cls, text: str, where: object) -> ModelInfo:
+        """Parse `to_json`'s text; raises InputFileError as `from_dict`."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise InputFileError(
+                "the model's description is not JSON", got=error, where=where
+            ) from error
+        return cls.from_dict(values, where)
+
+    def label_row(self, class_id: int) -> int:
+        """Return the row of the label table that stands for a standard class id."""
+        if self.class_order == "standard" or class_id >= self.config.num_classes:
+            return class_id
+        return sorted(range(self.config.num_classes), key=str).index(class_id)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "kind": ("pixel", "vae"),
+    "class_order": ("standard", "text"),
+    "weights": ("ema", "raw"),
+    "scale": ("learned", "absmean"),
+    "alpha_init": ("randn", "absmean"),
+    "granularity": ("tensor", "row", "group128"),
+    "activations": ("none", "int8"),
+}
+
+
+def _check_types(section: type, values: dict[str, Any]) -> None:
+    """Raise ValueError unless each value has the JSON type its field declares."""
+    for item in dataclasses.fields(section):
+        if item.name not in values:
+            continue
+        value, declared = values[item.name], str(item.type)
+        if item.name in _CHOICES:
+            if value not in _CHOICES[item.name]:
+                raise ValueError(f"{item.name} is {value!r}, expected one of {_CHOICES[item.name]}")
+            continue
+        if value is None and "None" in declared:
+            continue
+        kinds: dict[str, tuple[type, ...]] = {
+            "int": (int,),
+            "float": (float, int),
+            "bool": (bool,),
+            "str": (str,),
+            "list[str]": (list,),
+            "dict[str, object]": (dict,),
+        }
+        expected = kinds.get(declared.removesuffix(" | None"))
+        if expected is None:
+            continue
+        if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+            raise ValueError(f"{item.name} is {value!r}, expected {declared}")
+        if isinstance(value, int) and abs(value) > LARGEST_INTEGER and item.name != "step":
+            raise ValueError(f"{item.name} is {value}, expected at most {LARGEST_INTEGER}")
+        if isinstance(value, list) and not all(isinstance(entry, str) for entry in value):
+            raise ValueError(f"{item.name} must hold strings")

@@ -1,0 +1,258 @@
+"""Ternary weights with learned scales, and how to train through them.
+
+    gamma = mean |W|                                  (one number per tensor)
+    trits = clip(round(W / (gamma + 1e-6)), -1, 1)    (round half to even)
+    y     = x @ (alpha * trits).T + bias
+
+gamma only decides the rounding threshold; alpha is the scale. Gradients are straight-through
+(STE): the trits pass theirs to the master weight W unchanged, so d/dW = alpha * dL/dWeff and
+d/dalpha = sum(dL/dWeff * trits). Source: TerDiT (arXiv 2405.14854, section 3.2) for the learned
+alpha; BitNet b1.58 (arXiv 2402.17764) for the absmean scale and the int8 activations.
+
+Shapes: B batch, T tokens, K in features, N out features, G = ceil(K / 128) groups.
+Scales (`alphas`, float32) have a granularity: [1] per tensor, [N] per output row, [N, G] per
+group of 128 inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUP_SIZE = 128
+GAMMA_EPS = 1e-6
+ACTIVATION_FLOOR = 1e-5  # smallest per-token absmax, as in BitNet b1.58: no division by zero
+
+Scale = Literal["learned", "absmean"]
+AlphaInit = Literal["randn", "absmean"]
+Granularity = Literal["tensor", "row", "group128"]
+Activations = Literal["none", "int8"]
+
+
+@dataclass(frozen=True)
+class TernaryConfig:
+    """How the large matrices are quantised (the recipe's `ternary` section)."""
+
+    enabled: bool = True
+    scale: Scale = "learned"
+    alpha_init: AlphaInit = "randn"
+    granularity: Granularity = "tensor"
+    activations: Activations = "none"
+
+    def linear(self) -> Callable[..., nn.Module]:
+        """Return the factory `linear(in_features, out_features, bias=...)` for `DiT`."""
+        if not self.enabled:
+            return nn.Linear
+        return functools.partial(
+            TernaryLinear,
+            scale=self.scale,
+            alpha_init=self.alpha_init,
+            granularity=self.granularity,
+            activations=self.activations,
+        )
+
+
+def absmean(weight: Tensor) -> Tensor:
+    """Return gamma, the mean absolute value of `weight`, as a 0-d tensor of its dtype."""
+    return weight.abs().mean()
+
+
+def ternarize(weight: Tensor) -> Tensor:
+    """Round `weight` [N, K] to trits in {-1, 0, 1}, same shape and dtype (TerDiT, eq. 2).
+
+    All arithmetic is in the tensor's own dtype, as upstream's; masters are float32.
+    """
+    return (weight / (absmean(weight) + GAMMA_EPS)).round().clamp(-1, 1)
+
+
+def alpha_shape(out_features: int, in_features: int, granularity: Granularity) -> tuple[int, ...]:
+    """Return the shape of `alphas` for a matrix [N, K] at a granularity."""
+    if granularity == "tensor":
+        return (1,)
+    if granularity == "row":
+        return (out_features,)
+    return (out_features, -(-in_features // GROUP_SIZE))
+
+
+def expand_alphas(alphas: Tensor, in_features: int) -> Tensor:
+    """Return `alphas` ([1], [N] or [N, G]) shaped to multiply a matrix [N, K]."""
+    if alphas.dim() == 2:
+        return alphas.repeat_interleave(GROUP_SIZE, dim=1)[:, :in_features]
+    return alphas[:, None] if alphas.numel() > 1 else alphas
+
+
+def reduce_to_alphas(values: Tensor, granularity: Granularity) -> Tensor:
+    """Sum `values` [N, K] over each scale's own weights -> the shape of `alphas`."""
+    if granularity == "tensor":
+        return values.sum().reshape(1)
+    if granularity == "row":
+        return values.sum(dim=1)
+    groups = -(-values.shape[1] // GROUP_SIZE)
+    padded = F.pad(values, (0, groups * GROUP_SIZE - values.shape[1]))
+    return padded.unflatten(1, (groups, GROUP_SIZE)).sum(dim=2)
+
+
+def absmean_alphas(weight: Tensor, granularity: Granularity) -> Tensor:
+    """Return BitNet's scale: mean |W| over each scale's own weights, at least 1e-5."""
+    total = reduce_to_alphas(weight.abs(), granularity)
+    count = reduce_to_alphas(torch.ones_like(weight), granularity)
+    return (total / count).clamp_min(ACTIVATION_FLOOR)
+
+
+def least_squares_alphas(weight: Tensor, trits: Tensor, granularity: Granularity) -> Tensor:
+    """Return the alphas that minimise |W - alpha * trits|^2: sum(W * trits) / sum(trits^2).
+
+    For ternarized masters this is the mean of |W| over the weights whose trit is not 0. Scales
+    whose trits are all 0 get 0.
+    """
+    norm = reduce_to_alphas(trits * trits, granularity)
+    return reduce_to_alphas(weight * trits, granularity) / norm.clamp_min(1.0)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward the second argument, send its gradient to the first unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def straight_through(source: Tensor, value: Tensor) -> Tensor:
+    """Return `value` exactly; its gradient flows to `source` as through the identity."""
+    return _StraightThrough.apply(source, value.detach())
+
+
+def quantise_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise each token of `x` [..., K] to integers in [-127, 127]: symmetric absmax int8.
+
+    Returns (u, step): u float32 [..., K] holds the integers (STE gradient to x), step float32
+    [..., 1] their size: x is about u * step. The rounding is fixed here for every runtime:
+    u = rint(x * (127 / absmax)), half to even; step = absmax / 127; all in float32. The product
+    is at most 127 * (1 + 2^-23)^2, so rint never leaves int8.
+    """
+    x = x.float()
+    with torch.no_grad():
+        limit = x.abs().amax(dim=-1, keepdim=True).clamp_min(ACTIVATION_FLOOR)
+        inverse = 127.0 / limit
+    scaled = x * inverse
+    return straight_through(scaled, scaled.round()), limit / 127.0
+
+
+def ternary_linear(
+    x: Tensor, trits: Tensor, alphas: Tensor, bias: Tensor | None, activations: Activations
+) -> Tensor:
+    """Compute x [..., K] @ (alpha * trits [N, K]).T + bias [N] -> [..., N]: the definition.
+
+    Training, the ternarized model and the reference backend all call this function, so they
+    agree bit for bit. With int8 activations the sums are over integers of at most
+    127 * K < 2^24 (K < 132,000): exact in float32 in any order, hence equal to an int32 sum;
+    then y = (sum * step) * alpha + bias in that order, each operation rounded to float32. Group
+    scales: the groups' sums times their alphas, added in ascending order, times step. Under
+    bfloat16 autocast the inputs (integers up to 127, trits) are still exact and each sum is
+    rounded to bfloat16 once.
+    """
+    if activations == "none":
+        return F.linear(x, expand_alphas(alphas, trits.shape[1]) * trits, bias)
+    u, step = quantise_activations(x)
+    if alphas.dim() == 2:
+        y = torch.zeros((), dtype=torch.float32, device=x.device)
+        groups = zip(u.split(GROUP_SIZE, -1), trits.split(GROUP_SIZE, 1), alphas.T, strict=True)
+        for u_group, trits_group, alpha_group in groups:
+            y = y + F.linear(u_group, trits_group).float() * alpha_group
+        y = y * step
+    else:
+        y = F.linear(u, trits).float() * step * alphas
+    y = y if bias is None else y + bias
+    return y.to(x.dtype)
+
+
+class TernaryLinear(nn.Module):
+    """A linear layer whose forward uses alpha * trits of its float32 master weight.
+
+    State dict: `weight` [N, K] (masters), `alphas` ([1], [N] or [N, G]; only when learned),
+    `bias` [N]. `scale="absmean"` computes the scale from the masters at each forward and sends
+    the gradient of the effective weight to the masters unchanged (BitNet b1.58).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        scale: Scale = "learned",
+        alpha_init: AlphaInit = "randn",
+        granularity: Granularity = "tensor",
+        activations: Activations = "none",
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.alpha_init = alpha_init
+        self.granularity = granularity
+        self.activations = activations
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        if scale == "learned":
+            self.alphas: nn.Parameter | None = nn.Parameter(
+                torch.empty(alpha_shape(out_features, in_features, granularity))
+            )
+        else:
+            self.register_parameter("alphas", None)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        nn.init.xavier_uniform_(self.weight)
+        self.reset_alphas()
+
+    @torch.no_grad()
+    def reset_alphas(self) -> None:
+        """Initialise the learned alphas; call again after the masters were initialised.
+
+        randn: a standard normal, as upstream: random sign and size, unrelated to the weights.
+        absmean: the least-squares scale of the present masters. Masters of zero (adaLN) have
+        none and get 0.02, the deviation of DiT's other embeddings: an alpha of 0 would block
+        the gradients of both the masters and itself for ever.
+        """
+        if self.alphas is None:
+            return
+        if self.alpha_init == "randn":
+            nn.init.normal_(self.alphas)
+        else:
+            fitted = least_squares_alphas(self.weight, ternarize(self.weight), self.granularity)
+            self.alphas.copy_(torch.where(fitted > 0, fitted, 0.02))
+
+    @torch.no_grad()
+    def export(self) -> tuple[Tensor, Tensor]:
+        """Return (trits int8 [N, K], alphas float32), which reproduce the forward exactly."""
+        if self.alphas is not None:
+            alphas = self.alphas.detach().clone()
+        else:
+            alphas = absmean_alphas(self.weight, self.granularity)
+        return ternarize(self.weight).to(torch.int8), alphas
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., K] to [..., N]."""
+        weight = self.weight
+        trits = ternarize(weight.detach())
+        if self.alphas is not None:
+            ste = straight_through(weight, trits)
+            return ternary_linear(x, ste, self.alphas, self.bias, self.activations)
+        alphas = absmean_alphas(weight.detach(), self.granularity)
+        # Dividing the source by alpha makes d(alpha * trits)/dW the identity.
+        ste = straight_through(weight / expand_alphas(alphas, self.in_features), trits)
+        return ternary_linear(x, ste, alphas, self.bias, self.activations)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, granularity={self.granularity}, "
+            f"activations={self.activations}"
+        )

@@ -1,0 +1,231 @@
+"""Other people's checkpoints in: the folders that TerDiT's authors released.
+
+A folder holds `consolidated[_ema]_ternary.00-of-01.pth`, a flat state dict with uint8 matrices
+packed by quarters (`pack/trits.py`), and `model_args.pth`, the training arguments. Shapes come
+from the tensors; heads, which no shape shows, from the model's name or from the caller. Labels
+are in the text order of class numbers, because upstream trained on folders named "0", "1", "10".
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from terdit_cli.errors import InputFileError, UsageError, did_you_mean
+from terdit_cli.model.ckpt import load_tensors
+from terdit_cli.model.dit import SIZES, DiTConfig
+from terdit_cli.model.info import ModelInfo, SpaceInfo
+from terdit_cli.model.ternary import TernaryConfig
+from terdit_cli.pack.exported import ExportedModel
+from terdit_cli.pack.qat import matrix_names
+from terdit_cli.pack.trits import released_decode
+
+ARGUMENTS_FILE = "model_args.pth"
+_WEIGHT_FILES = ("consolidated_ema_ternary.00-of-01.pth", "consolidated_ternary.00-of-01.pth")
+_SIZE_OF_NAME = {"600M": "600m", "3B": "4.2b", "7B": "7b"}
+_VAE_IDS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+_VAE_DOWNSAMPLE = 8
+_OVERRIDES = ("n_heads", "n_kv_heads", "input_size", "patch_size", "in_channels", "norm_eps",
+              "class_dropout_prob")  # fmt: skip
+
+
+def is_released_folder(path: Path) -> bool:
+    """Return whether `path` is a folder as TerDiT's authors release them."""
+    return path.is_dir() and ((path / ARGUMENTS_FILE).exists() or any(path.glob("*_ternary.*.pth")))
+
+
+class ReleasedFolder(ExportedModel):
+    """A released TerDiT checkpoint; `overrides` are `DiTConfig` fields that shapes don't show.
+
+    Raises:
+        InputFileError: a missing, damaged or inconsistent file.
+        UsageError: heads that cannot be known, or an override that contradicts the tensors.
+    """
+
+    def __init__(self, folder: Path, **overrides: Any) -> None:
+        for name in overrides:
+            if name not in _OVERRIDES:
+                raise UsageError(
+                    "this field cannot be overridden for a released checkpoint",
+                    got=repr(name) + did_you_mean(name, _OVERRIDES),
+                    expected="one of " + ", ".join(_OVERRIDES),
+                    where=folder,
+                )
+        self._folder = folder
+        weights = next((folder / name for name in _WEIGHT_FILES if (folder / name).exists()), None)
+        if weights is None:
+            found = sorted(path.name for path in folder.glob("*.pth"))
+            raise InputFileError(
+                "no packed weights in the folder",
+                got=", ".join(found) or "no .pth files",
+                expected=_WEIGHT_FILES[0],
+                where=folder,
+                fix="download the released folder whole, or join model-parallel parts first",
+            )
+        self._state: dict[str, Tensor] = load_tensors(weights)
+        if not isinstance(self._state, dict) or not all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in self._state.items()
+        ):
+            raise InputFileError("not a flat state dict", where=weights, fix="copy it again")
+        arguments = self._read_arguments()
+        config = self._config(arguments, overrides)
+        image_size = config.input_size * _VAE_DOWNSAMPLE
+        vae = str(getattr(arguments, "vae", None) or "ema")
+        self.info = ModelInfo(
+            config=config,
+            ternary=TernaryConfig(),
+            space=SpaceInfo("vae", _VAE_IDS.get(vae, vae), 0.18215),
+            image_size=image_size,
+            class_order="text",
+            weights="ema" if "_ema" in weights.name else "raw",
+        )
+
+    def _read_arguments(self) -> argparse.Namespace:
+        path = self._folder / ARGUMENTS_FILE
+        if not path.exists():
+            return argparse.Namespace()
+        arguments = load_tensors(path)
+        if not isinstance(arguments, argparse.Namespace):
+            raise InputFileError(
+                "not the training arguments",
+                got=type(arguments).__name__,
+                expected="an argparse.Namespace",
+                where=path,
+            )
+        return arguments
+
+    def _shape(self, key: str, dimensions: int) -> tuple[int, ...]:
+        tensor = self._state.get(key)
+        if tensor is None or tensor.dim() != dimensions:
+            raise InputFileError(
+                "the checkpoint lacks a tensor of a TerDiT",
+                got="nothing" if tensor is None else f"shape {tuple(tensor.shape)}",
+                expected=f"{key} with {dimensions} dimensions",
+                where=self._folder,
+            )
+        return tuple(tensor.shape)
+
+    def _config(self, arguments: argparse.Namespace, overrides: dict[str, Any]) -> DiTConfig:
+        """Work out the configuration: shapes first, then overrides, then the arguments."""
+        dim, patch_inputs = self._shape("x_embedder.weight", 2)
+        layer = "layers.0"
+        rows, _ = self._shape(f"{layer}.feed_forward.w1.weight", 2)
+        kv_rows, _ = self._shape(f"{layer}.attention.wk.weight", 2)
+        table_rows, _ = self._shape("y_embedder.embedding_table.weight", 2)
+        outputs, _ = self._shape("final_layer.linear.weight", 2)
+        indices = [int(key.split(".")[1]) for key in self._state if key.startswith("layers.")]
+        n_layers = max(indices) + 1
+        if n_layers > len(self._state):
+            raise InputFileError(
+                "the layers are not numbered from 0",
+                got=f"a layer {n_layers - 1} in {len(self._state)} tensors",
+                where=self._folder,
+            )
+        in_channels = int(overrides.get("in_channels", 4))
+        patch_size = int(overrides.get("patch_size", math.isqrt(patch_inputs // in_channels)))
+        n_heads, n_kv_heads = self._heads(arguments, overrides, dim, 4 * kv_rows)
+        image_size = int(getattr(arguments, "image_size", 256))
+        num_classes = int(getattr(arguments, "num_classes", table_rows - 1))
+        dropout = float(overrides.get("class_dropout_prob", 0.1 if table_rows > num_classes else 0))
+        config = DiTConfig(
+            input_size=int(overrides.get("input_size", image_size // _VAE_DOWNSAMPLE)),
+            patch_size=patch_size,
+            in_channels=in_channels,
+            dim=dim,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            norm_eps=float(overrides.get("norm_eps", 1e-5)),
+            class_dropout_prob=dropout,
+            num_classes=num_classes,
+            learn_sigma=outputs != patch_inputs,
+            qk_norm=f"{layer}.attention.q_norm.weight" in self._state,
+            adaln_norm=f"{layer}.adaLN_modulation.2.weight" in self._state,
+            **_ffn_fields(dim, 4 * rows),
+        )
+        if patch_inputs != in_channels * patch_size**2:
+            raise UsageError(
+                "the patch size does not fit the checkpoint",
+                got=f"patch_size {patch_size} with in_channels {in_channels}",
+                expected=f"patch_size^2 * in_channels = {patch_inputs}",
+                where=self._folder,
+                fix="give patch_size and in_channels",
+            )
+        return config
+
+    def _heads(
+        self, arguments: argparse.Namespace, overrides: dict[str, Any], dim: int, kv_width: int
+    ) -> tuple[int, int | None]:
+        """Return (n_heads, n_kv_heads); the model's name tells them for its own width only."""
+        n_heads = overrides.get("n_heads", getattr(arguments, "n_heads", None))
+        name = str(getattr(arguments, "model", ""))
+        for part, size in _SIZE_OF_NAME.items():
+            if n_heads is None and f"_{part}_" in name and SIZES[size][0] == dim:
+                n_heads = SIZES[size][2]
+        if n_heads is None:
+            raise UsageError(
+                "the number of attention heads is not in the checkpoint",
+                got=f"model {name or 'unnamed'} with dim {dim}",
+                where=self._folder,
+                fix="add n_heads=N",
+            )
+        n_heads = int(n_heads)
+        if n_heads < 1 or dim % n_heads or kv_width % (dim // n_heads):
+            raise UsageError(
+                "n_heads does not fit the checkpoint", got=n_heads,
+                expected=f"a divisor of dim {dim} whose head width divides {kv_width}",
+                where=self._folder, fix="add n_heads=N",
+            )  # fmt: skip
+        n_kv_heads = kv_width // (dim // n_heads)
+        given = overrides.get("n_kv_heads")
+        if given is not None and int(given) != n_kv_heads:
+            raise UsageError(
+                "n_kv_heads does not fit the checkpoint", got=given, expected=n_kv_heads,
+                where=self._folder, fix=f"leave n_kv_heads out or set it to {n_kv_heads}",
+            )  # fmt: skip
+        return n_heads, None if n_kv_heads == n_heads else n_kv_heads
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        return None
+
+    def ternary_names(self) -> list[str]:
+        return matrix_names(self.info.config.n_layers)
+
+    def matrix_shape(self, name: str) -> tuple[int, int]:
+        quarter, columns = self._shape(f"{name}.weight", 2)
+        return 4 * quarter, columns
+
+    def trits(self, name: str) -> Tensor:
+        return released_decode(self._state[f"{name}.weight"])
+
+    def alphas(self, name: str) -> Tensor:
+        self._shape(f"{name}.alphas", 1)
+        return self._state[f"{name}.alphas"].float()
+
+    def rest_names(self) -> list[str]:
+        names = self.ternary_names()
+        ternary = {f"{name}.{part}" for name in names for part in ("weight", "alphas")}
+        return [key for key in self._state if key not in ternary]
+
+    def rest(self, name: str) -> Tensor:
+        return self._state[name]
+
+
+def _ffn_fields(dim: int, ffn_width: int) -> dict[str, Any]:
+    """Return the `multiple_of` and `ffn_dim_multiplier` that give a feed-forward width."""
+    for multiple_of in (256, 128, 64, 32, 16, 8, 4, 2, 1):
+        if DiTConfig(dim=dim, n_heads=1, multiple_of=multiple_of).ffn_width == ffn_width:
+            return {"multiple_of": multiple_of}
+    # A multiplier half a unit above the exact ratio survives int()'s rounding down.
+    hidden = int(2 * 4 * dim / 3)
+    return {"multiple_of": 1, "ffn_dim_multiplier": (ffn_width + 0.5) / hidden}

@@ -1,0 +1,83 @@
+"""Which reader opens a path: .tdt, ternarized .safetensors, ckpt.pt, run folder or release."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from terdit_cli.errors import InputFileError, UsageError
+from terdit_cli.model.ckpt import load_ckpt
+from terdit_cli.pack.convert import ReleasedFolder, is_released_folder
+from terdit_cli.pack.exported import ExportedModel
+from terdit_cli.pack.qat import CheckpointExport
+from terdit_cli.pack.tdt import TdtFile
+
+CKPT = "ckpt.pt"
+
+
+def checkpoint_path(path: Path) -> Path | None:
+    """Return the ckpt.pt that a path means (a file of torch.save, or in a run folder), or None.
+
+    Raises:
+        InputFileError: nothing there, or a run folder without its ckpt.pt.
+    """
+    if not path.exists():
+        raise InputFileError("no such model", where=path, fix="check the path")
+    if path.is_file():
+        return path if path.suffix in (".pt", ".pth") else None
+    if is_released_folder(path):
+        return None
+    if not (path / CKPT).exists():
+        unfinished = (path / "recipe.yaml").exists()
+        raise InputFileError(
+            "the folder holds no finished model",
+            expected=f"{CKPT} of a run, or a released TerDiT checkpoint",
+            where=path,
+            fix=f"finish the run: terdit train {path / 'recipe.yaml'} --resume auto --out {path}"
+            if unfinished
+            else "name a run folder, ckpt.pt, .safetensors or .tdt",
+        )
+    return path / CKPT
+
+
+def refuse_overrides(path: Path, overrides: dict[str, Any]) -> None:
+    """Raise UsageError if there are overrides: only released folders lack fields."""
+    if overrides:
+        raise UsageError(
+            "only a released TerDiT folder takes overrides",
+            got=", ".join(f"{name}={value}" for name, value in overrides.items()),
+            where=path,
+            fix="leave them out: this file knows its configuration",
+        )
+
+
+def open_exported(
+    path: Path, weights: Literal["ema", "raw"] = "ema", **overrides: Any
+) -> ExportedModel:
+    """Open any ternary model for reading trits, alphas and the rest.
+
+    Args:
+        path: run folder, ckpt.pt, ternarized .safetensors, .tdt or released TerDiT folder.
+        weights: which weights of a checkpoint.
+        overrides: `DiTConfig` fields, for released folders.
+
+    Raises:
+        InputFileError: not such a file, or damaged.
+        UsageError: a full-precision checkpoint (ternarize it first), or a needless override.
+    """
+    checkpoint = checkpoint_path(path)
+    if checkpoint is None and path.is_dir():
+        return ReleasedFolder(path, **overrides)
+    refuse_overrides(path, overrides)
+    if checkpoint is None:
+        return TdtFile(path)
+    export = CheckpointExport(load_ckpt(checkpoint), weights)
+    if export.fitted:
+        raise UsageError(
+            "the checkpoint is full precision",
+            expected="a ternary one",
+            where=checkpoint,
+            fix=f"terdit ternarize {checkpoint} -o OUT.safetensors (after-training, with an "
+            "error it tells), or train with ternary.enabled=true",
+        )
+    return export

@@ -1,0 +1,322 @@
+"""The recipe: one YAML file says everything that changes the result of a run.
+
+Strict: an unknown key, a wrong type or an impossible value is an error, and all errors come at
+once, each with its dotted path and the nearest valid key. `key=value` words override. The
+resolved recipe (defaults + file + overrides) is what is hashed and written beside every result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Hashable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from terdit_cli.errors import InputFileError, UsageError, did_you_mean
+
+VAE_DOWNSAMPLE = 8  # of Stable Diffusion's VAE, which all published recipes use
+VAE_CHANNELS = 4
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+DataSource = Literal["embedded", "folder", "zip", "cifar10", "fashion-mnist"]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors; values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse YAML's `yes` where a number is wanted: pydantic would read it as 1."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise ValueError(f"got {value}, expected a value that is not yes/no")
+        return value
+
+
+class ModelSection(Section):
+    """The network; `size` gives dim, n_layers and n_heads unless they are given here."""
+
+    size: str = "600m"
+    dim: PositiveInt | None = None
+    n_layers: PositiveInt | None = None
+    n_heads: PositiveInt | None = None
+    n_kv_heads: PositiveInt | None = None
+    patch_size: PositiveInt = 2
+    multiple_of: PositiveInt = 256
+    ffn_dim_multiplier: PositiveFloat | None = None
+    norm_eps: PositiveFloat = 1e-5
+    class_dropout_prob: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    num_classes: PositiveInt = 1000
+    learn_sigma: bool = True
+    qk_norm: bool = True
+
+
+class TernarySection(Section):
+    """The quantiser; see the README for what each option does to training."""
+
+    enabled: bool = True
+    scale: Literal["learned", "absmean"] = "learned"
+    alpha_init: Literal["randn", "absmean"] = "randn"
+    adaln_norm: bool | None = None  # None: as `enabled` (the full-precision parent has none)
+    granularity: Literal["tensor", "row", "group128"] = "tensor"
+    activations: Literal["none", "int8"] = "none"
+
+
+class DataSection(Section):
+    """Images and the space the diffusion runs in."""
+
+    source: DataSource = "embedded"
+    path: Path | None = None
+    split: str | None = None
+    image_size: PositiveInt = 256  # pixels
+    channels: Literal[1, 3] = 3  # of pixel-space models; 1 = grey
+    vae: str | None = None  # folder or hub id; None: pixel space
+    scale_factor: PositiveFloat = 0.18215
+    flip: bool = True
+    on_bad_image: Literal["error", "skip"] = "error"
+    workers: NonNegativeInt = 4  # decoding threads
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        if self.source != "embedded" and self.path is None:
+            raise ValueError(f"data.path is needed for source {self.source!r}")
+        if self.vae is not None and self.image_size % VAE_DOWNSAMPLE:
+            raise ValueError(
+                f"data.image_size {self.image_size} must be a multiple of {VAE_DOWNSAMPLE}, "
+                "the VAE's downsampling"
+            )
+        return self
+
+
+class TrainSection(Section):
+    """Steps, batches and arithmetic."""
+
+    steps: PositiveInt = 400_000
+    global_batch_size: PositiveInt = 256  # images an optimizer step
+    micro_batch_size: PositiveInt = 32  # images a forward pass of one process
+    precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSection:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size {self.global_batch_size} must be a multiple of "
+                f"train.micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class OptimSection(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: PositiveFloat = 1e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    grad_clip: PositiveFloat | None = 2.0  # L2 norm of all gradients; None: off
+    warmup_steps: NonNegativeInt = 0
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    final_lr_ratio: Fraction = 0.0  # cosine: last lr / lr
+    drop_at: tuple[Fraction, ...] = (0.7,)  # step: shares of the run after which lr drops
+    drop_factor: Annotated[float, Field(gt=0, le=1)] = 0.2
+
+
+class EmaSection(Section):
+    """The averaged copy that previews, ternarize and pack use."""
+
+    decay: Fraction = 0.9999
+    warmup: bool = False
+
+
+class SampleSection(Section):
+    """Preview grids drawn from the EMA weights during training."""
+
+    every: NonNegativeInt = 5_000  # steps; 0: none
+    count: PositiveInt = 16  # images; image i has class i mod num_classes
+    sampler: Literal["ddpm", "ddim", "dpmpp-2m", "unipc", "euler"] = "dpmpp-2m"
+    steps: PositiveInt = 20
+    cfg_scale: NonNegativeFloat = 4.0
+
+
+class LoggingSection(Section):
+    """metrics.jsonl and loss.png."""
+
+    every: PositiveInt = 100  # steps
+
+
+class CheckpointSection(Section):
+    """Resumable checkpoints."""
+
+    every: PositiveInt = 10_000  # steps
+    keep_last: PositiveInt = 2
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    seed: NonNegativeInt = 0
+    model: ModelSection = ModelSection()
+    ternary: TernarySection = TernarySection()
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+    optim: OptimSection = OptimSection()
+    ema: EmaSection = EmaSection()
+    sample: SampleSection = SampleSection()
+    logging: LoggingSection = LoggingSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+
+    @property
+    def in_channels(self) -> int:
+        return VAE_CHANNELS if self.data.vae is not None else self.data.channels
+
+    @property
+    def input_size(self) -> int:
+        """Side of the latents (or pixels) the network sees."""
+        return self.data.image_size // (VAE_DOWNSAMPLE if self.data.vae is not None else 1)
+
+    def to_yaml(self) -> str:
+        """Return the resolved recipe as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def sha256(self) -> str:
+        """Return the hash of the resolved recipe (independent of layout and comments)."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader for which a repeated key is an error instead of the last one winning."""
+
+
+def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} stands twice", node.start_mark
+            )
+    return loader.construct_mapping(node)
+
+
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Raises:
+        InputFileError: the file is missing or not YAML.
+        UsageError: one sentence for each unknown key, wrong type or impossible value.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise InputFileError(
+            "cannot read the recipe",
+            got=getattr(error, "strerror", None) or error,
+            where=path,
+            fix="recipes here: " + ", ".join(near) if near else "give the path of a .yaml file",
+        ) from error
+    try:
+        values = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputFileError(
+            "the recipe is not valid YAML", got=" ".join(str(error).split()), where=path
+        ) from error
+    if not isinstance(values, dict):
+        raise InputFileError(
+            "the recipe is not a mapping", got=type(values).__name__, where=path,
+            expected="sections such as `model:` and `train:`",
+        )  # fmt: skip
+    for word in overrides:
+        _apply_override(values, word)
+    return parse_recipe(values, where=path)
+
+
+def parse_recipe(values: Any, where: object) -> Recipe:
+    """Check plain values (as from YAML); raises UsageError listing every mistake."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors(include_url=False)]
+        count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
+        raise UsageError(
+            f"the recipe has {count}:\n  " + "\n  ".join(lines) + "\n",
+            where=where,
+            fix="correct the recipe or pass key=value words",
+        ) from error
+
+
+def _apply_override(values: dict[str, Any], word: str) -> None:
+    """Set `a.b=value` in nested dictionaries; the value is parsed as YAML."""
+    key, separator, text = word.partition("=")
+    if not separator or not key:
+        raise UsageError(
+            "an override is not key=value", got=repr(word), fix="write it as optim.lr=2e-4"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError("an override's value is not valid YAML", got=repr(word)) from error
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UsageError(
+                "an override names a field inside a plain value", got=repr(word),
+                fix=f"{section} has no fields",
+            )  # fmt: skip
+    values[last] = value
+
+
+def _explain(problem: Any) -> str:
+    """Turn one pydantic error into "train.stepz: unknown key, did you mean 'steps'?"."""
+    location = [str(part) for part in problem["loc"]]
+    path = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        siblings = _fields_at(location[:-1])
+        hint = did_you_mean(location[-1], siblings)
+        return f"{path}: unknown key{hint or ', known are ' + ', '.join(siblings)}"
+    if problem["type"] == "value_error":
+        return (path + ": " if len(location) > 1 else "") + str(problem["ctx"]["error"])
+    message = f"{path}: got {problem['input']!r}, expected: {problem['msg']}"
+    if problem["type"] == "literal_error":
+        choices = str(problem["ctx"]["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
+        message += did_you_mean(str(problem["input"]), choices)
+    if problem["type"] == "missing":
+        message = f"{path}: missing"
+    return message
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    """Return the field names of the section at a path of section names."""
+    section: type[BaseModel] = Recipe
+    for name in location:
+        annotation = section.model_fields[name].annotation if name in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return list(section.model_fields)

@@ -1,0 +1,1 @@
+"""Running a packed model: backends and the modules that call them."""

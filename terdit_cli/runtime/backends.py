@@ -1,0 +1,88 @@
+"""The ordered list of backends, and the choice among them with its reasons.
+
+A backend is a module with `NAME`, `available(device) -> str | None` (the reason why not) and
+`matmul(...)` as `reference.matmul` documents it. `auto` takes the first that is available. A
+backend that the user names and that is not available is an error, never a silent fallback.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from terdit_cli.errors import EnvironmentProblem, UsageError, did_you_mean
+from terdit_cli.model.ternary import Activations
+from terdit_cli.runtime import reference
+
+
+class Backend(Protocol):
+    """One way to multiply with packed trits."""
+
+    NAME: str
+
+    def available(self, device: torch.device) -> str | None: ...
+
+    def matmul(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        alphas: Tensor,
+        bias: Tensor | None,
+        shape: tuple[int, int],
+        activations: Activations,
+    ) -> Tensor: ...
+
+
+BACKENDS: tuple[Backend, ...] = (reference,)
+
+# Named in the interface, absent from this build: a request for one is answered with the reason.
+ABSENT: dict[str, str] = {
+    "gpu": "this build has no GPU kernel",
+    "cpu": "this build has no native CPU kernel",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen backend and, for a line on stderr, why."""
+
+    backend: Backend
+    reason: str
+
+
+def choose_backend(name: str, device: torch.device) -> Choice:
+    """Choose a backend: `name` is "auto" or a backend; $TERDIT_BACKEND stands in for "auto".
+
+    Raises:
+        UsageError: an unknown name.
+        EnvironmentProblem: a named backend that cannot run here, with the reason.
+    """
+    if name == "auto":
+        name = os.environ.get("TERDIT_BACKEND", "auto")
+    reasons = {backend.NAME: backend.available(device) for backend in BACKENDS}
+    missing = ABSENT | {key: reason for key, reason in reasons.items() if reason is not None}
+    usable = [backend for backend in BACKENDS if reasons[backend.NAME] is None]
+    if name == "auto":
+        why = "; ".join(f"not {key}: {reason}" for key, reason in missing.items())
+        return Choice(usable[0], f"backend {usable[0].NAME}" + (f" ({why})" if why else ""))
+    for backend in usable:
+        if name == backend.NAME:
+            return Choice(backend, f"backend {name} (as asked)")
+    if name in missing:
+        raise EnvironmentProblem(
+            f"backend {name!r} cannot run",
+            got=missing[name],
+            where=f"device {device}",
+            fix="use --backend " + " or ".join(["auto", *(backend.NAME for backend in usable)]),
+        )
+    known = ["auto", *ABSENT, *(backend.NAME for backend in BACKENDS)]
+    raise UsageError(
+        "unknown backend",
+        got=repr(name) + did_you_mean(name, known),
+        expected="one of " + ", ".join(known),
+        fix="set --backend or TERDIT_BACKEND",
+    )
