@@ -10,7 +10,7 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from terdit_cli.errors import EnvironmentProblem
@@ -47,7 +47,8 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
             raise
         raise write_problem(target, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # gone after the rename, or never made
+            temporary.unlink()
 
 
 def write_problem(target: Path, error: OSError) -> EnvironmentProblem:

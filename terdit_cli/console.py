@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -67,10 +68,16 @@ def result_json(value: dict[str, Any]) -> None:
 
 
 def result_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table to stdout; columns after the first are right-aligned."""
+    """Print a table to stdout, without a header if all names are empty."""
     if not is_main():
         return
-    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    table = Table(
+        title=escape(title),
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        show_header=any(header),
+    )
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:

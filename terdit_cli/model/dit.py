@@ -201,6 +201,16 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in the weight's dtype.
+
+    That is float32 under bfloat16 autocast, which leaves this operation to its inputs.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Attention(nn.Module):
     """Self-attention with rotary embedding, optional q/k LayerNorm and grouped k/v heads."""
 
@@ -253,14 +263,14 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(config, linear)
         self.feed_forward = FeedForward(config, linear)
-        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
         modulation: list[nn.Module] = [
             nn.SiLU(),
             linear(config.conditioning_width, 6 * config.dim, bias=True),
         ]
         if config.adaln_norm:
-            modulation.append(nn.RMSNorm(6 * config.dim, eps=config.norm_eps))
+            modulation.append(RMSNorm(6 * config.dim, eps=config.norm_eps))
         self.adaLN_modulation = nn.Sequential(*modulation)
 
     def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

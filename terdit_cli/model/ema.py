@@ -13,19 +13,20 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+
+from terdit_cli.model.dit import DiT
 
 
 class Ema:
     """Keeps an averaged copy of a model, on the model's own device."""
 
-    def __init__(self, model: nn.Module, decay: float, warmup: bool) -> None:
+    def __init__(self, model: DiT, decay: float, warmup: bool) -> None:
         self.decay = decay
         self.warmup = warmup
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, model: DiT, step: int) -> None:
         """Move the average towards `model` after optimizer step `step` (counted from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         torch._foreach_lerp_(

@@ -115,11 +115,13 @@ class ModelInfo:
             ) from error
         return cls.from_dict(values, where)
 
-    def label_row(self, class_id: int) -> int:
-        """Return the row of the label table that stands for a standard class id."""
-        if self.class_order == "standard" or class_id >= self.config.num_classes:
-            return class_id
-        return sorted(range(self.config.num_classes), key=str).index(class_id)
+    def label_rows(self) -> list[int]:
+        """Return, for each standard class id, its row of the label table; then the null class."""
+        ids = range(self.config.num_classes)
+        if self.class_order == "standard":
+            return [*ids, self.config.num_classes]
+        row = {class_id: index for index, class_id in enumerate(sorted(ids, key=str))}
+        return [*(row[class_id] for class_id in ids), self.config.num_classes]
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

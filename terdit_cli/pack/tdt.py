@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -336,10 +336,3 @@ class TdtFile(ExportedModel):
 
     def rest(self, name: str) -> Tensor:
         return self._tensor(name)
-
-
-def blob_bytes(file: TdtFile, names: Iterable[str]) -> int:
-    """Return the bytes that the named matrices take in the file."""
-    return sum(
-        math.prod(codecs.blob_shape(file.codec(name), *file.matrix_shape(name))) for name in names
-    )

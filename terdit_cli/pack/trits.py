@@ -20,7 +20,6 @@ row r of byte matrix [N/4, K] = code[r] << 6 | code[r+N/4] << 4 | code[r+2N/4] <
 from __future__ import annotations
 
 import functools
-import math
 from typing import Literal
 
 import torch
@@ -143,8 +142,3 @@ def released_encode(trits: Tensor) -> Tensor:
 def released_decode(packed: Tensor) -> Tensor:
     """Unpack uint8 [N/4, K] of a released checkpoint -> trits int8 [N, K] (code 3 gives 2)."""
     return torch.cat([(packed >> shift & 3).to(torch.int8) - 1 for shift in (6, 4, 2, 0)])
-
-
-def bits_per_weight(blob_bytes: int, weights: int) -> float:
-    """Return the stored bits of each weight."""
-    return 8 * blob_bytes / weights if weights else math.nan

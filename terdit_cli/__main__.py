@@ -1,0 +1,6 @@
+"""`python -m terdit_cli` is `terdit`."""
+
+from terdit_cli.app import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,375 @@
+"""The command line: arguments, help, exit codes. Nothing here imports torch.
+
+Exit codes: see `errors.py`. The verbs' work is in `commands/`, imported when a verb runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+import terdit_cli
+from terdit_cli import console
+from terdit_cli.errors import TerditError, UsageError
+
+if TYPE_CHECKING:
+    from terdit_cli.commands.ternarize import TernarizeResult
+    from terdit_cli.recipe import Recipe
+    from terdit_cli.train.memory import Plan
+
+EXIT_CODES = """Exit codes: 0 ok, 1 bug (with traceback), 2 usage or recipe, 3 bad input file,
+4 environment (backend or extra missing, disk full), 5 quality gate failed or training diverged,
+130/143 stopped by SIGINT/SIGTERM after saving."""
+
+app = typer.Typer(
+    name="terdit",
+    help="Ternary diffusion transformers: train, ternarize, pack, sample and score.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+class Weights(StrEnum):
+    """Which weights of a checkpoint."""
+
+    ema = "ema"
+    raw = "raw"
+
+
+class PackCodec(StrEnum):
+    """How trits are stored in a .tdt."""
+
+    t2 = "t2"
+    t5 = "t5"
+
+
+class Rest(StrEnum):
+    """Dtype of everything that is not ternary."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class ScaleGranularity(StrEnum):
+    """What one fitted scale covers."""
+
+    tensor = "tensor"
+    row = "row"
+    group128 = "group128"
+
+
+class CfgChannels(StrEnum):
+    """Which channels classifier-free guidance changes."""
+
+    three = "3"
+    all = "all"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+RawWeights = Annotated[
+    bool,
+    typer.Option("--ema/--raw", help="The averaged weights of a checkpoint, or the raw ones."),
+]
+
+
+def _weights(ema: bool) -> Any:
+    return "ema" if ema else "raw"
+
+
+@app.callback()
+def _global(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of all errors.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if debug:
+        os.environ["TERDIT_DEBUG"] = "1"
+    if version:
+        console.result(terdit_cli.__version__)
+        raise typer.Exit
+
+
+def _example(*lines: str) -> str:
+    return "Examples:\n\n" + "\n\n".join(lines)
+
+
+@app.command(
+    epilog=_example(
+        "terdit train recipes/quickstart.yaml",
+        "terdit train recipes/quickstart.yaml optim.lr=1e-3 train.steps=200 --out runs/try",
+        "terdit train recipes/quickstart.yaml --resume auto",
+        "terdit train recipes/4.2b.yaml --dry-run",
+    )
+)
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe fields to change.")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|PATH",
+            help="Continue from the newest checkpoint of the run, or from PATH.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder.  [default: runs/<name of the recipe>]")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sizes and memory, train nothing.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Train a recipe with the quantiser in the forward (QAT) into a run folder."""
+    from terdit_cli.commands import train as command
+
+    if dry_run:
+        resolved, plan = command.plan(recipe, overrides or ())
+        _print_plan(resolved, plan, json)
+        return
+    result = command.run(recipe, overrides or (), resume, out)
+    if json:
+        console.result_json(dataclasses.asdict(result))
+        return
+    losses = (
+        f"loss {result.first_loss:.4f} -> {result.last_loss:.4f}, "
+        if result.first_loss is not None and result.last_loss is not None
+        else ""
+    )
+    console.result(f"trained {result.steps} steps, {losses}{result.checkpoint}")
+
+
+def _print_plan(recipe: Recipe, plan: Plan, json: bool) -> None:
+    if json:
+        values = dataclasses.asdict(plan)
+        values |= {"ternary_share": plan.ternary_share, "total_bytes": plan.total_bytes}
+        console.result_json(values)
+        return
+    size = console.byte_size
+    checkpointing = "with" if recipe.train.activation_checkpointing else "without"
+    rows = [
+        ("parameters", f"{plan.parameters:,}"),
+        ("ternary", f"{plan.ternary:,} ({100 * plan.ternary_share:.3f} %)"),
+        ("weights, fp32", size(plan.weight_bytes)),
+        ("gradients, fp32", size(plan.gradient_bytes)),
+        ("optimizer, two moments", size(plan.optimizer_bytes)),
+        ("EMA, fp32", size(plan.ema_bytes)),
+        (
+            f"activations, {recipe.train.micro_batch_size} images, {recipe.train.precision}, "
+            f"{checkpointing} checkpointing",
+            size(plan.activation_bytes),
+        ),
+        ("memory of one process", size(plan.total_bytes)),
+        ("steps", f"{plan.steps:,}"),
+        ("images", f"{plan.images:,}"),
+        ("micro-batches a step (one process)", f"{plan.grad_accum_steps:,}"),
+        ("operations a step", f"{plan.flops_per_step / 1e12:,.2f} TFLOP"),
+    ]
+    console.result_table(f"{recipe.name}: plan, nothing trained", ("", ""), rows)
+
+
+@app.command(
+    epilog=_example(
+        "terdit ternarize runs/quickstart -o quickstart.safetensors",
+        "terdit ternarize runs/parent/ckpt.pt -o parent.safetensors --granularity row",
+    )
+)
+def ternarize(
+    checkpoint: Annotated[Path, typer.Argument(help="ckpt.pt, or its run folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
+    ema: RawWeights = True,
+    granularity: Annotated[
+        ScaleGranularity | None,
+        typer.Option(help="Scales of a full-precision checkpoint's fit.  [default: tensor]"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Freeze a checkpoint into int8 trits, alphas and the rest, with a table of every layer."""
+    from terdit_cli.commands import ternarize as command
+
+    result = command.run(checkpoint, out, _weights(ema), granularity.value if granularity else None)
+    if json:
+        console.result_json(dataclasses.asdict(result))
+    else:
+        _print_ternarized(result)
+
+
+def _print_ternarized(result: TernarizeResult) -> None:
+    header = ("layer", "shape", "-1 %", "0 %", "+1 %", "gamma", "alpha", "rel. error", "cosine")
+    rows = [
+        (
+            layer.name,
+            "x".join(map(str, layer.shape)),
+            *(f"{100 * share:.1f}" for share in (layer.minus, layer.zero, layer.plus)),
+            f"{layer.gamma:.5f}",
+            f"{layer.alpha:+.5f}",
+            f"{layer.relative_error:.3f}",
+            f"{layer.cosine:+.3f}",
+        )
+        for layer in result.layers
+    ]
+    console.result_table(f"{result.output} ({result.weights} weights)", header, rows)
+    if result.fitted:
+        console.warn(
+            "this checkpoint was trained in full precision: its weights were fitted afterwards "
+            f"with a mean relative error of {result.relative_error:.2f}. Such a model usually "
+            "draws noise; for a usable one train with ternary.enabled=true"
+        )
+
+
+@app.command(
+    epilog=_example(
+        "terdit pack runs/quickstart -o quickstart.tdt",
+        "terdit pack runs/quickstart -o small.tdt --codec t5 --rest bf16",
+        "terdit pack 3B_1180000/ -o terdit-4.2b.tdt",
+    )
+)
+def pack(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Run folder, ckpt.pt, ternarized .safetensors, or a released TerDiT folder."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="What a released folder does not say: n_heads=32."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .tdt file to write.")] = Path(
+        "model.tdt"
+    ),
+    codec: Annotated[
+        PackCodec, typer.Option(help="t2: 2 bits a weight, mapped at load. t5: 1.6, unpacked.")
+    ] = PackCodec.t2,
+    rest: Annotated[
+        Rest, typer.Option(help="Dtype of the rest. fp32 keeps outputs bit for bit.")
+    ] = Rest.fp32,
+    ema: RawWeights = True,
+    json: Json = False,
+) -> None:
+    """Pack a ternary model into one verified .tdt file."""
+    from terdit_cli.commands import pack as command
+
+    fields = _parse_fields(overrides or [])
+    result = command.run(source, out, codec.value, rest.value, _weights(ema), **fields)
+    if json:
+        console.result_json(dataclasses.asdict(result) | {"ratio": result.ratio})
+        return
+    rows = [
+        ("parameters", f"{result.parameters:,}"),
+        ("ternary", f"{result.ternary:,} ({100 * result.ternary / result.parameters:.3f} %)"),
+        ("codec", f"{result.codec}, {result.bits_per_weight:.3f} bits per ternary weight"),
+        ("rest", result.rest),
+        ("fp32", f"{result.fp32_bytes:,} bytes"),
+        ("this file", f"{result.file_bytes:,} bytes ({result.ratio:.2f} times smaller)"),
+        ("verified in", console.duration(result.seconds)),
+    ]
+    console.result_table(str(result.output), ("", ""), rows)
+
+
+def _parse_fields(words: list[str]) -> dict[str, Any]:
+    """Parse `n_heads=32` words into configuration fields; values are numbers."""
+    fields: dict[str, Any] = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        try:
+            fields[key] = int(text) if text.lstrip("-").isdecimal() else float(text)
+        except ValueError:
+            raise UsageError(
+                "an override is not KEY=NUMBER", got=repr(word), fix="write it as n_heads=32"
+            ) from None
+    return fields
+
+
+@app.command(
+    epilog=_example(
+        'terdit sample --prompt-class "Ankle boot" -n 4',
+        "terdit sample --model model.tdt --prompt-class 207 --steps 50 --sampler dpmpp-2m",
+        "terdit sample --model runs/quickstart --prompt-class all -n 8 -o samples.npz",
+    )
+)
+def sample(
+    prompt_class: Annotated[
+        str, typer.Option(help="Class id, class name, a comma separated list of them, or all.")
+    ],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Model file or folder.  [default: TERDIT_MODEL, the only .tdt here, newest run]"
+        ),
+    ] = None,
+    n: Annotated[int, typer.Option("-n", help="Images of each class.")] = 1,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 250,
+    sampler: Annotated[str, typer.Option(help="ddpm, ddim, dpmpp-2m, unipc or euler.")] = "ddpm",
+    cfg_scale: Annotated[float, typer.Option(help="Guidance; 1 is off.")] = 4.0,
+    cfg_channels: Annotated[
+        CfgChannels, typer.Option(help="Guided channels: 3 as published, or all.")
+    ] = CfgChannels.three,
+    seed: Annotated[int, typer.Option(help="Image i is a function of (seed, i).")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images drawn at once.")] = 8,
+    backend: Annotated[str, typer.Option(help="auto, gpu, cpu or reference.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
+    ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="VAE folder or hub id instead of the model's.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help=".png: labelled grid; .npz; else a folder of PNGs.")
+    ] = Path("sample.png"),
+    json: Json = False,
+) -> None:
+    """Draw images of named classes from a model."""
+    from terdit_cli.commands import sample as command
+
+    result = command.run(
+        prompt_class, model, n, steps, sampler, cfg_scale, cfg_channels.value, seed, batch_size,
+        backend, device, vae, out,
+    )  # fmt: skip
+    if json:
+        console.result_json(dataclasses.asdict(result))
+        return
+    rate = result.images * result.nfe / result.seconds
+    console.result(
+        f"{result.output}: {result.images} images, {result.nfe} NFE each, "
+        f"{console.duration(result.seconds)}, {rate:.1f} NFE/s"
+    )
+
+
+def main() -> None:
+    """Run the command line and exit with a documented code."""
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(prog_name="terdit", standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        console.fail("stopped before anything had to be saved")
+        sys.exit(130)
+    except TerditError as error:
+        if os.environ.get("TERDIT_DEBUG"):
+            traceback.print_exc()
+        console.fail(str(error))
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader of our output is gone; nothing is left to tell it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""The Python API behind each verb: `run(...)` returns a result dataclass; no Typer here."""

@@ -1,0 +1,167 @@
+"""`terdit sample`: class prompts become a labelled grid, a folder of PNGs or an .npz."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+import terdit_cli
+from terdit_cli import console
+from terdit_cli.atomic import atomic_path
+from terdit_cli.commands.generate import model_sha256, open_generator
+from terdit_cli.data.classes import find_classes
+from terdit_cli.data.grid import draw_grid, save_png
+from terdit_cli.errors import UsageError
+
+GRID_LIMIT = 256  # images in one picture
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """What was drawn; `nfe` counts network calls an image."""
+
+    output: Path
+    images: int
+    classes: list[int]
+    nfe: int
+    seconds: float
+    model: Path
+    model_sha256: str
+
+
+def find_model(named: Path | None) -> Path:
+    """Return the model to use: the named one, $TERDIT_MODEL, the only .tdt here, the newest run.
+
+    Raises:
+        UsageError: none of these, or several .tdt files to choose from.
+    """
+    if named is not None:
+        return named
+    if os.environ.get("TERDIT_MODEL"):
+        return Path(os.environ["TERDIT_MODEL"])
+    packed = sorted(Path().glob("*.tdt"))
+    if len(packed) == 1:
+        return packed[0]
+    if packed:
+        raise UsageError(
+            "several models in this folder",
+            got=", ".join(map(str, packed)),
+            fix="choose one with --model",
+        )
+    runs = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    if runs:
+        return runs[-1]
+    raise UsageError(
+        "no model to sample from",
+        got="no --model, no TERDIT_MODEL, no .tdt here, no finished run in runs/",
+        fix="--model FILE, or make one with `terdit train` and `terdit pack`",
+    )
+
+
+def run(
+    prompt_class: str,
+    model: Path | None = None,
+    n: int = 1,
+    steps: int = 250,
+    sampler: str = "ddpm",
+    cfg_scale: float = 4.0,
+    cfg_channels: str = "3",
+    seed: int = 0,
+    batch_size: int = 8,
+    backend: str = "auto",
+    device: str | None = None,
+    vae: str | None = None,
+    output: Path = Path("sample.png"),
+) -> SampleResult:
+    """Draw `n` images of each class that `prompt_class` names.
+
+    Args:
+        prompt_class: an id, a name, a comma separated list of either, or "all".
+        output: .png (a labelled grid), .npz (arr_0 uint8 [N, H, W, 3], labels int64 [N]) or a
+            folder (one PNG an image).
+
+    Raises:
+        UsageError, InputFileError, EnvironmentProblem.
+    """
+    for name, value in (("-n", n), ("--batch-size", batch_size)):
+        if value < 1:
+            raise UsageError(f"wrong {name}", got=value, expected="a positive number")
+    _check_output(output)
+    path = find_model(model)
+    generator = open_generator(path, backend, device, vae)
+    names = generator.class_names
+    classes = find_classes(prompt_class, names)
+    indices = [copy * len(names) + class_id for class_id in classes for copy in range(n)]
+    if output.suffix == ".png" and len(indices) > GRID_LIMIT:
+        raise UsageError(
+            "too many images for one grid",
+            got=len(indices),
+            expected=f"at most {GRID_LIMIT}",
+            fix="write a folder or an .npz: -o samples/",
+        )
+    config = generator.sampler(sampler, steps, cfg_scale, cfg_channels)
+    digest = model_sha256(path)
+    text = {
+        "software": f"terdit {terdit_cli.__version__}",
+        "model": path.name,
+        "model_sha256": digest,
+        "seed": str(seed),
+        "sampler": f"{config.name} {config.steps} steps",
+        "cfg_scale": f"{config.cfg_scale:g} ({config.cfg_channels} channels)",
+    }
+    started = time.monotonic()
+    batches = math.ceil(len(indices) / batch_size)
+    drawn: list[NDArray[np.uint8]] = []
+    done = 0
+    with console.progress("sampling", batches * config.steps) as meter:
+        calls = 0
+
+        def on_step(count: int) -> None:
+            nonlocal calls, done
+            calls += count * (config.nfe // config.steps)
+            done += 1
+            meter.update(done, f"{calls / (time.monotonic() - started):.1f} NFE/s")
+
+        position = 0
+        for images, labels in generator.images(indices, config, seed, batch_size, on_step):
+            if output.suffix in (".png", ".npz"):
+                drawn.append(images)
+            else:
+                for image, class_id in zip(images, labels, strict=True):
+                    name = f"class{class_id:04d}-image{indices[position]:06d}.png"
+                    words = text | {"class": names[class_id][0], "index": str(indices[position])}
+                    save_png(Image.fromarray(image), output / name, words)
+                    position += 1
+    seconds = time.monotonic() - started
+    labels = [index % len(names) for index in indices]
+    if output.suffix == ".png":
+        captions = [names[class_id][0] for class_id in labels]
+        title = f"{path.name}, {config.name} {config.steps} steps, cfg {cfg_scale:g}, seed {seed}"
+        grid = draw_grid(np.concatenate(drawn), captions, title)
+        shown = dict.fromkeys(captions)
+        save_png(grid, output, text | {"class": ", ".join(shown)})
+    elif output.suffix == ".npz":
+        with atomic_path(output) as temporary, temporary.open("wb") as file:
+            np.savez(file, arr_0=np.concatenate(drawn), labels=np.array(labels, dtype=np.int64))
+    return SampleResult(output, len(indices), classes, config.nfe, seconds, path, digest)
+
+
+def _check_output(output: Path) -> None:
+    """Refuse, before any work, a file where a folder is meant and unknown kinds of file."""
+    if output.suffix not in ("", ".png", ".npz"):
+        raise UsageError(
+            "unknown kind of output",
+            got=output.suffix,
+            expected=".png (grid), .npz or a folder",
+            where=output,
+            fix="-o sample.png",
+        )
+    if output.suffix == "" and output.is_file():
+        raise UsageError("the output folder is a file", where=output, fix="name another with -o")

@@ -1,0 +1,101 @@
+"""`terdit ternarize`: a checkpoint becomes int8 trits, alphas and the rest, with a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from terdit_cli.errors import InputFileError, UsageError
+from terdit_cli.model.ckpt import load_ckpt
+from terdit_cli.model.ternary import Granularity, absmean
+from terdit_cli.pack.qat import CheckpointExport
+from terdit_cli.pack.sources import checkpoint_path
+from terdit_cli.pack.tdt import write_tdt
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One ternary matrix: its trits, scales and distance from the master weight."""
+
+    name: str
+    shape: tuple[int, int]
+    minus: float  # share of -1
+    zero: float
+    plus: float
+    gamma: float
+    alpha: float  # mean over the scales
+    relative_error: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class TernarizeResult:
+    """What was written; `fitted` tells a post-training fit from an exact conversion."""
+
+    output: Path
+    weights: str
+    fitted: bool
+    relative_error: float  # mean over the matrices, weighted by their size
+    layers: list[LayerReport]
+
+
+def run(
+    checkpoint: Path,
+    output: Path,
+    weights: Literal["ema", "raw"] = "ema",
+    granularity: Granularity | None = None,
+) -> TernarizeResult:
+    """Ternarize a checkpoint into a safetensors file.
+
+    Args:
+        checkpoint: ckpt.pt or run folder; full precision is fitted after training.
+        weights: the averaged or the raw weights.
+        granularity: scales of a post-training fit (default "tensor"); an error for a ternary
+            checkpoint, whose scales were trained.
+
+    Raises:
+        InputFileError, UsageError, EnvironmentProblem.
+    """
+    path = checkpoint_path(checkpoint)
+    if path is None:
+        raise InputFileError(
+            "only a training checkpoint can be ternarized",
+            got=checkpoint.suffix or "a folder",
+            expected="ckpt.pt or its run folder",
+            where=checkpoint,
+            fix="other formats are ternary already: use `terdit pack`",
+        )
+    export = CheckpointExport(load_ckpt(path), weights, granularity or "tensor")
+    if granularity is not None and not export.fitted:
+        raise UsageError(
+            "the scales of a ternary checkpoint are trained",
+            got=f"granularity {granularity}",
+            expected=f"none: this checkpoint has {export.info.ternary.granularity}",
+            where=path,
+            fix="leave --granularity out",
+        )
+    layers = [_report(export, name) for name in export.ternary_names()]
+    write_tdt(export, output, codec="int8", rest="fp32")
+    sizes = [shape[0] * shape[1] for shape in (layer.shape for layer in layers)]
+    mean_error = sum(
+        layer.relative_error * size for layer, size in zip(layers, sizes, strict=True)
+    ) / sum(sizes)
+    return TernarizeResult(output, weights, export.fitted, mean_error, layers)
+
+
+def _report(export: CheckpointExport, name: str) -> LayerReport:
+    trits = export.trits(name)
+    error = export.matrix_error(name)
+    count = trits.numel()
+    return LayerReport(
+        name=name,
+        shape=export.matrix_shape(name),
+        minus=int((trits == -1).sum()) / count,
+        zero=int((trits == 0).sum()) / count,
+        plus=int((trits == 1).sum()) / count,
+        gamma=float(absmean(export.master(name))),
+        alpha=float(export.alphas(name).mean()),
+        relative_error=error.relative_error,
+        cosine=error.cosine,
+    )

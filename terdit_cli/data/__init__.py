@@ -1,0 +1,1 @@
+"""Images in, batches in a reproducible order, latents, and image grids out."""

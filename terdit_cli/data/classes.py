@@ -1,0 +1,100 @@
+"""From what a user types to class ids: ids, names, lists of either, and `all`.
+
+A class can have several names (ImageNet's synonyms); a name that several classes share is
+refused with their ids.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+
+from terdit_cli.errors import UsageError, did_you_mean
+
+
+def _imagenet() -> list[tuple[str, list[str]]]:
+    """Return (wnid, names) of ImageNet's 1000 classes in the standard order (sorted by wnid)."""
+    asset = importlib.resources.files("terdit_cli.data") / "assets" / "imagenet_classes.json"
+    classes = json.loads(asset.read_text(encoding="utf-8"))
+    return [(classes[str(index)][0], classes[str(index)][1]) for index in range(len(classes))]
+
+
+def imagenet_class_names() -> list[list[str]]:
+    """Return the names of ImageNet's 1000 classes in the standard order (sorted by wnid)."""
+    return [names for _, names in _imagenet()]
+
+
+def names_of_classes(stored: list[str], num_classes: int) -> list[list[str]]:
+    """Return what each class of a model can be called, the name to show first.
+
+    ImageNet's names stand in for a model of 1000 classes that stores none and for folders named
+    by wnid; classes without any name are called by their number.
+    """
+    if not stored and num_classes == 1000:
+        return imagenet_class_names()
+    if not stored:
+        return [[str(index)] for index in range(num_classes)]
+    by_wnid = dict(_imagenet())
+    return [[*by_wnid[name], name] if name in by_wnid else [name] for name in stored]
+
+
+def find_class(query: str, names: list[list[str]]) -> int:
+    """Return the id of the class meant by an id or by one of its names, in any case.
+
+    Raises:
+        UsageError: an id out of range, an unknown name (with the nearest one), or a name that
+            several classes share (with their ids).
+    """
+    query = query.strip()
+    if query.removeprefix("-").isdecimal():
+        if 0 <= int(query) < len(names):
+            return int(query)
+        raise UsageError(
+            "class id out of range", got=query, expected=f"0 to {len(names) - 1}", fix=_FIX
+        )
+    found = _matches(query, names)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        ids = ", ".join(map(str, found))
+        raise UsageError(
+            "ambiguous class name",
+            got=f"{query!r}, which classes {ids} share",
+            fix=f"name the class by its id: one of {ids}",
+        )
+    near = did_you_mean(query.lower(), [name.lower() for group in names for name in group])
+    raise UsageError(
+        "unknown class",
+        got=repr(query),
+        expected=f"a class name or an id from 0 to {len(names) - 1}",
+        where=near.removeprefix(", ") or None,
+        fix=_FIX,
+    )
+
+
+def find_classes(query: str, names: list[list[str]]) -> list[int]:
+    """Return the class ids meant by `all`, one class, or a comma separated list, in its order.
+
+    A name that matches as a whole is not split at its commas.
+
+    Raises:
+        UsageError: as `find_class`, for the first part that does not name one class.
+    """
+    if query.strip().lower() == "all":
+        return list(range(len(names)))
+    if "," not in query or _matches(query.strip(), names):
+        return [find_class(query, names)]
+    return [find_class(part, names) for part in query.split(",")]
+
+
+_FIX = "give ids (207), names (golden retriever), a list (3,7,9) or all"
+
+
+def _matches(query: str, names: list[list[str]]) -> list[int]:
+    """Return the ids of the classes with that name, or whose joined names it is."""
+    wanted = query.lower()
+    return [
+        index
+        for index, group in enumerate(names)
+        if wanted in (name.lower() for name in [*group, ", ".join(group)])
+    ]

@@ -1,0 +1,106 @@
+"""Bytes of an image file -> 8-bit RGB -> a square of the training size.
+
+The crop is ADM's: halve with a box filter while the short side is at least twice the target,
+resize the short side to the target with a bicubic filter, cut the centre. An image that already
+has the target size comes through unchanged.
+
+Shapes: H, W height and width in pixels; S the side of the square.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from terdit_cli.errors import InputFileError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+MAX_PIXELS = 178_956_970  # where Pillow itself refuses: 2 * 1 GiB / 4 / 3 bytes
+MAX_FILE_BYTES = 256 << 20
+
+# Only these decoders run, whatever the file's content says it is: Pillow's EPS reader, for one,
+# starts another program.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
+# What Pillow's decoders raise on broken input (SyntaxError is its word for a broken PNG).
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def is_image_name(name: str) -> bool:
+    """Say whether a relative path (with /) names an image and no part of it is hidden."""
+    if not name.lower().endswith(IMAGE_SUFFIXES):
+        return False
+    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def unreadable(name: str, reason: str) -> InputFileError:
+    """Return the error for one unreadable image."""
+    return InputFileError(
+        "unreadable image",
+        got=reason,
+        expected="a whole 8-bit JPEG, PNG, WebP, BMP, PPM or TIFF file",
+        where=name,
+        fix="repair or remove the file",
+    )
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decode the bytes of one image file into an RGB image; `name` is for the message.
+
+    Raises:
+        InputFileError: not an image, truncated, of a depth other than 8 bits, or larger than
+            MAX_PIXELS.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise unreadable(name, f"{image.width} x {image.height} pixels, over {MAX_PIXELS}")
+            if image.mode[0] in "IF":  # converting these to RGB would clip, not scale
+                raise unreadable(name, f"more than 8 bits a channel (mode {image.mode})")
+            return image.convert("RGB")
+    except _DECODE_ERRORS as error:
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        # Pillow's text for unknown data holds the address of a buffer: noise, new in every run.
+        reason = "not an image" if "BytesIO" in first_line else first_line
+        raise unreadable(name, reason) from error
+
+
+def center_crop(image: Image.Image, image_size: int) -> Image.Image:
+    """Return the centre square [S, S] of an image of any size by ADM's rule (guided-diffusion)."""
+    while min(image.size) >= 2 * image_size:
+        half = (image.width // 2, image.height // 2)
+        image = image.resize(half, resample=Image.Resampling.BOX)
+    scale = image_size / min(image.size)
+    scaled = (round(image.width * scale), round(image.height * scale))
+    if scaled != image.size:
+        image = image.resize(scaled, resample=Image.Resampling.BICUBIC)
+    left = (image.width - image_size) // 2
+    top = (image.height - image_size) // 2
+    return image.crop((left, top, left + image_size, top + image_size))
+
+
+def to_pixels(image: Image.Image, image_size: int | None = None) -> NDArray[np.uint8]:
+    """Return the pixels uint8 [S, S, 3], or [H, W, 3] when `image_size` is None.
+
+    Greyscale becomes three equal channels.
+    """
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    if image_size is not None:
+        image = center_crop(image, image_size)
+    return np.array(image, dtype=np.uint8)

@@ -1,0 +1,268 @@
+"""The space that diffusion runs in: pixels, or the latents of an autoencoder.
+
+    pixels            x = image / 127.5 - 1
+    AutoencoderKL     latents = scale_factor * (mean + std * noise), x = decoder(latents / scale)
+    AutoencoderTiny   without noise, with its own scale: it was trained on scaled latents
+    back to images    uint8(clamp(127.5 x + 128, 0, 255))
+
+Shapes: B images of H x W pixels, uint8 [B, H, W, 3]; latents float32 [B, C, h, w], where
+h = H / downsample.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
+from terdit_cli.torchvision_shim import import_vision
+
+VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+_WEIGHTS = "diffusion_pytorch_model"
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+class Space(Protocol):
+    """Images to what diffusion works on, and back."""
+
+    channels: int
+    downsample: int
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Return (C, h, w) for square images of `image_size` pixels."""
+
+    def encode(
+        self, images: torch.Tensor, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Turn images uint8 [B, H, W, 3] into latents float32 [B, C, h, w]."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Turn latents [B, C, h, w] into images uint8 [B, H, W, 3]."""
+
+
+class PixelSpace:
+    """Diffusion on the pixels themselves, in colour (3 channels) or grey (1)."""
+
+    downsample = 1
+
+    def __init__(self, channels: Literal[1, 3]) -> None:
+        if channels not in (1, 3):
+            raise UsageError("bad number of pixel channels", got=channels, expected="1 or 3")
+        self.channels: int = channels
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Return (C, S, S) for square images of S pixels."""
+        return self.channels, image_size, image_size
+
+    def encode(
+        self, images: torch.Tensor, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Turn images uint8 [B, H, W, 3] into float32 [B, C, H, W] in [-1, 1].
+
+        Grey takes the first channel; there is no noise, `generator` stays untouched.
+        """
+        return _to_float(images)[:, : self.channels].contiguous()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Turn [B, C, H, W] into images uint8 [B, H, W, 3]; grey fills all three channels."""
+        return _to_images(latents)
+
+
+class VaeSpace:
+    """Diffusion on the latents of a pretrained autoencoder, which never trains.
+
+    Raises:
+        InputFileError: a folder that is missing, incomplete, corrupt or of another model class.
+        EnvironmentProblem: a hub id that cannot be downloaded.
+    """
+
+    def __init__(
+        self,
+        vae_id_or_folder: str,
+        scale_factor: float,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype
+        vae = _load(vae_id_or_folder)
+        if vae.config.in_channels != 3 or vae.config.out_channels != 3:
+            raise InputFileError(
+                "the VAE is not for colour images",
+                got=f"{vae.config.in_channels} channels in, {vae.config.out_channels} out",
+                expected=3,
+                where=vae_id_or_folder,
+                fix="give a VAE for RGB images",
+            )
+        self._vae = vae.to(self.device, dtype).eval().requires_grad_(False)
+        self._is_tiny = type(vae).__name__ == "AutoencoderTiny"
+        self.scale_factor = float(vae.config.scaling_factor) if self._is_tiny else scale_factor
+        self.channels: int = vae.config.latent_channels
+        # Every stage but one halves the picture.
+        stages = "encoder_block_out_channels" if self._is_tiny else "block_out_channels"
+        self.downsample = 2 ** (len(vae.config[stages]) - 1)
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Return (C, h, w) for square images of `image_size` pixels.
+
+        Raises:
+            UsageError: the size does not divide by the VAE's factor.
+        """
+        if image_size < 1 or image_size % self.downsample:
+            raise UsageError(
+                "the image size does not fit the VAE",
+                got=image_size,
+                expected=f"a multiple of {self.downsample}",
+                fix=f"set image_size to {max(1, image_size // self.downsample) * self.downsample}",
+            )
+        size = image_size // self.downsample
+        return self.channels, size, size
+
+    @torch.no_grad()
+    def encode(
+        self, images: torch.Tensor, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Turn images uint8 [B, H, W, 3] into latents float32 [B, C, h, w].
+
+        The posterior of an AutoencoderKL is sampled with noise from `generator` (on any device),
+        or its mean is taken when there is none; an AutoencoderTiny has no noise.
+        """
+        encoded = self._vae.encode(_to_float(images.to(self.device)).to(self.dtype))
+        if self._is_tiny:
+            latents = encoded.latents.float()
+        else:
+            latents = encoded.latent_dist.mean.float()
+            if generator is not None:
+                noise = torch.randn(latents.shape, generator=generator, device=generator.device)
+                latents = latents + encoded.latent_dist.std.float() * noise.to(self.device)
+        return latents * self.scale_factor
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Turn latents [B, C, h, w] into images uint8 [B, H, W, 3] on the VAE's device."""
+        unscaled = latents.to(self.device, torch.float32) / self.scale_factor
+        return _to_images(self._vae.decode(unscaled.to(self.dtype)).sample)
+
+
+def _to_float(images: torch.Tensor) -> torch.Tensor:
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _to_images(pixels: torch.Tensor) -> torch.Tensor:
+    """Turn [B, 1 or 3, H, W] around [-1, 1] into uint8 [B, H, W, 3], rounding as DiT does."""
+    levels = (127.5 * pixels.float() + 128).clamp(0, 255).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
+
+
+def _load(vae: str) -> Any:
+    """Load an autoencoder from a folder, else from the hub."""
+    folder = Path(vae).expanduser()
+    # Looked at before diffusers sees it, whose answer to a wrong path is "no connection".
+    if folder.exists():
+        return _load_folder(folder)
+    if vae.startswith(("/", ".", "~")) or vae.count("/") > 1:
+        raise InputFileError("VAE folder not found", where=folder, fix="check the path")
+    return _load_hub(vae)
+
+
+def _load_folder(folder: Path) -> Any:
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise InputFileError(
+            "no VAE here",
+            got="no config.json",
+            expected="a folder in diffusers' format: config.json and the weights",
+            where=folder,
+            fix="give the folder that holds the VAE's config.json",
+        )
+    try:
+        if config_path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise ValueError(f"{config_path.stat().st_size} bytes")
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputFileError(
+            "cannot read the VAE's config",
+            got=str(error),
+            expected="a JSON object",
+            where=config_path,
+            fix="copy or download the folder again",
+        ) from error
+    model_class = _model_class(config, config_path)
+    has_safetensors = (folder / f"{_WEIGHTS}.safetensors").is_file()
+    if not has_safetensors and not (folder / f"{_WEIGHTS}.bin").is_file():
+        raise InputFileError(
+            "the VAE has no weights",
+            expected=f"{_WEIGHTS}.safetensors or {_WEIGHTS}.bin",
+            where=folder,
+            fix="copy or download the folder again",
+        )
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+
+    try:
+        # diffusers reads .bin files with weights_only=True.
+        model, info = model_class.from_pretrained(
+            folder,
+            use_safetensors=has_safetensors,
+            output_loading_info=True,
+            low_cpu_mem_usage=False,
+        )
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        UnpicklingError,
+        SafetensorError,
+    ) as error:
+        raise _corrupt(folder, (str(error) or type(error).__name__).splitlines()[0]) from error
+    # diffusers leaves what the file lacks at random values.
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise _corrupt(folder, f"no values for {len(missing)} tensors, first {missing[0]}")
+    return model
+
+
+def _load_hub(vae: str) -> Any:
+    autoencoder = import_vision("diffusers").AutoencoderKL
+    try:
+        model_class = _model_class(autoencoder.load_config(vae), vae)
+        return model_class.from_pretrained(vae, low_cpu_mem_usage=False)
+    except (OSError, ValueError) as error:
+        raise EnvironmentProblem(
+            "cannot get the VAE",
+            # Not the library's reason: without a network it says that the model lacks a file.
+            got="no such folder here, and no such model from the hub or its cache",
+            expected="a folder, or a model id of the Hugging Face hub and a network",
+            where=vae,
+            fix="download it elsewhere and give its folder",
+        ) from error
+
+
+def _model_class(config: dict[str, Any], where: object) -> Any:
+    name = config.get("_class_name")
+    if name not in VAE_CLASSES:
+        raise InputFileError(
+            "not a supported VAE",
+            got=f"_class_name {name!r}",
+            expected=" or ".join(VAE_CLASSES),
+            where=where,
+            fix="give the folder or id of such a model",
+        )
+    return getattr(import_vision("diffusers"), name)
+
+
+def _corrupt(folder: Path, got: str) -> InputFileError:
+    return InputFileError(
+        "cannot load the VAE",
+        got=got,
+        expected="weights that fit its config.json",
+        where=folder,
+        fix="copy or download the folder again",
+    )

@@ -1,0 +1,1 @@
+"""The diffusion process and the samplers that invert it."""

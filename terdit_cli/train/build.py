@@ -1,0 +1,115 @@
+"""From a recipe to the things it names: network configuration, description, space, images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from terdit_cli import console
+from terdit_cli.data.images import ImageSource, open_images
+from terdit_cli.data.vae import PixelSpace, Space, VaeSpace
+from terdit_cli.errors import UsageError
+from terdit_cli.model.dit import DiT, DiTConfig, build_config
+from terdit_cli.model.info import ModelInfo, SpaceInfo
+from terdit_cli.model.ternary import TernaryConfig
+from terdit_cli.recipe import Recipe
+
+
+def model_config(recipe: Recipe) -> DiTConfig:
+    """Return the network's configuration; raises UsageError for shapes that do not fit."""
+    fields = recipe.model.model_dump(exclude={"size"}, exclude_none=True)
+    adaln_norm = recipe.ternary.adaln_norm
+    return build_config(
+        recipe.model.size,
+        **fields,
+        input_size=recipe.input_size,
+        in_channels=recipe.in_channels,
+        adaln_norm=recipe.ternary.enabled if adaln_norm is None else adaln_norm,
+    )
+
+
+def ternary_config(recipe: Recipe) -> TernaryConfig:
+    """Return how the large matrices are quantised."""
+    return TernaryConfig(**recipe.ternary.model_dump(exclude={"adaln_norm"}))
+
+
+def build_network(recipe: Recipe) -> DiT:
+    """Build the network to train, freshly initialised on the default device."""
+    return DiT(model_config(recipe), ternary_config(recipe).linear())
+
+
+def model_info(recipe: Recipe, class_names: list[str], step: int) -> ModelInfo:
+    """Describe the model that a run makes."""
+    data = recipe.data
+    space = (
+        SpaceInfo("pixel") if data.vae is None else SpaceInfo("vae", data.vae, data.scale_factor)
+    )
+    return ModelInfo(
+        config=model_config(recipe),
+        ternary=ternary_config(recipe),
+        space=space,
+        image_size=data.image_size,
+        class_names=class_names,
+        step=step,
+        recipe_sha256=recipe.sha256(),
+    )
+
+
+def open_data(recipe: Recipe) -> ImageSource:
+    """Open the training images and check them against the recipe.
+
+    Raises:
+        InputFileError: missing, empty or unreadable data.
+        UsageError: another number of classes than the model has.
+    """
+    data = recipe.data
+    meter: dict[str, int] = {"last": 0}
+
+    def on_progress(done: int, total: int) -> None:
+        if done - meter["last"] >= 20_000 or (done == total and meter["last"]):
+            meter["last"] = done
+            console.note(f"reading images: {done}/{total}")
+
+    source = open_images(
+        data.source,
+        data.path,
+        data.image_size,
+        on_bad_image=data.on_bad_image,
+        split=data.split,
+        on_progress=on_progress,
+    )
+    if source.skipped:
+        console.warn(f"{len(source.skipped)} unreadable images skipped, first: {source.skipped[0]}")
+    if len(source.class_names) != recipe.model.num_classes:
+        raise UsageError(
+            "the data has another number of classes than the model",
+            got=f"{len(source.class_names)} classes in the data",
+            expected=f"model.num_classes = {recipe.model.num_classes}",
+            where=data.path or data.source,
+            fix=f"set model.num_classes={len(source.class_names)}",
+        )
+    return source
+
+
+def open_space(recipe: Recipe, device: torch.device) -> Space:
+    """Open the space that diffusion runs in and check that the network's input fits it."""
+    data = recipe.data
+    if data.vae is None:
+        return PixelSpace(data.channels)
+    space = VaeSpace(data.vae, data.scale_factor, device)
+    expected = (recipe.in_channels, recipe.input_size, recipe.input_size)
+    if space.latent_shape(data.image_size) != expected:
+        raise UsageError(
+            "the VAE's latents do not fit the network",
+            got=space.latent_shape(data.image_size),
+            expected=expected,
+            where=f"data.vae {data.vae}",
+            fix="use a VAE with 4 channels and 8 pixels a latent, as Stable Diffusion's",
+        )
+    return space
+
+
+def default_run_folder(recipe: Recipe) -> Path:
+    """Return where a run goes when no folder is named."""
+    return Path("runs") / recipe.name

@@ -1,0 +1,52 @@
+"""Preview grids: a few images of the EMA weights, the same noise every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from terdit_cli.data.grid import draw_grid, save_png
+from terdit_cli.data.images import ImageSource
+from terdit_cli.data.vae import Space
+from terdit_cli.diffusion.noise import ImageNoise
+from terdit_cli.diffusion.sampler import SamplerConfig, sample
+from terdit_cli.model.dit import DiT
+from terdit_cli.recipe import Recipe
+
+FOLDER = "samples"
+
+
+def preview_sampler(recipe: Recipe) -> SamplerConfig:
+    """Return the sampler of the previews; guidance needs label dropout.
+
+    Raises:
+        UsageError: a sampler, number of steps or scale that does not exist.
+    """
+    section = recipe.sample
+    guided = recipe.model.class_dropout_prob > 0
+    return SamplerConfig(
+        name=section.sampler,
+        steps=section.steps,
+        cfg_scale=section.cfg_scale if guided else 1.0,
+        clip_denoised=recipe.data.vae is None,
+    )
+
+
+@torch.inference_mode()
+def draw_preview(
+    network: DiT, recipe: Recipe, space: Space, source: ImageSource, run_folder: Path, step: int
+) -> Path:
+    """Draw `sample.count` images in the classes' order into samples/step-00000400.png."""
+    config, device = network.config, next(network.parameters()).device
+    classes = [index % config.num_classes for index in range(recipe.sample.count)]
+    sampler = preview_sampler(recipe)
+    shape = (config.in_channels, config.input_size, config.input_size)
+    noise = ImageNoise(recipe.seed, range(len(classes)), shape, device)
+    y = torch.tensor(classes, device=device)
+    latents = sample(network, sampler, noise.initial(), y, config.num_classes, noise)
+    labels = [source.class_names[index] for index in classes]
+    grid = draw_grid(space.decode(latents).cpu().numpy(), labels, f"{recipe.name}, step {step}")
+    path = run_folder / FOLDER / f"step-{step:08d}.png"
+    save_png(grid, path, {"recipe_sha256": recipe.sha256(), "step": str(step)})
+    return path

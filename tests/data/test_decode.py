@@ -1,0 +1,168 @@
+"""Image bytes to RGB squares: the ADM crop, and bytes that are no good image."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from terdit_cli.data import decode
+from terdit_cli.data.decode import center_crop, decode_image, is_image_name, to_pixels
+from terdit_cli.errors import InputFileError
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encode(image: Image.Image, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind)
+    return buffer.getvalue()
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises width x height pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 10)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+@given(
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    size=st.integers(1, 33),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=60, deadline=None)
+def test_crop_gives_the_square_for_any_shape(height: int, width: int, size: int, seed: int) -> None:
+    pixels = to_pixels(noise(height, width, seed), size)
+    assert pixels.shape == (size, size, 3)
+    assert pixels.dtype == np.uint8
+
+
+def test_image_of_the_target_size_is_untouched() -> None:
+    image = noise(28, 28)
+    assert np.array_equal(to_pixels(image, 28), np.asarray(image))
+
+
+def test_wide_image_of_the_target_height_is_only_cut() -> None:
+    image = noise(16, 25)
+    assert np.array_equal(to_pixels(image, 16), np.asarray(image)[:, 4:20])
+
+
+def test_halving_is_a_box_filter() -> None:
+    image = noise(32, 32)
+    pixels = np.asarray(image, dtype=np.float64)
+    boxes = pixels.reshape(16, 2, 16, 2, 3).mean(axis=(1, 3))
+    assert np.abs(to_pixels(image, 16) - boxes).max() <= 1  # a rounding after rows and columns
+
+
+def test_halving_comes_before_the_bicubic_step() -> None:
+    image = noise(70, 90)
+    halved = image.resize((45, 35), Image.Resampling.BOX)
+    scaled = halved.resize((round(45 * 20 / 35), 20), Image.Resampling.BICUBIC)
+    left = (scaled.width - 20) // 2
+    expected = np.asarray(scaled)[:, left : left + 20]
+    assert np.array_equal(to_pixels(image, 20), expected)
+
+
+def test_grey_becomes_three_equal_channels() -> None:
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    pixels = to_pixels(decode_image(encode(grey), "grey.png"), 16)
+    for channel in range(3):
+        assert np.array_equal(pixels[..., channel], np.asarray(grey))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "1", "CMYK", "LA"])
+def test_other_modes_become_rgb(mode: str) -> None:
+    kind = "JPEG" if mode == "CMYK" else "PNG"
+    image = decode_image(encode(noise(9, 7).convert(mode), kind), "x")
+    assert image.mode == "RGB"
+    assert image.size == (7, 9)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF"])
+def test_formats(kind: str) -> None:
+    assert decode_image(encode(noise(5, 6), kind), "x").size == (6, 5)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "not an image"),
+        (b"hello", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        (encode(noise(40, 40))[:900], "truncated"),
+        (encode(noise(40, 40), "JPEG")[:500], "truncated"),
+        (encode(Image.fromarray(np.ones((4, 4), np.uint16))), "more than 8 bits"),
+        (huge_png(13_400, 13_400), "pixels"),
+        (huge_png(40_000, 40_000), "pixels"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_bytes_name_the_file_and_the_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(InputFileError) as caught:
+        decode_image(data, "dog/7.png")
+    message = str(caught.value)
+    assert "dog/7.png" in message
+    assert reason in message.lower()
+    assert "Fix: repair or remove" in message
+    assert "0x" not in message
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@given(position=st.integers(0, 10_000), value=st.integers(0, 255), cut=st.integers(0, 10_000))
+@settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "WEBP"])
+def test_damaged_files_never_crash(kind: str, position: int, value: int, cut: int) -> None:
+    data = bytearray(encode(noise(12, 11), kind))
+    data[position % len(data)] = value
+    data = data[: max(1, cut % (2 * len(data)))]
+    try:
+        image = decode_image(bytes(data), "x")
+    except InputFileError:
+        return
+    assert image.mode == "RGB"
+
+
+def test_pixel_bound_is_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decode.MAX_PIXELS == 2 * (1 << 30) // 4 // 3
+    monkeypatch.setattr(decode, "MAX_PIXELS", 99)
+    with pytest.raises(InputFileError, match="10 x 10 pixels, over 99"):
+        decode_image(encode(noise(10, 10)), "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cat/1.jpg", True),
+        ("cat/1.JPEG", True),
+        ("1.webp", True),
+        ("cat/1.txt", False),
+        ("cat/._1.jpg", False),
+        (".git/1.jpg", False),
+        ("__MACOSX/cat/1.jpg", False),
+        ("cat", False),
+    ],
+)
+def test_image_names(name: str, expected: bool) -> None:
+    assert is_image_name(name) is expected
+
+
+def test_crop_of_a_line() -> None:
+    assert center_crop(noise(1, 50), 4).size == (4, 4)
