@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 import terdit_cli
 from terdit_cli import console
-from terdit_cli.errors import TerditError, UsageError
+from terdit_cli.errors import GateFailed, TerditError, UsageError
 
 if TYPE_CHECKING:
     from terdit_cli.commands.ternarize import TernarizeResult
@@ -350,26 +353,121 @@ def sample(
     )
 
 
+@app.command(
+    name="eval-fid",
+    epilog=_example(
+        "terdit eval-fid --model model.tdt --reference imagenet_val/ -n 50000 --max-fid 10",
+        "terdit eval-fid --images samples.npz --reference stats.npz",
+        "terdit eval-fid --model quickstart.tdt --reference embedded:heldout -n 500 "
+        "--features efficientnet-lite0 --sampler dpmpp-2m --steps 20",
+        "terdit eval-fid --images train/ --save-reference stats.npz",
+    ),
+)
+def eval_fid(
+    model: Annotated[Path | None, typer.Option(help="Draw the images with this model.")] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(help="Score these: folder, zip, .npz, or embedded[:train|:heldout]."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Folder, zip, .npz of images or statistics, or embedded[:split]."),
+    ] = None,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "-n",
+            help="Images, and at most so many of a reference of images.  "
+            "[default: all; 1000 of a model]",
+        ),
+    ] = None,
+    features: Annotated[
+        str, typer.Option(help="inception (FID), efficientnet-lite0 or torchscript:FILE.")
+    ] = "inception",
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights file of the feature extractor.")
+    ] = None,
+    max_fid: Annotated[
+        float | None, typer.Option(help="Exit with 5 if the distance is larger.")
+    ] = None,
+    save_reference: Annotated[
+        Path | None, typer.Option(help="Write the images' statistics as a reference .npz.")
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="ddpm, ddim, dpmpp-2m, unipc or euler.")] = "ddpm",
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 250,
+    cfg_scale: Annotated[float, typer.Option(help="Guidance; 1 is off.")] = 4.0,
+    cfg_channels: Annotated[
+        CfgChannels, typer.Option(help="Guided channels: 3 as published, or all.")
+    ] = CfgChannels.three,
+    seed: Annotated[int, typer.Option(help="Image i is a function of (seed, i).")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images drawn at once.")] = 8,
+    backend: Annotated[str, typer.Option(help="auto, gpu, cpu or reference.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
+    ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="VAE folder or hub id instead of the model's.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Score a model or images against a reference; exit with 5 if the gate is missed."""
+    from terdit_cli.commands import eval_fid as command
+
+    result = command.run(
+        reference, model, images, n, features, weights, max_fid, save_reference, sampler, steps,
+        cfg_scale, cfg_channels.value, seed, batch_size, backend, device, vae,
+    )  # fmt: skip
+    if result is None:
+        console.result(f"{save_reference}: reference written")
+        return
+    for text in result.warnings:
+        console.warn(text)
+    if json:
+        console.result_json(dataclasses.asdict(result) | {"passed": result.passed})
+    else:
+        kid = "" if result.kid is None else f", KID {result.kid:.6f}"
+        console.result(
+            f"{result.distance_name} {result.distance:.4f}{kid} "
+            f"({result.n} images, reference {result.n_reference or 'of unknown n'}; "
+            f"{result.pipeline})"
+        )
+    if not result.passed:
+        raise GateFailed(
+            f"{result.distance_name} is above the gate",
+            got=f"{result.distance:.4f}",
+            expected=f"at most {max_fid}",
+            where=model or images,
+        )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[None]:
+    """Make SIGINT and SIGTERM an exception, so that half-written files are removed.
+
+    Training, while it runs, handles the two itself (`train/loop.py`).
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(
+            f"stopped by {signal.Signals(number).name}: nothing half-written is left",
+            signal_number=number,
+        )
+
+    previous = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in previous.items():
+            signal.signal(name, handler)
+
+
 def main() -> None:
     """Run the command line and exit with a documented code."""
-    command = typer.main.get_command(app)
     try:
-        status = command.main(prog_name="terdit", standalone_mode=False)
-        sys.exit(status if isinstance(status, int) else 0)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        console.fail("stopped before anything had to be saved")
-        sys.exit(130)
+        with _stop_signals():
+            app(prog_name="terdit")
     except TerditError as error:
         if os.environ.get("TERDIT_DEBUG"):
             traceback.print_exc()
         console.fail(str(error))
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # The reader of our output is gone; nothing is left to tell it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)

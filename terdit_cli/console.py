@@ -27,10 +27,11 @@ from rich.progress import (
 from rich.table import Table
 
 PLAIN_SECONDS = 10.0  # without a terminal: one line at most this often, unless told otherwise
+PIPE_WIDTH = 160  # columns of a table that no terminal shows
 
 # Piped output is for programs and logs: never wrap a line there.
-_out = Console(soft_wrap=True, highlight=False)
-_err = Console(stderr=True, soft_wrap=True, highlight=False)
+_out = Console(soft_wrap=True, highlight=False, emoji=False)
+_err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
 def is_main() -> bool:
@@ -79,11 +80,15 @@ def result_table(title: str, header: Sequence[str], rows: Sequence[Sequence[obje
         show_header=any(header),
     )
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        left = index == 0
+        table.add_column(
+            name, justify="left" if left else "right", overflow="fold", no_wrap=not left
+        )
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
     # A table that is piped must not be folded to eighty columns.
-    _out.print(table, width=None if _out.is_terminal else 160, soft_wrap=False)
+    target = _out if _out.is_terminal else Console(width=PIPE_WIDTH, highlight=False)
+    target.print(table, soft_wrap=False)
 
 
 class Meter:

@@ -1,0 +1,161 @@
+"""Streaming mean and covariance of features, and reference files.
+
+    mean' = mean + d * b / n,   M' = M + M_b + d d^T * a b / n,   d = mean_b - mean
+
+for a samples so far, a batch of b and n = a + b (Chan, Golub and LeVeque 1979), in float64: 50,000
+images never lie in memory, and neither do their features. Covariance = M / (n - 1), as numpy.cov.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from terdit_cli.atomic import atomic_path
+from terdit_cli.errors import InputFileError, UsageError
+
+Matrix = NDArray[np.float64]
+
+LARGEST_DIM = 1 << 14  # Inception has 2048 features
+_SYMMETRY_TOLERANCE = 1e-6
+
+
+class FeatureStatistics:
+    """Mean and covariance of a stream of features, and the first `keep` of them for KID."""
+
+    def __init__(self, dim: int, keep: int = 0) -> None:
+        self.dim = dim
+        self.count = 0
+        self._mean: Matrix = np.zeros(dim)
+        self._scatter: Matrix = np.zeros((dim, dim))
+        self._keep = keep
+        self._kept: list[NDArray[np.float32]] = []
+
+    def update(self, features: NDArray[np.floating]) -> None:
+        """Add a batch of features [B, D]; raises ValueError for another width or not finite."""
+        batch = np.asarray(features, dtype=np.float64)
+        if batch.ndim != 2 or batch.shape[1] != self.dim:
+            raise ValueError(f"features have shape {batch.shape}, expected [B, {self.dim}]")
+        if not np.isfinite(batch).all():
+            raise ValueError("features hold numbers that are not finite")
+        if not len(batch):
+            return
+        left = self._keep - sum(len(part) for part in self._kept)
+        if left > 0:
+            self._kept.append(batch[:left].astype(np.float32))
+        mean = batch.mean(axis=0)
+        centred = batch - mean
+        self._add(len(batch), mean, centred.T @ centred)
+
+    def merge(self, other: FeatureStatistics) -> None:
+        """Add the samples of another stream (its kept features after ours)."""
+        if other.dim != self.dim:
+            raise ValueError(f"{other.dim} features, expected {self.dim}")
+        self._kept.append(other.kept[: self._keep - len(self.kept)])
+        if other.count:
+            self._add(other.count, other._mean, other._scatter)
+
+    def _add(self, count: int, mean: Matrix, scatter: Matrix) -> None:
+        total = self.count + count
+        difference = mean - self._mean
+        self._scatter += scatter + np.outer(difference, difference) * (self.count * count / total)
+        self._mean = self._mean + difference * (count / total)
+        self.count = total
+
+    @property
+    def mean(self) -> Matrix:
+        """The mean, [D]."""
+        return self._mean
+
+    @property
+    def covariance(self) -> Matrix:
+        """The unbiased covariance, [D, D]; needs two samples."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs 2 samples, got {self.count}")
+        return self._scatter / (self.count - 1)
+
+    @property
+    def kept(self) -> NDArray[np.float32]:
+        """The first features of the stream, float32 [at most `keep`, D]."""
+        return np.concatenate([np.empty((0, self.dim), np.float32), *self._kept])
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The statistics of a reference set; other tools' files say neither count nor pipeline."""
+
+    mean: Matrix
+    covariance: Matrix
+    count: int | None
+    pipeline: str | None
+
+    def require_pipeline(self, pipeline: str, where: object) -> None:
+        """Raise UsageError if the reference was made with other features."""
+        if self.pipeline is not None and self.pipeline != pipeline:
+            raise UsageError(
+                "the reference was made with other features",
+                got=self.pipeline,
+                expected=pipeline,
+                where=where,
+                fix="use its features with --features, or make a reference with these",
+            )
+
+
+def save_reference(path: Path, statistics: FeatureStatistics, pipeline: str) -> None:
+    """Write mu, sigma, n and pipeline as .npz, whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            mu=statistics.mean,
+            sigma=statistics.covariance,
+            n=np.int64(statistics.count),
+            pipeline=np.array(pipeline),
+        )
+
+
+def is_statistics_file(path: Path) -> bool:
+    """Return whether a path is an .npz that holds mu and sigma (and not images)."""
+    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+
+
+def load_reference(path: Path) -> Reference:
+    """Read statistics of our own, pytorch-fid's, clean-fid's or ADM's form (mu and sigma).
+
+    Raises:
+        InputFileError: missing, damaged, or not a mean and a covariance.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            largest = 8 * LARGEST_DIM**2 + 1024
+            for item in archive.infolist():
+                if item.filename in ("mu.npy", "sigma.npy") and item.file_size > largest:
+                    raise ValueError(f"{item.filename} declares {item.file_size} bytes")
+        with np.load(path, allow_pickle=False) as values:
+            mean = np.asarray(values["mu"], dtype=np.float64)
+            covariance = np.asarray(values["sigma"], dtype=np.float64)
+            count = int(values["n"]) if "n" in values.files else None
+            pipeline = str(values["pipeline"]) if "pipeline" in values.files else None
+        size = mean.shape[0] if mean.ndim == 1 else -1
+        if covariance.shape != (size, size):
+            raise ValueError(f"mu {mean.shape} and sigma {covariance.shape} do not fit")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("numbers that are not finite")
+        difference = np.abs(covariance - covariance.T).max(initial=0)
+        if difference > _SYMMETRY_TOLERANCE * max(1.0, np.abs(covariance).max(initial=0)):
+            raise ValueError("sigma is not symmetric")
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputFileError(
+            "the reference statistics cannot be read",
+            got=str(error) or type(error).__name__,
+            expected="an .npz with mu [D] and sigma [D, D]",
+            where=path,
+            fix="make it with `terdit eval-fid --save-reference`",
+        ) from error
+    return Reference(mean, covariance, count, pipeline)
