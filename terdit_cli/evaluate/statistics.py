@@ -8,6 +8,7 @@ images never lie in memory, and neither do their features. Covariance = M / (n -
 
 from __future__ import annotations
 
+import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,23 @@ def is_statistics_file(path: Path) -> bool:
         return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
 
 
+def _check_declared_size(archive: zipfile.ZipFile, name: str) -> None:
+    """Raise ValueError for an array larger than any reference, or than the file that holds it.
+
+    numpy allocates what the header declares before it reads a byte of it.
+    """
+    size = archive.getinfo(name).file_size
+    with archive.open(name) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0
+        if version == (2, 0):
+            read = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    declared = math.prod(shape) * dtype.itemsize
+    if declared > min(size, 8 * LARGEST_DIM**2):
+        raise ValueError(f"{name} declares {declared} bytes in a file of {size}")
+
+
 def load_reference(path: Path) -> Reference:
     """Read statistics of our own, pytorch-fid's, clean-fid's or ADM's form (mu and sigma).
 
@@ -133,10 +151,8 @@ def load_reference(path: Path) -> Reference:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            largest = 8 * LARGEST_DIM**2 + 1024
-            for item in archive.infolist():
-                if item.filename in ("mu.npy", "sigma.npy") and item.file_size > largest:
-                    raise ValueError(f"{item.filename} declares {item.file_size} bytes")
+            for name in ("mu.npy", "sigma.npy"):
+                _check_declared_size(archive, name)
         with np.load(path, allow_pickle=False) as values:
             mean = np.asarray(values["mu"], dtype=np.float64)
             covariance = np.asarray(values["sigma"], dtype=np.float64)
