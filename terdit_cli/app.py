@@ -21,7 +21,7 @@ import typer
 
 import terdit_cli
 from terdit_cli import console
-from terdit_cli.errors import GateFailed, TerditError, UsageError
+from terdit_cli.errors import GateFailed, Interrupted, TerditError, UsageError
 
 if TYPE_CHECKING:
     from terdit_cli.commands.ternarize import TernarizeResult
@@ -91,16 +91,24 @@ def _weights(ema: bool) -> Any:
     return "ema" if ema else "raw"
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.result(terdit_cli.__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _global(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of all errors.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
 ) -> None:
     if debug:
         os.environ["TERDIT_DEBUG"] = "1"
-    if version:
-        console.result(terdit_cli.__version__)
-        raise typer.Exit
 
 
 def _example(*lines: str) -> str:
@@ -116,9 +124,9 @@ def _example(*lines: str) -> str:
     )
 )
 def train(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe fields to change.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe fields to change.")
     ] = None,
     resume: Annotated[
         str | None,
@@ -190,7 +198,9 @@ def _print_plan(recipe: Recipe, plan: Plan, json: bool) -> None:
     )
 )
 def ternarize(
-    checkpoint: Annotated[Path, typer.Argument(help="ckpt.pt, or its run folder.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="ckpt.pt, or its run folder.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
     ema: RawWeights = True,
     granularity: Annotated[
@@ -243,13 +253,14 @@ def pack(
     source: Annotated[
         Path,
         typer.Argument(
-            help="Run folder, ckpt.pt, ternarized .safetensors, or a released TerDiT folder."
+            metavar="SOURCE",
+            help="Run folder, ckpt.pt, ternarized .safetensors, or a released TerDiT folder.",
         ),
     ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="What a released folder does not say: n_heads=32."
+            metavar="KEY=VALUE", help="What a released folder does not say: n_heads=32."
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The .tdt file to write.")] = Path(
@@ -349,7 +360,7 @@ def sample(
     rate = result.images * result.nfe / result.seconds
     console.result(
         f"{result.output}: {result.images} images, {result.nfe} NFE each, "
-        f"{console.duration(result.seconds)}, {rate:.1f} NFE/s"
+        f"{console.duration(result.seconds)}, {rate:.3g} NFE/s"
     )
 
 

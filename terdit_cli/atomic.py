@@ -53,11 +53,13 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 def write_problem(target: Path, error: OSError) -> EnvironmentProblem:
     """Turn the operating system's refusal to write `target` into a sentence with a way out."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         fix = "free disk space or name another folder; the previous file, if any, is untouched"
     else:
         fix = "name a folder you can write to"
     reason = error.strerror or str(error)
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        reason = "a file where a folder is needed"
     return EnvironmentProblem("cannot write", got=reason, where=target, fix=fix)
 
 

@@ -32,6 +32,7 @@ from terdit_cli.errors import InputFileError, UsageError, did_you_mean
 
 VAE_DOWNSAMPLE = 8  # of Stable Diffusion's VAE, which all published recipes use
 VAE_CHANNELS = 4
+LARGEST_FILE = 1 << 20  # bytes of a recipe
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DataSource = Literal["embedded", "folder", "zip", "cifar10", "fashion-mnist"]
@@ -47,7 +48,10 @@ class Section(BaseModel):
     def _no_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
         """Refuse YAML's `yes` where a number is wanted: pydantic would read it as 1."""
         annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+        parts = value if isinstance(value, list | tuple) else [value]
+        if bool not in (annotation, *get_args(annotation)) and any(
+            isinstance(part, bool) for part in parts
+        ):
             raise ValueError(f"got {value}, expected a value that is not yes/no")
         return value
 
@@ -187,6 +191,16 @@ class Recipe(Section):
     logging: LoggingSection = LoggingSection()
     checkpoint: CheckpointSection = CheckpointSection()
 
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.input_size % self.model.patch_size:
+            pixels = self.model.patch_size * (VAE_DOWNSAMPLE if self.data.vae is not None else 1)
+            raise ValueError(
+                f"data.image_size {self.data.image_size} must be a multiple of {pixels}, the "
+                f"pixels that model.patch_size {self.model.patch_size} spans"
+            )
+        return self
+
     @property
     def in_channels(self) -> int:
         return VAE_CHANNELS if self.data.vae is not None else self.data.channels
@@ -206,11 +220,21 @@ class Recipe(Section):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader for which a repeated key is an error instead of the last one winning."""
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader for which repeated keys are errors instead of the last one winning.
+
+    So are aliases (`*name`): a few of them can stand for gigabytes.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(
+                None, None, "aliases (*name) are not allowed", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
 
 
-def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     keys = [loader.construct_object(key) for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
@@ -220,7 +244,7 @@ def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict
     return loader.construct_mapping(node)
 
 
-_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -231,7 +255,9 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         UsageError: one sentence for each unknown key, wrong type or impossible value.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+        text = data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise InputFileError(
@@ -240,16 +266,24 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
             where=path,
             fix="recipes here: " + ", ".join(near) if near else "give the path of a .yaml file",
         ) from error
+    if len(data) > LARGEST_FILE:
+        raise InputFileError(
+            "the recipe is too large", expected=f"at most {LARGEST_FILE} bytes", where=path,
+            fix="give the path of a recipe",
+        )  # fmt: skip
     try:
-        values = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
-    except (yaml.YAMLError, RecursionError) as error:
+        values = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputFileError(
-            "the recipe is not valid YAML", got=" ".join(str(error).split()), where=path
-        ) from error
+            "the recipe is not valid YAML", got=" ".join(str(error).split()), where=path,
+            fix="correct it at that place",
+        ) from error  # fmt: skip
     if not isinstance(values, dict):
+        got = "an empty file" if values is None else f"a {type(values).__name__}"
         raise InputFileError(
-            "the recipe is not a mapping", got=type(values).__name__, where=path,
+            "the recipe is not a mapping", got=got, where=path,
             expected="sections such as `model:` and `train:`",
+            fix="start from a copy of a shipped recipe",
         )  # fmt: skip
     for word in overrides:
         _apply_override(values, word)
@@ -278,12 +312,17 @@ def _apply_override(values: dict[str, Any], word: str) -> None:
             "an override is not key=value", got=repr(word), fix="write it as optim.lr=2e-4"
         )
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError("an override's value is not valid YAML", got=repr(word)) from error
+        value = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UsageError(
+            "an override's value is not valid YAML", got=repr(word[:200]),
+            fix="quote it, as in 'data.path=\"a: b\"'",
+        ) from error  # fmt: skip
     *sections, last = key.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
+        if values.get(section) is None:  # also a section that the file leaves empty
+            values[section] = {}
+        values = values[section]
         if not isinstance(values, dict):
             raise UsageError(
                 "an override names a field inside a plain value", got=repr(word),

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 import terdit_cli
 from terdit_cli import console
 from terdit_cli.commands.generate import model_sha256, open_generator
-from terdit_cli.data.collection import count_images, read_images
+from terdit_cli.data.collection import count_images, read_images, spread
 from terdit_cli.data.images import open_images
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.evaluate.features import FeatureExtractor, make_extractor
@@ -101,7 +101,7 @@ def run(
         model: draw the images with it (class-balanced); or
         images: folder, zip, .npz, or "embedded[:split]".
         n: how many images (default: all given; 1,000 of a model) and, of a reference made of
-            images, at most how many.
+            images, at most how many; a part of a set is spread evenly over it.
         max_distance: the gate.
         save_reference_to: write the images' statistics as a reference .npz; with no reference
             that is all that is done, and the result is None.
@@ -119,6 +119,16 @@ def run(
         raise UsageError("nothing to compare with", fix="give --reference")
     if n is not None and n < 2:
         raise UsageError("wrong -n", got=n, expected="at least 2 images")
+    if seed < 0:
+        raise UsageError("wrong --seed", got=seed, expected="an integer from 0 up", fix="--seed 0")
+    if save_reference_to is not None and save_reference_to.suffix.lower() != ".npz":
+        raise UsageError(
+            "wrong name for reference statistics",
+            got=save_reference_to.name,
+            expected="a name that ends in .npz",
+            where="--save-reference",
+            fix=f"--save-reference {save_reference_to}.npz",
+        )
     started = time.monotonic()
     extractor = make_extractor(features, weights, _extractor_device(device))
     provenance: dict[str, Any] = {
@@ -136,16 +146,17 @@ def run(
     else:
         source = _from_path(str(images), n)
         provenance["images"] = images
+    # The reference first: what is wrong with it shows before hours of sampling.
+    theirs, kept = _open_reference(reference, n, extractor) if reference else (None, None)
     ours = _collect(source, extractor, "images")
     if save_reference_to is not None:
         save_reference(save_reference_to, ours, extractor.pipeline)
-    if reference is None:
+    if reference is None or theirs is None:
         return None
-    theirs, kept = _open_reference(reference, n, extractor)
     distance = _distance(ours, theirs, reference)
     kid = None
     if kept is not None and min(len(kept), len(ours.kept)) >= 2:
-        kid = kernel_inception_distance(kept, ours.kept, seed=seed)
+        kid = kernel_inception_distance(kept, ours.kept, seed=seed % 2**32)
     provenance["seconds"] = round(time.monotonic() - started, 1)
     return EvalResult(
         distance_name=extractor.distance_name,
@@ -201,16 +212,18 @@ def _from_path(path: str, n: int | None) -> _Images:
     if path == EMBEDDED or path.startswith(EMBEDDED + ":"):
         split = path.partition(":")[2] or "all"
         source = open_images(EMBEDDED, None, _EMBEDDED_SIZE, split=split)
-        count = min(len(source), n or len(source))
-        return _Images(count, (source.read(index) for index in range(count)), path)
-    found = count_images(Path(path))
+        count = _enough(len(source), n, path)
+        return _Images(count, (source.read(index) for index in spread(len(source), count)), path)
+    count = _enough(count_images(Path(path)), n, path)
+    return _Images(count, (image for _, image in read_images(Path(path), n=count)), path)
+
+
+def _enough(found: int, n: int | None, path: str) -> int:
     if n is not None and n > found:
         raise InputFileError(
             "too few images", got=found, expected=f"-n {n}", where=path, fix=f"-n {found}"
         )
-    count = n or found
-    named = itertools.islice(read_images(Path(path)), count)
-    return _Images(count, (image for _, image in named), path)
+    return n or found
 
 
 def _collect(source: _Images, extractor: FeatureExtractor, what: str) -> FeatureStatistics:
@@ -252,10 +265,9 @@ def _open_reference(
         loaded = load_reference(Path(reference))
         loaded.require_pipeline(extractor.pipeline, reference)
         return loaded, None
-    source = _from_path(reference, None)
-    limit = source.count if n is None else min(n, source.count)
-    limited = _Images(limit, itertools.islice(source.images, limit), source.where)
-    statistics = _collect(limited, extractor, "reference")
+    found = _from_path(reference, None)
+    source = found if n is None or n >= found.count else _from_path(reference, n)
+    statistics = _collect(source, extractor, "reference")
     made = Reference(statistics.mean, statistics.covariance, statistics.count, extractor.pipeline)
     return made, statistics.kept
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +36,31 @@ def default_device() -> torch.device:
 
 @dataclass(frozen=True)
 class ImageGenerator:
-    """A loaded model with the space that turns its output into images."""
+    """A loaded model and, opened when first used, the space that its output lives in."""
 
     path: Path
     model: LoadedModel
-    space: Space
     device: torch.device
+    vae: str | None
+
+    @cached_property
+    def space(self) -> Space:
+        """The pixels or the VAE; raises what `VaeSpace` raises, or UsageError for another VAE."""
+        info = self.model.info
+        if info.space.kind == "pixel":
+            return PixelSpace(3 if info.config.in_channels == 3 else 1)
+        vae = self.vae or str(info.space.vae)
+        space = VaeSpace(vae, info.space.scale_factor, self.device)
+        latent = (info.config.in_channels, info.config.input_size, info.config.input_size)
+        if space.latent_shape(info.image_size) != latent:
+            raise UsageError(
+                "the VAE does not fit the model",
+                got=f"latents {space.latent_shape(info.image_size)}",
+                expected=latent,
+                where=vae,
+                fix="name the VAE it was trained with: --vae FOLDER",
+            )
+        return space
 
     @property
     def class_names(self) -> list[list[str]]:
@@ -68,7 +87,7 @@ class ImageGenerator:
             steps=steps,
             cfg_scale=cfg_scale,
             cfg_channels=cfg_channels,  # type: ignore[arg-type]
-            clip_denoised=isinstance(self.space, PixelSpace) and name in ("ddpm", "ddim"),
+            clip_denoised=self.model.info.space.kind == "pixel" and name in ("ddpm", "ddim"),
         )
 
     @torch.inference_mode()
@@ -111,7 +130,7 @@ def _count_images(on_step: OnStep, k: int, x: torch.Tensor) -> None:
 def open_generator(
     path: Path, backend: str = "auto", device: str | None = None, vae: str | None = None
 ) -> ImageGenerator:
-    """Load a model and its space.
+    """Load a model; its VAE is opened later, after cheaper checks.
 
     Args:
         path: anything `load_model` takes.
@@ -123,25 +142,12 @@ def open_generator(
     place = _device(device)
     model = load(path, place, backend)
     info = model.info
-    if info.space.kind == "pixel":
-        if vae is not None:
-            raise UsageError(
-                "this model draws pixels", got=f"--vae {vae}", expected="no VAE", where=path
-            )
-        space: Space = PixelSpace(3 if info.config.in_channels == 3 else 1)
-    else:
-        space = VaeSpace(vae or str(info.space.vae), info.space.scale_factor, place)
-        latent = (info.config.in_channels, info.config.input_size, info.config.input_size)
-        if space.latent_shape(info.image_size) != latent:
-            raise UsageError(
-                "the VAE does not fit the model",
-                got=f"latents {space.latent_shape(info.image_size)}",
-                expected=latent,
-                where=vae or info.space.vae,
-                fix="name the VAE it was trained with: --vae FOLDER",
-            )
+    if info.space.kind == "pixel" and vae is not None:
+        raise UsageError(
+            "this model draws pixels", got=f"--vae {vae}", expected="no VAE", where=path
+        )
     console.note(f"{path}: {model.backend} on {place}")
-    return ImageGenerator(path, model, space, place)
+    return ImageGenerator(path, model, place, vae)
 
 
 def _device(name: str | None) -> torch.device:
@@ -157,15 +163,6 @@ def _device(name: str | None) -> torch.device:
             fix="--device cpu",
         ) from error
     return device
-
-
-def generate_images(
-    model: Path, n: int, seed: int, sampler: SamplerConfig, batch_size: int, backend: str = "auto",
-    vae: str | None = None,
-) -> Iterator[tuple[NDArray[np.uint8], list[int]]]:  # fmt: skip
-    """Yield the first `n` images of a model in batches; image i is of class i mod C."""
-    generator = open_generator(model, backend, vae=vae)
-    yield from generator.images(range(n), sampler, seed, batch_size)
 
 
 def model_sha256(path: Path) -> str:

@@ -107,6 +107,7 @@ def run(
             fix="write a folder or an .npz: -o samples/",
         )
     config = generator.sampler(sampler, steps, cfg_scale, cfg_channels)
+    _ = generator.space  # a VAE that cannot be opened is found before the work
     digest = model_sha256(path)
     text = {
         "software": f"terdit {terdit_cli.__version__}",
@@ -127,7 +128,7 @@ def run(
             nonlocal calls, done
             calls += count * (config.nfe // config.steps)
             done += 1
-            meter.update(done, f"{calls / (time.monotonic() - started):.1f} NFE/s")
+            meter.update(done, f"{calls / (time.monotonic() - started):.3g} NFE/s")
 
         position = 0
         for images, labels in generator.images(indices, config, seed, batch_size, on_step):

@@ -98,7 +98,16 @@ def _find_checkpoint(resume: str | None, run_folder: Path) -> Saved | None:
         if saved is None:
             console.note(f"no complete checkpoint in {run_folder}: starting a new run")
         return saved
-    return check_checkpoint(Path(resume))
+    saved, newest = check_checkpoint(Path(resume)), latest_checkpoint(run_folder)
+    if newest is not None and newest.step > saved.step:
+        raise UsageError(
+            "the run folder holds a later checkpoint than the one to resume",
+            got=newest.path,
+            expected=f"none after step {saved.step}",
+            where=saved.path,
+            fix="continue the newest with --resume auto, or into a new folder with --out",
+        )
+    return saved
 
 
 def _check_same_network(recipe: Recipe, saved: Saved) -> None:

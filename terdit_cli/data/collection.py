@@ -39,19 +39,34 @@ def count_images(path: Path) -> int:
     return len(_open_files(path).names)
 
 
-def read_images(path: Path, image_size: int | None = None) -> Iterator[NamedImage]:
+def spread(total: int, n: int) -> list[int]:
+    """Return `n` of `total` indices in order, one drawn from each of n equal stretches.
+
+    So a set sorted by class keeps its classes in proportion, and so does one whose classes repeat
+    with a period, where equal steps would hit one class only. Always the same for (total, n).
+    """
+    if n >= total:
+        return list(range(total))
+    bounds = [index * total // n for index in range(n + 1)]
+    draws: list[int] = np.random.RandomState(0).randint(bounds[:-1], bounds[1:]).tolist()
+    return draws
+
+
+def read_images(
+    path: Path, image_size: int | None = None, n: int | None = None
+) -> Iterator[NamedImage]:
     """Iterate over (name, image uint8 [H, W, 3]) in a folder tree, a zip or an .npz.
 
     Files come in the order of their relative paths. `image_size` in pixels applies the training
-    crop; None keeps each image's own size.
+    crop; None keeps each image's own size. `n` reads that many, evenly spread over the set.
 
     Raises:
         InputFileError: missing, empty, corrupt or of another kind (at the call); an unreadable
             image (when its turn comes).
     """
     if path.suffix.lower() == ".npz":
-        return _iterate_npz(path, image_size, *_npz_shape(path))
-    return _iterate_files(_open_files(path), image_size)
+        return _iterate_npz(path, image_size, n, *_npz_shape(path))
+    return _iterate_files(_open_files(path), image_size, n)
 
 
 def _open_files(path: Path) -> ImageFiles:
@@ -79,8 +94,11 @@ def _open_files(path: Path) -> ImageFiles:
     return files
 
 
-def _iterate_files(files: ImageFiles, image_size: int | None) -> Iterator[NamedImage]:
-    for name in files.names:
+def _iterate_files(
+    files: ImageFiles, image_size: int | None, n: int | None
+) -> Iterator[NamedImage]:
+    for index in spread(len(files.names), n or len(files.names)):
+        name = files.names[index]
         yield name, to_pixels(decode_image(files.read(name), name), image_size)
 
 
@@ -118,10 +136,15 @@ def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _iterate_npz(
-    path: Path, image_size: int | None, member: str, shape: tuple[int, int, int]
+    path: Path,
+    image_size: int | None,
+    n: int | None,
+    member: str,
+    shape: tuple[int, int, int],
 ) -> Iterator[NamedImage]:
     count, height, width = shape
     size = height * width * 3
+    wanted = set(spread(count, n or count))
     try:
         with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
             _npy_header(stream)
@@ -129,6 +152,8 @@ def _iterate_npz(
                 values = stream.read(size)
                 if len(values) != size:
                     raise _bad_npz(path, f"the end of the file in image {index} of {count}")
+                if index not in wanted:
+                    continue
                 pixels = np.frombuffer(values, dtype=np.uint8).reshape(height, width, 3)
                 name = f"{path.name}[{index}]"
                 yield name, to_pixels(Image.fromarray(pixels), image_size)

@@ -53,15 +53,35 @@ class FeatureExtractor:
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             prepared = np.stack(list(pool.map(self._prepare, images)))
         batch = torch.from_numpy(prepared).permute(0, 3, 1, 2).contiguous().to(self._device)
-        features = self._network(batch).float().cpu().numpy()
-        if features.ndim != 2 or len(features) != len(images):
-            raise InputFileError(
-                "the extractor does not give one feature vector an image",
-                got=f"shape {features.shape} for {len(images)} images",
-                expected="[B, D]",
-                where=self.pipeline,
-            )
+        try:
+            output: Any = self._network(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, torch.jit.Error) as error:  # TorchScript raises either
+            raise self._refuse(f"{_last_line(error)} for input {list(batch.shape)}") from error
+        if not isinstance(output, Tensor):
+            raise self._refuse(f"a {type(output).__name__}")
+        if output.ndim != 2 or len(output) != len(images):
+            raise self._refuse(f"shape {tuple(output.shape)} for {len(images)} images")
+        if self.dim is not None and output.shape[1] != self.dim:
+            raise self._refuse(f"{output.shape[1]} features, not {self.dim}")
+        features = output.float().cpu().numpy()
+        if not np.isfinite(features).all():
+            raise self._refuse("features that are not finite")
         return features
+
+    def _refuse(self, got: str) -> InputFileError:
+        return InputFileError(
+            "the extractor does not give one feature vector an image",
+            got=got,
+            expected=f"finite [B, {self.dim or 'D'}]",
+            where=self.pipeline,
+            fix="give a network that takes float32 [B, 3, H, W] in 0..255",
+        )
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
 
 
 def make_extractor(
@@ -80,10 +100,18 @@ def make_extractor(
     if name == "efficientnet-lite0":
         return _efficientnet(weights, device)
     if name.startswith("torchscript:"):
+        if weights is not None:
+            raise UsageError(
+                "--weights has no use here",
+                got=weights,
+                expected="no --weights",
+                where=f"--features {name}",
+                fix="leave --weights out: the TorchScript file has its weights",
+            )
         return _torchscript(Path(name.removeprefix("torchscript:")), device)
     raise UsageError(
         "unknown features",
-        got=repr(name) + did_you_mean(name, NAMES),
+        got=repr(name) + did_you_mean(name, NAMES).rstrip("?"),
         expected="one of " + ", ".join(NAMES),
         fix="set --features",
     )

@@ -28,8 +28,9 @@ def _matrix(values: ArrayLike, name: str) -> Matrix:
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
     """Return |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), the Frechet distance of two Gaussians.
 
-    tr (S1 S2)^1/2 is the sum of the square roots of the eigenvalues of S1^1/2 S2 S1^1/2, which is
-    symmetric; eigenvalues that rounding made negative count as 0. Source: Dowson and Landau 1982;
+    With S1 = R R^T, tr (S1 S2)^1/2 is the sum of the square roots of the eigenvalues of R^T S2 R.
+    R [D, r] spans the range of S1 only: of N < D samples r is N - 1, and the root of the rounding
+    errors in the other directions would cost half the digits. Source: Dowson and Landau 1982;
     as a score of images Heusel et al. 2017 (arXiv 1706.08500).
 
     Args:
@@ -52,8 +53,9 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
             raise ValueError("a covariance is not symmetric")
     s1, s2 = (torch.from_numpy(sigma) for sigma in covariances)
     values, vectors = torch.linalg.eigh(s1)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    product = torch.linalg.eigvalsh(root @ s2 @ root)
+    in_range = values > values[-1] * size * torch.finfo(values.dtype).eps
+    root = vectors[:, in_range] * values[in_range].sqrt()
+    product = torch.linalg.eigvalsh(root.T @ s2 @ root)
     trace_root = float(product.clamp_min(0).sqrt().sum())
     difference = first - second
     return float(difference @ difference) + float(s1.trace() + s2.trace()) - 2 * trace_root
@@ -81,6 +83,8 @@ def kernel_inception_distance(
     real, fake = _matrix(real, "real"), _matrix(fake, "fake")
     if real.shape[1] != fake.shape[1] or min(len(real), len(fake)) < 2:
         raise ValueError(f"real {real.shape} and fake {fake.shape}: expected [N >= 2, D] both")
+    if num_subsets < 1 or max_subset_size < 2:
+        raise ValueError(f"{num_subsets} subsets of {max_subset_size}: expected >= 1 of >= 2")
     random = np.random.RandomState(seed)  # the stream that clean-fid uses
     size = min(len(real), len(fake), max_subset_size)
     dim = real.shape[1]
@@ -110,7 +114,8 @@ def inception_score(logits: ArrayLike, split_size: int = 5000) -> float:
     for start in range(0, len(log_p), split_size):
         part = log_p[start : start + split_size]
         p = np.exp(part)
-        marginal = np.log(p.mean(axis=0, keepdims=True))
+        # A class that no sample of the split can have adds p log p -> 0, not 0 * -inf.
+        marginal = np.log(np.maximum(p.mean(axis=0, keepdims=True), np.finfo(p.dtype).tiny))
         scores.append(np.exp((p * (part - marginal)).sum(axis=1).mean()))
     return float(np.mean(scores))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +23,27 @@ from terdit_cli.errors import InputFileError, UsageError
 Matrix = NDArray[np.float64]
 
 LARGEST_DIM = 1 << 14  # Inception has 2048 features
+_LARGEST_LABEL = 1 << 16  # bytes of n and of pipeline
+_BROKEN = (  # what zipfile and numpy raise on damaged, encrypted or exotic files
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _SYMMETRY_TOLERANCE = 1e-6
 
 
 class FeatureStatistics:
-    """Mean and covariance of a stream of features, and the first `keep` of them for KID."""
+    """Mean and covariance of a stream of features, and a sample of `keep` of them for KID.
+
+    The sample is uniform over the stream (Vitter's algorithm R): image folders come sorted by
+    class, so their first features are those of a few classes. It does not depend on batching.
+    """
 
     def __init__(self, dim: int, keep: int = 0) -> None:
         self.dim = dim
@@ -34,7 +51,8 @@ class FeatureStatistics:
         self._mean: Matrix = np.zeros(dim)
         self._scatter: Matrix = np.zeros((dim, dim))
         self._keep = keep
-        self._kept: list[NDArray[np.float32]] = []
+        self._kept = np.empty((0, dim), dtype=np.float32)
+        self._random = np.random.RandomState(0)
 
     def update(self, features: NDArray[np.floating]) -> None:
         """Add a batch of features [B, D]; raises ValueError for another width or not finite."""
@@ -45,20 +63,34 @@ class FeatureStatistics:
             raise ValueError("features hold numbers that are not finite")
         if not len(batch):
             return
-        left = self._keep - sum(len(part) for part in self._kept)
+        left = self._keep - len(self._kept)
         if left > 0:
-            self._kept.append(batch[:left].astype(np.float32))
+            self._kept = np.concatenate([self._kept, batch[:left].astype(np.float32)])
+        # Sample number i (from 0) takes the place of a kept one with probability keep / (i + 1).
+        for row in range(max(left, 0), len(batch)) if self._keep else ():
+            slot = self._random.randint(self.count + row + 1)
+            if slot < self._keep:
+                self._kept[slot] = batch[row]
         mean = batch.mean(axis=0)
         centred = batch - mean
         self._add(len(batch), mean, centred.T @ centred)
 
     def merge(self, other: FeatureStatistics) -> None:
-        """Add the samples of another stream (its kept features after ours)."""
-        if other.dim != self.dim:
-            raise ValueError(f"{other.dim} features, expected {self.dim}")
-        self._kept.append(other.kept[: self._keep - len(self.kept)])
+        """Add another stream, which keeps as many; each side's share is drawn by its count."""
+        if (other.dim, other._keep) != (self.dim, self._keep):
+            got, expected = (other.dim, other._keep), (self.dim, self._keep)
+            raise ValueError(f"(features, kept) are {got}, expected {expected}")
+        if self.count + other.count > self._keep > 0:
+            share = self._random.hypergeometric(self.count, other.count, self._keep)
+            parts = self._pick(self._kept, share), self._pick(other._kept, self._keep - share)
+        else:
+            parts = self._kept, other._kept
+        self._kept = np.concatenate(parts)
         if other.count:
             self._add(other.count, other._mean, other._scatter)
+
+    def _pick(self, kept: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+        return kept[np.sort(self._random.permutation(len(kept))[:size])]
 
     def _add(self, count: int, mean: Matrix, scatter: Matrix) -> None:
         total = self.count + count
@@ -81,8 +113,8 @@ class FeatureStatistics:
 
     @property
     def kept(self) -> NDArray[np.float32]:
-        """The first features of the stream, float32 [at most `keep`, D]."""
-        return np.concatenate([np.empty((0, self.dim), np.float32), *self._kept])
+        """A uniform sample of the stream, all of it when it fits, float32 [at most `keep`, D]."""
+        return self._kept
 
 
 @dataclass(frozen=True)
@@ -120,13 +152,16 @@ def save_reference(path: Path, statistics: FeatureStatistics, pipeline: str) -> 
 
 def is_statistics_file(path: Path) -> bool:
     """Return whether a path is an .npz that holds mu and sigma (and not images)."""
-    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+    if path.suffix.lower() != ".npz" or not path.is_file():
         return False
-    with zipfile.ZipFile(path) as archive:
-        return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+    except _BROKEN:  # whoever reads it says what is wrong with it
+        return False
 
 
-def _check_declared_size(archive: zipfile.ZipFile, name: str) -> None:
+def _check_declared_size(archive: zipfile.ZipFile, name: str, limit: int) -> None:
     """Raise ValueError for an array larger than any reference, or than the file that holds it.
 
     numpy allocates what the header declares before it reads a byte of it.
@@ -139,7 +174,9 @@ def _check_declared_size(archive: zipfile.ZipFile, name: str) -> None:
             read = np.lib.format.read_array_header_2_0
         shape, _, dtype = read(stream)
     declared = math.prod(shape) * dtype.itemsize
-    if declared > min(size, 8 * LARGEST_DIM**2):
+    if dtype.kind == "c" or 0 in shape:
+        raise ValueError(f"{name} is {dtype} {list(shape)}")
+    if declared > min(size, limit):
         raise ValueError(f"{name} declares {declared} bytes in a file of {size}")
 
 
@@ -152,7 +189,9 @@ def load_reference(path: Path) -> Reference:
     try:
         with zipfile.ZipFile(path) as archive:
             for name in ("mu.npy", "sigma.npy"):
-                _check_declared_size(archive, name)
+                _check_declared_size(archive, name, 8 * LARGEST_DIM**2)
+            for name in {"n.npy", "pipeline.npy"} & set(archive.namelist()):
+                _check_declared_size(archive, name, _LARGEST_LABEL)
         with np.load(path, allow_pickle=False) as values:
             mean = np.asarray(values["mu"], dtype=np.float64)
             covariance = np.asarray(values["sigma"], dtype=np.float64)
@@ -166,7 +205,11 @@ def load_reference(path: Path) -> Reference:
         difference = np.abs(covariance - covariance.T).max(initial=0)
         if difference > _SYMMETRY_TOLERANCE * max(1.0, np.abs(covariance).max(initial=0)):
             raise ValueError("sigma is not symmetric")
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        if (np.diagonal(covariance) < 0).any():
+            raise ValueError("sigma has negative variances")
+        if count is not None and count < 2:
+            raise ValueError(f"n = {count}")
+    except _BROKEN as error:
         raise InputFileError(
             "the reference statistics cannot be read",
             got=str(error) or type(error).__name__,

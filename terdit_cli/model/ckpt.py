@@ -9,7 +9,11 @@ Written by training, read by ternarize, pack and load_model. Loadable with
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import pickle
+import re
+import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +28,7 @@ from terdit_cli.model.info import ModelInfo
 
 FORMAT = "terdit-checkpoint"
 VERSION = 1
+_MADV_PAGEOUT = 21  # <linux/mman.h>; Python's mmap has no name for it
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ def save_ckpt(
 ) -> None:
     """Write ckpt.pt whole or not at all; raises EnvironmentProblem as `atomic_path`."""
     with atomic_path(path) as temporary:
-        torch.save(
+        save_tensors(
             {
                 "format": FORMAT,
                 "version": VERSION,
@@ -56,6 +61,20 @@ def save_ckpt(
             },
             temporary,
         )
+
+
+def save_tensors(values: Any, path: Path) -> None:
+    """Write `values` with torch.save; raises OSError when the disk refuses.
+
+    torch's zip writer hides that error: closing the archive fails once more, as a RuntimeError.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(values, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def load_tensors(path: Path) -> Any:
@@ -82,13 +101,14 @@ def load_tensors(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
         raise InputFileError(
             "the file holds something other than tensors and plain types, and was not loaded",
-            got=str(error).split("\n")[0][:200],
+            got=refused[1] if refused else str(error).split("\n")[0][:200],
             where=path,
             fix="use it only if you trust it: save its state dict alone with torch.save",
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever a damaged pickle makes the unpickler trip over
         raise InputFileError(
             "the file is damaged",
             got=str(error).split("\n")[0][:200],
@@ -96,6 +116,20 @@ def load_tensors(path: Path) -> Any:
             where=path,
             fix="copy it again",
         ) from error
+
+
+def release_pages(tensor: Tensor) -> None:
+    """Let the system take back the memory of a mapped tensor until it is read again.
+
+    Without this a whole checkpoint becomes resident while it is converted matrix by matrix.
+    MADV_PAGEOUT never loses contents, whatever memory the tensor lies in; where the system does
+    not know it, nothing happens.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = tensor.data_ptr() + tensor.nbytes - start
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_PAGEOUT)
 
 
 def load_ckpt(path: Path) -> Checkpoint:
@@ -131,4 +165,12 @@ def load_ckpt(path: Path) -> Checkpoint:
                 f"the checkpoint's {part!r} is not a state dict", where=path, fix="copy it again"
             )
     info = ModelInfo.from_dict(values.get("info"), path)
+    if info.config.n_layers > min(len(values["model"]), len(values["ema"])):
+        raise InputFileError(
+            "the checkpoint does not fit its own configuration",
+            got=f"{len(values['model'])} tensors",
+            expected=f"those of {info.config.n_layers} layers",
+            where=path,
+            fix="copy it again",
+        )
     return Checkpoint(path, info, str(values.get("recipe", "")), values["model"], values["ema"])

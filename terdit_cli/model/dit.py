@@ -77,10 +77,15 @@ class DiTConfig:
             raise self._error("input_size", f"a multiple of patch_size {self.patch_size}")
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise self._error("dim", f"n_heads {self.n_heads} times an even head width")
-        if self.n_heads % self.kv_heads:
+        if self.kv_heads < 1 or self.n_heads % self.kv_heads:
             raise self._error("n_kv_heads", f"a divisor of n_heads {self.n_heads}")
         if not 0 <= self.class_dropout_prob < 1:
             raise self._error("class_dropout_prob", "a probability in [0, 1)")
+        if not 0 <= self.norm_eps < math.inf:
+            raise self._error("norm_eps", "a small number that is not negative")
+        multiplier = self.ffn_dim_multiplier
+        if multiplier is not None and not (0 < multiplier <= 1000 and self.ffn_width > 0):
+            raise self._error("ffn_dim_multiplier", "a number in (0, 1000] that leaves a width")
 
     def _error(self, name: str, expected: str) -> UsageError:
         value = getattr(self, name)

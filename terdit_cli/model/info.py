@@ -28,6 +28,7 @@ DIFFUSION: dict[str, object] = {
 }
 
 LARGEST_INTEGER = 1 << 20  # of any size in a file; the largest published model needs 18,432
+LARGEST_ROPE_TABLE = 1 << 24  # values; no tensor in a file shows its size. 4.2b-512: 98,304
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,14 @@ class ModelInfo:
             }
             for name, section in sections.items():
                 fields = dict(values[name])
-                _check_types(section, fields)
+                check_types(section, fields)
                 values[name] = section(**fields)
-            _check_types(cls, values)
+            check_types(cls, values)
             info = cls(**values)
+            if info.config.tokens * info.config.head_dim > LARGEST_ROPE_TABLE:
+                raise ValueError(f"a network of {info.config.tokens} tokens is too large")
+            if info.config.ffn_width > LARGEST_INTEGER:
+                raise ValueError(f"a feed-forward width of {info.config.ffn_width} is too large")
         except (TypeError, KeyError, ValueError, TerditError) as error:
             raise InputFileError(
                 "the model's description cannot be read",
@@ -109,7 +114,7 @@ class ModelInfo:
         """Parse `to_json`'s text; raises InputFileError as `from_dict`."""
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputFileError(
                 "the model's description is not JSON", got=error, where=where
             ) from error
@@ -135,7 +140,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _check_types(section: type, values: dict[str, Any]) -> None:
+def check_types(section: type, values: dict[str, Any]) -> None:
     """Raise ValueError unless each value has the JSON type its field declares."""
     for item in dataclasses.fields(section):
         if item.name not in values:

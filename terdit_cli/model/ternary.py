@@ -33,6 +33,7 @@ Scale = Literal["learned", "absmean"]
 AlphaInit = Literal["randn", "absmean"]
 Granularity = Literal["tensor", "row", "group128"]
 Activations = Literal["none", "int8"]
+GRANULARITIES: tuple[Granularity, ...] = ("tensor", "row", "group128")
 
 
 @dataclass(frozen=True)

@@ -9,29 +9,31 @@ are in the text order of class numbers, because upstream trained on folders name
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from terdit_cli.errors import InputFileError, UsageError, did_you_mean
 from terdit_cli.model.ckpt import load_tensors
 from terdit_cli.model.dit import SIZES, DiTConfig
-from terdit_cli.model.info import ModelInfo, SpaceInfo
+from terdit_cli.model.info import ModelInfo, SpaceInfo, check_types
 from terdit_cli.model.ternary import TernaryConfig
 from terdit_cli.pack.exported import ExportedModel
 from terdit_cli.pack.qat import matrix_names
-from terdit_cli.pack.trits import released_decode
+from terdit_cli.pack.trits import has_invalid_codes, released_decode
 
 ARGUMENTS_FILE = "model_args.pth"
 _WEIGHT_FILES = ("consolidated_ema_ternary.00-of-01.pth", "consolidated_ternary.00-of-01.pth")
 _SIZE_OF_NAME = {"600M": "600m", "3B": "4.2b", "7B": "7b"}
 _VAE_IDS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 _VAE_DOWNSAMPLE = 8
-_OVERRIDES = ("n_heads", "n_kv_heads", "input_size", "patch_size", "in_channels", "norm_eps",
-              "class_dropout_prob")  # fmt: skip
+_OVERRIDES = tuple(field.name for field in dataclasses.fields(DiTConfig))
+_SHOWN = ("dim", "n_layers", "learn_sigma", "qk_norm", "adaln_norm")  # by keys and shapes
 
 
 def is_released_folder(path: Path) -> bool:
@@ -48,14 +50,7 @@ class ReleasedFolder(ExportedModel):
     """
 
     def __init__(self, folder: Path, **overrides: Any) -> None:
-        for name in overrides:
-            if name not in _OVERRIDES:
-                raise UsageError(
-                    "this field cannot be overridden for a released checkpoint",
-                    got=repr(name) + did_you_mean(name, _OVERRIDES),
-                    expected="one of " + ", ".join(_OVERRIDES),
-                    where=folder,
-                )
+        _check_overrides(overrides, folder)
         self._folder = folder
         weights = next((folder / name for name in _WEIGHT_FILES if (folder / name).exists()), None)
         if weights is None:
@@ -99,6 +94,18 @@ class ReleasedFolder(ExportedModel):
             )
         return arguments
 
+    def _argument(self, arguments: argparse.Namespace, name: str, default: int) -> int:
+        value = getattr(arguments, name, default)
+        if type(value) is not int or value < 1:
+            raise InputFileError(
+                "a training argument has a wrong value",
+                got=f"{name} = {value!r}",
+                expected="a whole number from 1",
+                where=self._folder / ARGUMENTS_FILE,
+                fix="download the released folder again",
+            )
+        return value
+
     def _shape(self, key: str, dimensions: int) -> tuple[int, ...]:
         tensor = self._state.get(key)
         if tensor is None or tensor.dim() != dimensions:
@@ -118,36 +125,18 @@ class ReleasedFolder(ExportedModel):
         kv_rows, _ = self._shape(f"{layer}.attention.wk.weight", 2)
         table_rows, _ = self._shape("y_embedder.embedding_table.weight", 2)
         outputs, _ = self._shape("final_layer.linear.weight", 2)
-        indices = [int(key.split(".")[1]) for key in self._state if key.startswith("layers.")]
-        n_layers = max(indices) + 1
-        if n_layers > len(self._state):
+        layers = {key.split(".")[1] for key in self._state if key.startswith("layers.")}
+        n_layers = len(layers)
+        if layers != {str(index) for index in range(n_layers)}:
             raise InputFileError(
                 "the layers are not numbered from 0",
-                got=f"a layer {n_layers - 1} in {len(self._state)} tensors",
+                got=", ".join(sorted(layers)[:10]),
+                expected=f"0 to {n_layers - 1}",
                 where=self._folder,
+                fix="download the released folder again",
             )
-        in_channels = int(overrides.get("in_channels", 4))
-        patch_size = int(overrides.get("patch_size", math.isqrt(patch_inputs // in_channels)))
-        n_heads, n_kv_heads = self._heads(arguments, overrides, dim, 4 * kv_rows)
-        image_size = int(getattr(arguments, "image_size", 256))
-        num_classes = int(getattr(arguments, "num_classes", table_rows - 1))
-        dropout = float(overrides.get("class_dropout_prob", 0.1 if table_rows > num_classes else 0))
-        config = DiTConfig(
-            input_size=int(overrides.get("input_size", image_size // _VAE_DOWNSAMPLE)),
-            patch_size=patch_size,
-            in_channels=in_channels,
-            dim=dim,
-            n_layers=n_layers,
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            norm_eps=float(overrides.get("norm_eps", 1e-5)),
-            class_dropout_prob=dropout,
-            num_classes=num_classes,
-            learn_sigma=outputs != patch_inputs,
-            qk_norm=f"{layer}.attention.q_norm.weight" in self._state,
-            adaln_norm=f"{layer}.adaLN_modulation.2.weight" in self._state,
-            **_ffn_fields(dim, 4 * rows),
-        )
+        in_channels = overrides.get("in_channels", 4)
+        patch_size = overrides.get("patch_size", math.isqrt(patch_inputs // in_channels))
         if patch_inputs != in_channels * patch_size**2:
             raise UsageError(
                 "the patch size does not fit the checkpoint",
@@ -156,13 +145,55 @@ class ReleasedFolder(ExportedModel):
                 where=self._folder,
                 fix="give patch_size and in_channels",
             )
-        return config
+        n_heads, n_kv_heads = self._heads(arguments, overrides, dim, 4 * kv_rows)
+        image_size = self._argument(arguments, "image_size", 256)
+        num_classes = overrides.get("num_classes")
+        if num_classes is None:
+            num_classes = self._argument(arguments, "num_classes", table_rows - 1)
+        dropout = overrides.get("class_dropout_prob", 0.1 if table_rows > num_classes else 0.0)
+        config = DiTConfig(
+            input_size=overrides.get("input_size", image_size // _VAE_DOWNSAMPLE),
+            patch_size=patch_size,
+            in_channels=in_channels,
+            dim=dim,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            norm_eps=overrides.get("norm_eps", 1e-5),
+            class_dropout_prob=dropout,
+            num_classes=num_classes,
+            learn_sigma=outputs != patch_inputs,
+            qk_norm=f"{layer}.attention.q_norm.weight" in self._state,
+            adaln_norm=f"{layer}.adaLN_modulation.2.weight" in self._state,
+            **_ffn_fields(dim, 4 * rows),
+        )
+        return self._agreed(config, overrides)
+
+    def _agreed(self, config: DiTConfig, overrides: dict[str, Any]) -> DiTConfig:
+        """Check the overrides of what the tensors show; raises UsageError."""
+        asked = {name: overrides[name] for name in _SHOWN if name in overrides}
+        if "multiple_of" in overrides or "ffn_dim_multiplier" in overrides:
+            asked["multiple_of"] = overrides.get("multiple_of", 256)
+            asked["ffn_dim_multiplier"] = overrides.get("ffn_dim_multiplier")
+        given = dataclasses.replace(config, **asked)
+        for name in (*_SHOWN, "ffn_width"):
+            if getattr(given, name) != getattr(config, name):
+                raise UsageError(
+                    f"the override of {name} contradicts the checkpoint",
+                    got=getattr(given, name),
+                    expected=getattr(config, name),
+                    where=self._folder,
+                    fix="leave it out",
+                )
+        return given
 
     def _heads(
         self, arguments: argparse.Namespace, overrides: dict[str, Any], dim: int, kv_width: int
     ) -> tuple[int, int | None]:
         """Return (n_heads, n_kv_heads); the model's name tells them for its own width only."""
-        n_heads = overrides.get("n_heads", getattr(arguments, "n_heads", None))
+        n_heads = overrides.get("n_heads")
+        if n_heads is None and getattr(arguments, "n_heads", None) is not None:
+            n_heads = self._argument(arguments, "n_heads", 0)
         name = str(getattr(arguments, "model", ""))
         for part, size in _SIZE_OF_NAME.items():
             if n_heads is None and f"_{part}_" in name and SIZES[size][0] == dim:
@@ -174,8 +205,7 @@ class ReleasedFolder(ExportedModel):
                 where=self._folder,
                 fix="add n_heads=N",
             )
-        n_heads = int(n_heads)
-        if n_heads < 1 or dim % n_heads or kv_width % (dim // n_heads):
+        if dim % n_heads or kv_width % (dim // n_heads):
             raise UsageError(
                 "n_heads does not fit the checkpoint", got=n_heads,
                 expected=f"a divisor of dim {dim} whose head width divides {kv_width}",
@@ -183,7 +213,7 @@ class ReleasedFolder(ExportedModel):
             )  # fmt: skip
         n_kv_heads = kv_width // (dim // n_heads)
         given = overrides.get("n_kv_heads")
-        if given is not None and int(given) != n_kv_heads:
+        if given is not None and given != n_kv_heads:
             raise UsageError(
                 "n_kv_heads does not fit the checkpoint", got=given, expected=n_kv_heads,
                 where=self._folder, fix=f"leave n_kv_heads out or set it to {n_kv_heads}",
@@ -206,7 +236,18 @@ class ReleasedFolder(ExportedModel):
         return 4 * quarter, columns
 
     def trits(self, name: str) -> Tensor:
-        return released_decode(self._state[f"{name}.weight"])
+        key = f"{name}.weight"
+        packed = self._state[key]
+        if packed.dtype != torch.uint8 or has_invalid_codes(packed, "t2"):
+            raise InputFileError(
+                "the matrix is not packed trits",
+                got=f"{key} of {packed.dtype}"
+                + (" with code 3" if packed.dtype == torch.uint8 else ""),
+                expected="uint8 with codes 0, 1 and 2",
+                where=self._folder,
+                fix="download the released folder again",
+            )
+        return released_decode(packed)
 
     def alphas(self, name: str) -> Tensor:
         self._shape(f"{name}.alphas", 1)
@@ -219,6 +260,26 @@ class ReleasedFolder(ExportedModel):
 
     def rest(self, name: str) -> Tensor:
         return self._state[name]
+
+
+def _check_overrides(overrides: dict[str, Any], folder: Path) -> None:
+    """Raise UsageError unless each override is a `DiTConfig` field with a value of its type."""
+    for name, value in overrides.items():
+        if name not in _OVERRIDES:
+            raise UsageError(
+                "unknown model field",
+                got=repr(name) + did_you_mean(name, _OVERRIDES),
+                expected="one of " + ", ".join(_OVERRIDES),
+                where=folder,
+            )
+        try:
+            check_types(DiTConfig, {name: value})
+            if type(value) is int and value < 1 and name not in ("norm_eps", "class_dropout_prob"):
+                raise ValueError(f"{name} is {value}, expected a positive number")
+        except ValueError as error:
+            raise UsageError(
+                "an override has a wrong value", got=error, where=folder, fix=f"change {name}"
+            ) from error
 
 
 def _ffn_fields(dim: int, ffn_width: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from terdit_cli.errors import InputFileError
-from terdit_cli.model.ckpt import Checkpoint
+from terdit_cli.model.ckpt import Checkpoint, release_pages
 from terdit_cli.model.info import ModelInfo
 from terdit_cli.model.ternary import (
     GROUP_SIZE,
@@ -146,7 +146,9 @@ class CheckpointExport(ExportedModel):
     def trits(self, name: str) -> Tensor:
         if self.fitted:
             return self._fit(name)[0]
-        return ternarize(self.master(name)).to(torch.int8)
+        trits = ternarize(self.master(name)).to(torch.int8)
+        release_pages(self._state[f"{name}.weight"])
+        return trits
 
     def alphas(self, name: str) -> Tensor:
         if self.fitted:

@@ -9,7 +9,8 @@ Any safetensors reader opens it: 8 bytes header length, a JSON header, the tenso
                                EMA flag, step, recipe hash, tool version (`ModelInfo`)
     metadata "ternary"         JSON: {matrix: {"codec": "t2" | "t5" | "int8", "shape": [N, K],
                                "granularity": "tensor" | "row" | "group128"}}
-    metadata "sha256"          JSON: {tensor: hex digest of its bytes}
+    metadata "sha256"          JSON: {tensor: hex digest of its bytes}, and as "__metadata__" that
+                               of the text of "model", a newline and the text of "ternary"
     tensor "<matrix>.weight"   the trits, as `pack/trits.py` lays them out
     tensor "<matrix>.alphas"   float32 [1], [N] or [N, ceil(K/128)]
     all other tensors          bfloat16 or float32, under the training state dict's names
@@ -38,7 +39,7 @@ from torch import Tensor
 from terdit_cli.atomic import atomic_path
 from terdit_cli.errors import InputFileError
 from terdit_cli.model.info import LARGEST_INTEGER, ModelInfo
-from terdit_cli.model.ternary import alpha_shape
+from terdit_cli.model.ternary import GRANULARITIES, alpha_shape
 from terdit_cli.pack import trits as codecs
 from terdit_cli.pack.exported import ExportedModel
 
@@ -54,6 +55,8 @@ _DTYPE_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
 }
+_REST_DTYPES = ("BF16", "F32")
+_METADATA = "__metadata__"  # the key of the metadata in a safetensors header; never a tensor
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,8 @@ def write_tdt(
             )
         )
     for name in model.rest_names():
-        value = model.rest(name)
-        small.append(_Entry(name, rest_dtype, tuple(value.shape), partial(model.rest, name)))
+        shape = tuple(model.rest(name).shape)  # the tensor itself is dropped at once
+        small.append(_Entry(name, rest_dtype, shape, partial(model.rest, name)))
     small.sort(key=lambda entry: -entry.dtype.itemsize)  # float32 before bfloat16: all aligned
     metadata = {
         "format": FORMAT,
@@ -136,8 +139,13 @@ def _encode_matrix(model: ExportedModel, name: str, codec: codecs.Codec) -> Tens
     return codecs.encode(trits, codec)
 
 
+def _metadata_digest(metadata: dict[str, str]) -> str:
+    text = metadata.get("model", "") + "\n" + metadata.get("ternary", "")
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _write_safetensors(
@@ -150,7 +158,8 @@ def _write_safetensors(
 
     The header's length does not change between the two: a digest is always 64 characters.
     """
-    digests = {entry.name: "0" * 64 for entry in entries}
+    digests = {_METADATA: _metadata_digest(metadata)}
+    digests |= {entry.name: "0" * 64 for entry in entries}
     header = _header(entries, metadata, digests)
     with path.open("wb") as file:
         file.write(header)
@@ -161,6 +170,7 @@ def _write_safetensors(
             data = _bytes_of(value)
             digests[entry.name] = hashlib.sha256(data).hexdigest()
             file.write(data)
+            del value, data  # before the next one is loaded
             on_progress(index + 1, len(entries))
         file.seek(0)
         file.write(_header(entries, metadata, digests))
@@ -168,7 +178,7 @@ def _write_safetensors(
 
 def _header(entries: list[_Entry], metadata: dict[str, str], digests: dict[str, str]) -> bytes:
     """Return length and JSON of a safetensors header, padded so that the data is aligned."""
-    header: dict[str, Any] = {"__metadata__": metadata | {"sha256": json.dumps(digests)}}
+    header: dict[str, Any] = {_METADATA: metadata | {"sha256": json.dumps(digests)}}
     offset = 0
     for entry in entries:
         header[entry.name] = {
@@ -209,9 +219,11 @@ class TdtFile(ExportedModel):
                 fix=_REPACK,
             ) from error
         self._check_version(metadata)
+        self._digests = self._read_json(metadata, "sha256")
+        if self._digests.pop(_METADATA, None) != _metadata_digest(metadata):
+            raise self._damaged("the metadata does not match its SHA-256")
         self.info = ModelInfo.from_json(metadata.get("model", ""), path)
         self._ternary = self._read_json(metadata, "ternary")
-        self._digests = self._read_json(metadata, "sha256")
         self._check_layout()
         self._check_values()
 
@@ -225,7 +237,7 @@ class TdtFile(ExportedModel):
                 fix="make one with `terdit pack`",
             )
         version = metadata.get("format_version", "")
-        if not version.isdecimal() or int(version) != FORMAT_VERSION:
+        if version != str(FORMAT_VERSION):
             raise InputFileError(
                 "this .tdt has another format version",
                 got=version[:20],
@@ -254,6 +266,7 @@ class TdtFile(ExportedModel):
             )
         if set(self._digests) != self._keys:
             raise self._damaged("the digests name other tensors than the file holds")
+        dtypes: dict[str, tuple[str, ...]] = dict.fromkeys(self._keys, _REST_DTYPES)
         for name, entry in self._ternary.items():
             try:
                 codec, (rows, columns) = entry["codec"], entry["shape"]
@@ -261,19 +274,26 @@ class TdtFile(ExportedModel):
                     f"{name}.weight": codecs.blob_shape(codec, rows, columns),
                     f"{name}.alphas": alpha_shape(rows, columns, entry["granularity"]),
                 }
-                valid = codec in codecs.CODECS and all(
-                    type(size) is int and 0 < size <= LARGEST_INTEGER for size in (rows, columns)
+                valid = (
+                    codec in codecs.CODECS
+                    and entry["granularity"] in GRANULARITIES
+                    and all(type(n) is int and 0 < n <= LARGEST_INTEGER for n in (rows, columns))
                 )
             except (TypeError, KeyError, ValueError) as error:
                 raise self._damaged(f"the description of {name} is {entry!r}") from error
             if not valid:
                 raise self._damaged(f"the description of {name} is {entry!r}")
+            dtypes[f"{name}.weight"] = ("I8",) if codec == "int8" else ("U8",)
+            dtypes[f"{name}.alphas"] = ("F32",)
             for key, shape in wanted.items():
                 if key not in self._keys:
                     raise self._damaged(f"tensor {key} is missing")
                 found = tuple(self._file.get_slice(key).get_shape())
                 if found != shape:
                     raise self._damaged(f"tensor {key} has shape {found}, expected {shape}")
+        for key, allowed in dtypes.items():
+            if (dtype := self._file.get_slice(key).get_dtype()) not in allowed:
+                raise self._damaged(f"tensor {key} is {dtype}, expected {' or '.join(allowed)}")
 
     def _check_values(self) -> None:
         """Check every tensor's digest, and that every packed code is a trit."""

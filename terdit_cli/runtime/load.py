@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from terdit_cli.errors import InputFileError
+from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.ckpt import Checkpoint, load_ckpt
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.info import ModelInfo
@@ -48,13 +48,20 @@ def load(
     """
     path, device = Path(path), torch.device(device)
     checkpoint = checkpoint_path(path)
+    choice = choose_backend(backend, device)
     if checkpoint is not None:
         refuse_overrides(path, overrides)
+        if backend != "auto":
+            raise UsageError(
+                "backends run packed models",
+                got=f"--backend {backend} for a checkpoint",
+                where=checkpoint,
+                fix=f"terdit pack {path} -o model.tdt, then sample from that",
+            )
         opened = load_ckpt(checkpoint)
         network = _masters(opened, weights).to(device)
         kind = "ternary masters" if opened.info.ternary.enabled else "full precision"
         return LoadedModel(network, opened.info, f"torch ({kind}, not packed)")
-    choice = choose_backend(backend, device)
     with open_exported(path, weights, **overrides) as model:
         return LoadedModel(packed_network(model, choice.backend, device), model.info, choice.reason)
 

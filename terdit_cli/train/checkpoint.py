@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from terdit_cli import console
 from terdit_cli.atomic import sync_folder, write_problem
 from terdit_cli.errors import InputFileError
-from terdit_cli.model.ckpt import load_tensors
+from terdit_cli.model.ckpt import load_tensors, save_tensors
 from terdit_cli.recipe import Recipe
 
 STATE, RECIPE, MANIFEST = "state.pt", "recipe.yaml", "manifest.json"
@@ -40,6 +38,8 @@ def save_checkpoint(
 ) -> Saved:
     """Save `state` after `step` optimizer steps, then delete all but the newest `keep_last`.
 
+    Checkpoints of later steps, left by a continuation that this one replaces, go too.
+
     Raises:
         EnvironmentProblem: disk full or not writable; earlier checkpoints are untouched.
     """
@@ -48,9 +48,7 @@ def save_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        # Through a Python file: torch's own writer turns a full disk into a RuntimeError.
-        with (temporary / STATE).open("wb") as file:
-            torch.save(state, file)
+        save_tensors(state, temporary / STATE)
         (temporary / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
         files = {name: _fingerprint(temporary / name) for name in (STATE, RECIPE)}
         manifest = {"step": step, "recipe_sha256": recipe.sha256(), "files": files}
@@ -62,8 +60,11 @@ def save_checkpoint(
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise write_problem(final, error) from error
-    for old in _complete(run_folder)[keep_last:]:
-        shutil.rmtree(old.path, ignore_errors=True)
+    saved = _complete(run_folder)
+    kept = [item for item in saved if item.step <= step][:keep_last]
+    for old in saved:
+        if old not in kept:
+            shutil.rmtree(old.path, ignore_errors=True)
     return Saved(final, step)
 
 
@@ -120,8 +121,9 @@ def load_state(saved: Saved) -> dict[str, Any]:
 
 def _complete(run_folder: Path) -> list[Saved]:
     """Return the checkpoints that have a manifest, newest first."""
-    paths = (run_folder / FOLDER).glob("step-*/" + MANIFEST)
-    saved = [Saved(path.parent, int(path.parent.name.removeprefix("step-"))) for path in paths]
+    folders = [path.parent for path in (run_folder / FOLDER).glob("step-*/" + MANIFEST)]
+    steps = {folder: folder.name.removeprefix("step-") for folder in folders}
+    saved = [Saved(folder, int(step)) for folder, step in steps.items() if step.isdecimal()]
     return sorted(saved, key=lambda item: -item.step)
 
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from terdit_cli.atomic import atomic_path
+from terdit_cli.atomic import atomic_path, write_problem
 
 FILE = "metrics.jsonl"
 PICTURE = "loss.png"
@@ -38,13 +38,21 @@ class MetricsLog:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Write one line; numbers that are not finite become null."""
+        """Write one line; numbers that are not finite become null.
+
+        Raises:
+            EnvironmentProblem: disk full or not writable.
+        """
         clean = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in entry.items()
         }
-        with (self._folder / FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+        path = self._folder / FILE
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(clean) + "\n")
+        except OSError as error:
+            raise write_problem(path, error) from error
 
     def draw(self, title: str) -> Path:
         """Draw loss.png from what is logged so far and return its path."""

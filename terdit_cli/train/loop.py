@@ -7,6 +7,8 @@ and resumed from its newest checkpoint continues bit for bit.
 from __future__ import annotations
 
 import math
+import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -174,7 +176,9 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
     def remember(number: int, frame: FrameType | None) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
-        console.note(f"{signal.Signals(number).name}: saving after this step (again to kill)")
+        # Not through a buffered file: the signal may have come in the midst of writing to it.
+        text = f"{signal.Signals(number).name}: saving after this step (again to kill)\n"
+        os.write(2, text.encode())
 
     for name in previous:
         signal.signal(name, remember)
@@ -197,7 +201,8 @@ def run_training(trainer: Trainer) -> Path:
     steps, batch_size = recipe.train.steps, recipe.train.global_batch_size
     log = MetricsLog(run_folder, trainer.step)
     saved_step = trainer.step
-    resume = f"terdit train {run_folder / 'recipe.yaml'} --resume auto --out {run_folder}"
+    recipe_path = shlex.quote(str(run_folder / "recipe.yaml"))
+    resume = f"terdit train {recipe_path} --resume auto --out {shlex.quote(str(run_folder))}"
     loader = BatchLoader(
         trainer.source,
         recipe.seed,

@@ -141,3 +141,47 @@ def test_warns_of_bias_when_there_are_fewer_images_than_features(
     assert result is not None
     assert (result.n, result.n_reference) == (10, 10)
     assert any("biased upwards" in text for text in result.warnings)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "npz"])
+def test_a_part_of_a_sorted_set_holds_all_classes(tmp_path: Path, kind: str, features: str) -> None:
+    """Ten classes of ten grey images, sorted: 10 of them must not be one class."""
+    greys = np.repeat(np.arange(10, dtype=np.uint8) * 20, 10)
+    arrays = np.broadcast_to(greys[:, None, None, None], (100, 8, 8, 3))
+    path = tmp_path / f"set.{kind}"
+    if kind == "npz":
+        np.savez(path, arr_0=arrays)
+    else:
+        source = tmp_path / "set.folder"
+        source.mkdir()
+        for index, image in enumerate(arrays):
+            Image.fromarray(image).save(source / f"{index:03d}.png")
+        if kind == "zip":
+            with zipfile.ZipFile(path, "w") as archive:
+                for file in sorted(source.iterdir()):
+                    archive.write(file, f"class/{file.name}")
+    stats = tmp_path / "stats.npz"
+    eval_fid.run(images=str(path), n=10, features=features, save_reference_to=stats)
+    with np.load(stats) as values:
+        assert np.allclose(values["mu"], 90)
+        assert values["n"] == 10
+
+
+def test_the_reference_is_checked_before_any_image_is_scored(tmp_path: Path, features: str) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "0.png").write_bytes(b"not a png")
+    (tmp_path / "bad" / "1.png").write_bytes(b"not a png")
+    with pytest.raises(InputFileError, match="nowhere"):
+        eval_fid.run(str(tmp_path / "nowhere"), images=str(tmp_path / "bad"), features=features)
+
+
+def test_more_refusals(tmp_path: Path, features: str) -> None:
+    with pytest.raises(InputFileError, match=r"too few images: got \d+, expected -n 99999"):
+        eval_fid.run("embedded", images="embedded", n=99999, features=features)
+    with pytest.raises(UsageError, match=r"wrong --seed: got -1.*--seed 0"):
+        eval_fid.run("embedded", images="embedded", n=2, features=features, seed=-1)
+    with pytest.raises(UsageError, match=r"got ref, expected a name that ends in \.npz.*ref\.npz"):
+        eval_fid.run(images="embedded", n=2, features=features, save_reference_to=tmp_path / "ref")
+    large = eval_fid.run("embedded", images="embedded", n=4, features=features, seed=2**40)
+    assert large is not None
+    assert large.kid is not None

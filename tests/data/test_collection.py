@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from terdit_cli.data import collection
-from terdit_cli.data.collection import count_images, read_images
+from terdit_cli.data.collection import count_images, read_images, spread
 from terdit_cli.errors import InputFileError
 
 NAMES = ["a.png", "deep/c.png", "deep/er/b.png", "z.jpg"]
@@ -160,3 +160,16 @@ def test_unreadable_image_is_named_at_its_turn(tmp_path: Path) -> None:
     assert next(stream)[0] == "a.png"
     with pytest.raises(InputFileError, match=r"unreadable image: got not an image.*deep/c.png"):
         next(stream)
+
+
+def test_a_part_is_spread_over_sorted_and_over_periodic_sets() -> None:
+    assert spread(5, 5) == spread(5, 9) == [0, 1, 2, 3, 4]
+    chosen = np.array(spread(1000, 100))
+    assert (chosen == spread(1000, 100)).all()
+    assert (chosen // 10 == np.arange(100)).all()  # one of each stretch: sorted sets
+    # Classes repeating with period 10: 10 of each expected, deviation 3; 5 of them.
+    assert np.abs(np.bincount(chosen % 10, minlength=10) - 10).max() < 15
+    assert len(set(chosen % 10)) == 10
+    odd = spread(7, 3)
+    assert odd == sorted(set(odd))
+    assert len(odd) == 3

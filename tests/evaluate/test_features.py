@@ -132,3 +132,39 @@ def test_unknown_names() -> None:
         make_extractor("incepton")
     with pytest.raises(InputFileError, match="no such feature extractor"):
         make_extractor("torchscript:gone.pt")
+
+
+class Wrong(nn.Module):
+    """A network that fails in a chosen way."""
+
+    def __init__(self, kind: int) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == 0:
+            raise ValueError("no such image")
+        return x.mean(dim=(2, 3)) / 0.0 * 0.0
+
+
+@pytest.mark.parametrize(("kind", "got"), [(0, "no such image"), (1, "not finite")])
+def test_torchscript_that_fails_on_images(tmp_path: Path, kind: int, got: str) -> None:
+    path = tmp_path / "wrong.pt"
+    torch.jit.script(Wrong(kind)).save(str(path))
+    extractor = make_extractor(f"torchscript:{path}")
+    with pytest.raises(InputFileError, match=rf"{got}.*wrong\.pt.*Fix: give a network"):
+        extractor(some_images([(4, 4)]))
+
+
+def test_only_2048_features_are_fid(tmp_path: Path) -> None:
+    path = tmp_path / "narrow.pt"
+    narrow = nn.Sequential()
+    narrow.add_module("layers", nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()))
+    torch.jit.script(narrow).save(str(path))
+    with pytest.raises(InputFileError, match="12 features, not 2048"):
+        make_extractor("inception", path)(some_images([(28, 28)]))
+
+
+def test_weights_beside_a_torchscript_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--weights has no use here: got w\.pt.*leave --weights"):
+        make_extractor("torchscript:net.pt", Path("w.pt"))

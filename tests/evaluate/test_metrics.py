@@ -140,3 +140,29 @@ def test_scores_refuse_too_few_samples() -> None:
         precision_recall(np.zeros((3, 4)), np.zeros((9, 4)), k=3)
     with pytest.raises(ValueError, match="shape"):
         inception_score(np.zeros(5))
+
+
+@pytest.mark.parametrize(("n", "m"), [(20, 30), (20, 400), (30, 30)])
+def test_frechet_distance_keeps_its_digits_with_fewer_samples_than_features(n: int, m: int) -> None:
+    """An empty direction of a covariance must not add the square root of its rounding error."""
+    random = np.random.default_rng(3)
+    a, b = 50 * random.normal(size=(n, 200)) ** 2, 50 * random.normal(size=(m, 200)) ** 2
+    centred = [(x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (a, b)]
+    nuclear = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    gap = a.mean(axis=0) - b.mean(axis=0)
+    traces = sum((x**2).sum() for x in centred)
+    by_hand = gap @ gap + traces - 2 * nuclear
+    assert frechet_distance(*gaussian(a), *gaussian(b)) == pytest.approx(by_hand, rel=1e-12)
+    # All eigenvalues in the range are kept to about 200 * 2^-53 of the trace.
+    assert abs(frechet_distance(*gaussian(a), *gaussian(a))) < 1e-12 * traces
+
+
+def test_inception_score_with_a_class_that_underflows() -> None:
+    assert inception_score(np.array([[0.0, -800.0], [0.0, -800.0]])) == 1
+
+
+def test_kid_refuses_subsets_too_small_for_an_estimate() -> None:
+    with pytest.raises(ValueError, match="expected >= 1 of >= 2"):
+        kernel_inception_distance(np.eye(4), np.eye(4), max_subset_size=1)
+    with pytest.raises(ValueError, match="expected >= 1 of >= 2"):
+        kernel_inception_distance(np.eye(4), np.eye(4), num_subsets=0)

@@ -1,0 +1,193 @@
+"""ckpt.pt and its description: round trips, hostile files, wrong fields."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import os
+import pickle
+import random
+import zipfile
+from contextlib import suppress
+
+import pytest
+import torch
+
+from terdit_cli.errors import InputFileError
+from terdit_cli.model.ckpt import VERSION, load_ckpt, load_tensors, save_ckpt
+from terdit_cli.model.dit import DiTConfig
+from terdit_cli.model.info import DIFFUSION, ModelInfo, SpaceInfo
+from terdit_cli.model.ternary import TernaryConfig
+
+
+def test_round_trip(tmp_path, tiny_config, make_ckpt, random_network):
+    ternary = TernaryConfig(granularity="row", activations="int8")
+    path = make_ckpt(tmp_path / "ckpt.pt", tiny_config, ternary, class_names=["x"] * 5)
+    opened = load_ckpt(path)
+    assert opened.info.config == tiny_config
+    assert opened.info.ternary == ternary
+    assert opened.recipe.startswith("model:")
+    assert opened.path == path
+    for seed, weights in enumerate(("raw", "ema")):
+        expected = random_network(tiny_config, ternary, seed).state_dict()
+        got = opened.state_dict(weights)
+        assert list(got) == list(expected)
+        assert all(torch.equal(got[key], value) for key, value in expected.items())
+    plain = torch.load(path, weights_only=True)
+    assert plain["format"] == "terdit-checkpoint"
+    assert plain["version"] == VERSION
+
+
+class Bomb:
+    """Runs code when unpickled."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def test_code_is_refused_and_never_run(tmp_path):
+    path, mark = tmp_path / "evil.pt", tmp_path / "it-ran"
+    torch.save({"format": "terdit-checkpoint", "model": Bomb(mark)}, path)
+    with pytest.raises(InputFileError, match=r"other than tensors.*evil\.pt.*Fix: ") as error:
+        load_ckpt(path)
+    assert not mark.exists()
+    assert "mkdir" in str(error.value)
+    assert error.value.exit_code == 3
+
+    raw = tmp_path / "raw.pt"
+    raw.write_bytes(pickle.dumps(Bomb(mark)))
+    with pytest.raises(InputFileError, match=r"not written by torch\.save.*raw\.pt"):
+        load_ckpt(raw)
+    assert not mark.exists()
+
+
+def test_plain_types_are_fine(tmp_path):
+    values = {"a": [1, 2.5, None, "x", (True,)], "n": argparse.Namespace(k=1), "t": torch.ones(2)}
+    torch.save(values, tmp_path / "plain.pt")
+    got = load_tensors(tmp_path / "plain.pt")
+    assert got["a"] == values["a"]
+    assert got["n"] == values["n"]
+    assert torch.equal(got["t"], values["t"])
+
+
+def test_damaged_files(tmp_path, tiny_config, make_ckpt):
+    whole = make_ckpt(tmp_path / "ckpt.pt", tiny_config).read_bytes()
+    path = tmp_path / "cut.pt"
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 30, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputFileError, match=r"cut\.pt.*Fix: copy it again") as error:
+            load_ckpt(path)
+        assert error.value.exit_code == 3
+    with pytest.raises(InputFileError, match="no such file"):
+        load_ckpt(tmp_path / "absent.pt")
+    rng = random.Random(1)
+    start = whole.rindex(b"PK\x01\x02") - 200  # also inside the archive's directory
+    for position in [*range(400), *(rng.randrange(start, len(whole)) for _ in range(300))]:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with suppress(InputFileError):  # or a bit that nothing reads; never another exception
+            load_ckpt(path)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("photo.txt", "no torch file")
+    path.write_bytes(archive.getvalue())
+    with pytest.raises(InputFileError, match=r"damaged.*cut\.pt"):
+        load_ckpt(path)
+
+
+def test_other_contents(tmp_path, tiny_config, make_ckpt):
+    good = torch.load(make_ckpt(tmp_path / "good.pt", tiny_config), weights_only=True)
+    path = tmp_path / "other.pt"
+
+    def refuse(values, match):
+        torch.save(values, path)
+        with pytest.raises(InputFileError, match=match) as error:
+            load_ckpt(path)
+        assert "other.pt" in str(error.value)
+
+    refuse(good["model"], r"not a checkpoint of terdit: got a OrderedDict with keys .*final_layer")
+    refuse([1, 2], "got a list")
+    refuse(torch.ones(3), "got a Tensor")
+    for version in (0, 2, "1", None):
+        refuse(good | {"version": version}, r"another version.*Fix: update terdit")
+    refuse(good | {"model": [1]}, "'model' is not a state dict")
+    refuse(good | {"ema": {"x": 1}}, "'ema' is not a state dict")
+    refuse(good | {"info": None}, "description cannot be read")
+    refuse({k: v for k, v in good.items() if k != "info"}, "description cannot be read")
+    info = good["info"]
+    huge = info | {"config": info["config"] | {"n_layers": 1 << 20}}
+    refuse(good | {"info": huge}, r"does not fit its own configuration.*1048576 layers")
+
+
+def test_interrupted_save_keeps_the_previous_file(tmp_path, tiny_config, make_ckpt):
+    path = make_ckpt(tmp_path / "ckpt.pt", tiny_config)
+    previous = path.read_bytes()
+    info = load_ckpt(path).info
+    with pytest.raises((AttributeError, pickle.PicklingError, TypeError)):
+        save_ckpt(path, info, "", {"x": torch.ones(5)}, {"f": lambda: None})
+    assert path.read_bytes() == previous
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+@pytest.fixture
+def info(tiny_config) -> ModelInfo:
+    space = SpaceInfo("vae", "some/vae", 0.18215)
+    return ModelInfo(tiny_config, TernaryConfig(), space, 32, ["a", "b", "c", "d", "e"], step=3)
+
+
+def test_description_round_trip(info):
+    assert ModelInfo.from_json(info.to_json(), "here") == info
+    assert ModelInfo.from_dict(info.to_dict(), "here") == info
+    assert info.diffusion == DIFFUSION
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        (None, "step", "7"),
+        (None, "step", 1.5),
+        (None, "weights", "best"),
+        (None, "class_names", ["a", 2]),
+        (None, "class_order", None),
+        (None, "unknown", 1),
+        ("config", "dim", 0),
+        ("config", "dim", 1 << 21),
+        ("config", "qk_norm", 1),
+        ("config", "n_kv_heads", 1.0),
+        ("config", "input_size", 1 << 20),
+        ("config", "ffn_dim_multiplier", 1e9),
+        ("ternary", "granularity", "column"),
+        ("ternary", "enabled", "yes"),
+        ("space", "kind", "sound"),
+        ("space", "scale_factor", "1"),
+    ],
+)
+def test_wrong_fields_are_named(info, section, field, value):
+    values = info.to_dict()
+    (values if section is None else values[section])[field] = value
+    with pytest.raises(InputFileError, match=r"model\.bin.*Fix: make the file again") as error:
+        ModelInfo.from_dict(values, "model.bin")
+    assert field in str(error.value) or "too large" in str(error.value)
+
+
+def test_unknown_process(info):
+    values = info.to_dict() | {"diffusion": DIFFUSION | {"schedule": "cosine"}}
+    with pytest.raises(InputFileError, match=r"'cosine'.*model\.bin.*Fix: update terdit"):
+        ModelInfo.from_dict(values, "model.bin")
+
+
+def test_label_rows_in_text_order():
+    config = DiTConfig(dim=32, n_layers=1, n_heads=2)
+    info = ModelInfo(config, TernaryConfig(), SpaceInfo(), 256, class_order="text")
+    rows = info.label_rows()
+    assert (rows[207], rows[89], rows[979], rows[1], rows[1000]) == (121, 878, 977, 1, 1000)
+    assert sorted(rows) == list(range(1001))
+    fixed = [k for k in range(1000) if rows[k] == k]
+    assert fixed == [0, 1, *range(990, 1000)]
+    standard = dataclasses.replace(info, class_order="standard")
+    assert standard.label_rows() == list(range(1001))
