@@ -25,8 +25,8 @@ from terdit_cli.errors import GateFailed, Interrupted, TerditError, UsageError
 
 if TYPE_CHECKING:
     from terdit_cli.commands.ternarize import TernarizeResult
+    from terdit_cli.commands.train import Plan
     from terdit_cli.recipe import Recipe
-    from terdit_cli.train.memory import Plan
 
 EXIT_CODES = """Exit codes: 0 ok, 1 bug (with traceback), 2 usage or recipe, 3 bad input file,
 4 environment (backend or extra missing, disk full), 5 quality gate failed or training diverged,

@@ -22,7 +22,7 @@ from terdit_cli.model.ternary import TernaryConfig
 GOLDEN = Path(__file__).parent / "golden"
 RECIPE_TEXT = "model:\n  size: nano\n"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 settings.register_profile("terdit", deadline=None, derandomize=True)
 settings.load_profile("terdit")
 

@@ -89,7 +89,7 @@ def load_tensors(path: Path) -> Any:
 
     if not path.is_file():
         raise InputFileError("no such file", where=path, fix="check the path")
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         raise InputFileError(
             "the file is truncated or was not written by torch.save",
             got=f"{path.stat().st_size} bytes that are no zip archive",
@@ -116,6 +116,13 @@ def load_tensors(path: Path) -> Any:
             where=path,
             fix="copy it again",
         ) from error
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # an end record that describes no archive
+        return False
 
 
 def release_pages(tensor: Tensor) -> None:

@@ -74,6 +74,7 @@ def test_plain_types_are_fine(tmp_path):
     assert torch.equal(got["t"], values["t"])
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_files(tmp_path, tiny_config, make_ckpt):
     whole = make_ckpt(tmp_path / "ckpt.pt", tiny_config).read_bytes()
     path = tmp_path / "cut.pt"
@@ -86,7 +87,7 @@ def test_damaged_files(tmp_path, tiny_config, make_ckpt):
         load_ckpt(tmp_path / "absent.pt")
     rng = random.Random(1)
     start = whole.rindex(b"PK\x01\x02") - 200  # also inside the archive's directory
-    for position in [*range(400), *(rng.randrange(start, len(whole)) for _ in range(300))]:
+    for position in [*range(200), *(rng.randrange(start, len(whole)) for _ in range(150))]:
         damaged = bytearray(whole)
         damaged[position] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)

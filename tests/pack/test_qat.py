@@ -1,0 +1,139 @@
+"""Checkpoints as exported models: exact after QAT, optimal after full-precision training."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from terdit_cli.errors import InputFileError
+from terdit_cli.model.ckpt import Checkpoint, load_ckpt
+from terdit_cli.model.dit import DiT
+from terdit_cli.model.ternary import TernaryConfig, TernaryLinear, expand_alphas
+from terdit_cli.pack.exported import count_weights, tensors
+from terdit_cli.pack.qat import CheckpointExport, fit_trits, matrix_names
+
+FULL_PRECISION = TernaryConfig(enabled=False)
+
+
+def least_error(weights: torch.Tensor) -> float:
+    """The least squared error over all 3^n codes, each with its best alpha >= 0 or < 0."""
+    best = float(weights.square().sum())  # all codes 0
+    for codes in itertools.product((-1.0, 0.0, 1.0), repeat=len(weights)):
+        trits = torch.tensor(codes, dtype=torch.float64)
+        if trits.any():
+            alpha = (weights * trits).sum() / trits.square().sum()
+            best = min(best, float((weights - alpha * trits).square().sum()))
+    return best
+
+
+@settings(max_examples=25)
+@given(
+    values=st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=6),
+    granularity=st.sampled_from(["tensor", "row", "group128"]),
+)
+def test_fit_is_optimal(values, granularity):
+    weight = torch.tensor([values])
+    trits, alphas = fit_trits(weight, granularity)
+    assert trits.dtype == torch.int8
+    error = (weight.double() - expand_alphas(alphas, len(values)).double() * trits).square().sum()
+    size = float(weight.double().square().sum())
+    # alpha is rounded to float32: its error enters squared, next to the optimum linearly.
+    assert float(error) <= least_error(weight[0].double()) + 1e-6 * size
+    assert (alphas >= 0).all()
+
+
+@pytest.mark.parametrize("granularity", ["row", "group128"])
+def test_fit_treats_each_scale_alone(granularity):
+    torch.manual_seed(0)
+    weight = torch.randn(3, 260)
+    trits, alphas = fit_trits(weight, granularity)
+    step = 260 if granularity == "row" else 128
+    flat = iter(alphas.flatten())
+    for row in range(3):
+        for start in range(0, 260, step):
+            part = weight[row : row + 1, start : start + step]
+            own_trits, own_alphas = fit_trits(part, "tensor")
+            assert torch.equal(own_trits, trits[row : row + 1, start : start + step])
+            assert own_alphas.item() == pytest.approx(next(flat).item(), rel=1e-6)
+
+
+def test_fit_of_a_large_matrix_beats_the_threshold_rule():
+    torch.manual_seed(1)
+    weight = torch.randn(40, 50)
+    trits, alphas = fit_trits(weight, "tensor")
+    fitted = (weight - alphas * trits).norm() / weight.norm()
+    gamma = weight.abs().mean()
+    rounded = (weight / gamma).round().clamp(-1, 1)
+    ruled = (weight - rounded * weight.abs()[rounded != 0].mean()).norm() / weight.norm()
+    assert fitted <= ruled
+    assert fitted == pytest.approx(0.4355, abs=0.02)  # gaussian: sqrt(1 - 0.8103) = 0.4355
+    assert not fit_trits(torch.zeros(4, 4), "tensor")[1].any()
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+@pytest.mark.parametrize("scale", ["learned", "absmean"])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group128"])
+def test_trained_checkpoints_export_exactly(
+    tmp_path, tiny_config, make_ckpt, random_network, weights, scale, granularity
+):
+    ternary = TernaryConfig(scale=scale, granularity=granularity)
+    path = make_ckpt(tmp_path / "ckpt.pt", tiny_config, ternary, seed=3)
+    network = random_network(tiny_config, ternary, seed=3 if weights == "raw" else 4)
+    with CheckpointExport(load_ckpt(path), weights) as model:
+        assert not model.fitted
+        assert model.info.weights == weights
+        assert model.ternary_names() == matrix_names(tiny_config.n_layers)
+        matrices = {n: m for n, m in network.named_modules() if isinstance(m, TernaryLinear)}
+        assert set(model.ternary_names()) == set(matrices)
+        for name, layer in matrices.items():
+            trits, alphas = layer.export()
+            assert torch.equal(model.trits(name), trits)
+            assert torch.equal(model.alphas(name), alphas)
+            assert model.matrix_shape(name) == tuple(trits.shape)
+            error = model.matrix_error(name)
+            effective = expand_alphas(alphas, trits.shape[1]) * trits
+            relative = (layer.weight - effective).norm() / layer.weight.norm()
+            assert error.relative_error == pytest.approx(relative.item(), rel=1e-5)
+            assert -1 <= error.cosine <= 1
+        state = network.state_dict()
+        assert all(torch.equal(model.rest(key), state[key]) for key in model.rest_names())
+        written = dict(tensors(model))
+        assert len(written) == 2 * len(matrices) + len(model.rest_names())
+        assert count_weights(model) == sum(m.weight.numel() for m in matrices.values())
+        assert {f"{name}.trits" for name in matrices} <= set(written)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group128"])
+def test_full_precision_checkpoints_are_fitted(tmp_path, tiny_config, make_ckpt, granularity):
+    path = make_ckpt(tmp_path / "ckpt.pt", tiny_config, FULL_PRECISION)
+    model = CheckpointExport(load_ckpt(path), "ema", granularity)
+    assert model.fitted
+    assert model.info.ternary.enabled
+    assert model.info.ternary.granularity == granularity
+    for name in model.ternary_names():
+        trits, alphas = fit_trits(model.master(name), granularity)
+        assert torch.equal(model.trits(name), trits)
+        assert torch.equal(model.alphas(name), alphas)
+        error = model.matrix_error(name)
+        assert 0.1 < error.relative_error < 0.6
+        # A least-squares fit leaves a right angle between the fit and its error.
+        assert error.relative_error**2 + error.cosine**2 == pytest.approx(1, abs=1e-4)
+
+
+def test_checkpoint_without_a_matrix(tmp_path, tiny_config, make_ckpt):
+    opened = load_ckpt(make_ckpt(tmp_path / "ckpt.pt", tiny_config))
+    state = dict(opened.ema)
+    del state["layers.1.attention.wo.weight"]
+    broken = Checkpoint(opened.path, opened.info, opened.recipe, opened.model, state)
+    with pytest.raises(InputFileError, match=r"no matrix layers.1.attention.wo.weight.*ckpt.pt"):
+        CheckpointExport(broken, "ema")
+
+
+def test_names_are_those_of_the_network(tiny_config):
+    network = DiT(tiny_config)
+    ternary = [n for n, m in network.named_modules() if isinstance(m, TernaryLinear)]
+    assert sorted(ternary) == sorted(matrix_names(tiny_config.n_layers))

@@ -1,0 +1,58 @@
+"""Which reader a path gets, and what is said when there is none."""
+
+from __future__ import annotations
+
+import pytest
+
+from terdit_cli.errors import InputFileError, UsageError
+from terdit_cli.model.ternary import TernaryConfig
+from terdit_cli.pack.convert import ReleasedFolder
+from terdit_cli.pack.qat import CheckpointExport
+from terdit_cli.pack.sources import checkpoint_path, open_exported
+from terdit_cli.pack.tdt import TdtFile
+
+
+def test_each_kind_has_its_reader(tmp_path, tiny_config, make_ckpt, tiny_tdts, released_folder):
+    run = tmp_path / "run"
+    run.mkdir()
+    ckpt = make_ckpt(run / "ckpt.pt", tiny_config)
+    assert checkpoint_path(run) == ckpt
+    assert checkpoint_path(ckpt) == ckpt
+    assert checkpoint_path(tiny_tdts["t2"]) is None
+    assert checkpoint_path(released_folder) is None
+    kinds = {
+        run: CheckpointExport,
+        ckpt: CheckpointExport,
+        tiny_tdts["t5"]: TdtFile,
+        tiny_tdts["int8"]: TdtFile,
+    }
+    for path, kind in kinds.items():
+        with open_exported(path) as model:
+            assert isinstance(model, kind)
+    with open_exported(released_folder, n_heads=4) as model:
+        assert isinstance(model, ReleasedFolder)
+    with open_exported(run, "raw") as model:
+        assert model.info.weights == "raw"
+
+
+def test_paths_without_a_model(tmp_path):
+    with pytest.raises(InputFileError, match=r"no such model \(.*absent\)\. Fix: check the path"):
+        open_exported(tmp_path / "absent")
+    with pytest.raises(InputFileError, match=r"no finished model.*Fix: name a run folder"):
+        open_exported(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(InputFileError, match=r"Fix: finish the run: .*--resume auto --out .*"):
+        open_exported(tmp_path)
+
+
+def test_full_precision_must_be_ternarized_first(tmp_path, tiny_config, make_ckpt):
+    path = make_ckpt(tmp_path / "ckpt.pt", tiny_config, TernaryConfig(enabled=False))
+    with pytest.raises(UsageError, match=r"full precision.*ckpt\.pt.*Fix: terdit ternarize .*"):
+        open_exported(path)
+
+
+def test_overrides_only_where_needed(tmp_path, tiny_config, make_ckpt, tiny_tdts):
+    path = make_ckpt(tmp_path / "ckpt.pt", tiny_config)
+    for source in (path, tiny_tdts["t2"]):
+        with pytest.raises(UsageError, match=r"takes overrides: got n_heads=4 .*Fix: leave them"):
+            open_exported(source, n_heads=4)
