@@ -220,14 +220,14 @@ def ternarize(
 
 
 def _print_ternarized(result: TernarizeResult) -> None:
-    header = ("layer", "shape", "-1 %", "0 %", "+1 %", "gamma", "alpha", "rel. error", "cosine")
+    header = ("layer", "shape", "-1 %", "0 %", "+1 %", "gamma", "alpha", "error", "cosine")
     rows = [
         (
             layer.name,
             "x".join(map(str, layer.shape)),
             *(f"{100 * share:.1f}" for share in (layer.minus, layer.zero, layer.plus)),
-            f"{layer.gamma:.5f}",
-            f"{layer.alpha:+.5f}",
+            f"{layer.gamma:.4f}",
+            f"{layer.alpha:+.4f}",
             f"{layer.relative_error:.3f}",
             f"{layer.cosine:+.3f}",
         )
@@ -290,7 +290,7 @@ def pack(
         ("rest", result.rest),
         ("fp32", f"{result.fp32_bytes:,} bytes"),
         ("this file", f"{result.file_bytes:,} bytes ({result.ratio:.2f} times smaller)"),
-        ("verified in", console.duration(result.seconds)),
+        ("packed and verified in", console.duration(result.seconds)),
     ]
     console.result_table(str(result.output), ("", ""), rows)
 

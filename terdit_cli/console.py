@@ -73,10 +73,10 @@ def result_table(title: str, header: Sequence[str], rows: Sequence[Sequence[obje
     if not is_main():
         return
     table = Table(
-        title=escape(title),
-        title_justify="left",
-        title_style="bold",
         box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
         show_header=any(header),
     )
     for index, name in enumerate(header):
@@ -86,6 +86,7 @@ def result_table(title: str, header: Sequence[str], rows: Sequence[Sequence[obje
         )
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
+    _out.print(f"[bold]{escape(title)}[/]")  # not the table's own: that is folded to its width
     # A table that is piped must not be folded to eighty columns.
     target = _out if _out.is_terminal else Console(width=PIPE_WIDTH, highlight=False)
     target.print(table, soft_wrap=False)

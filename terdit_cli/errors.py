@@ -69,6 +69,6 @@ class Interrupted(TerditError):
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Return ", did you mean 'x'?" for the nearest of `choices`, or "" when none is near."""
+    """Return " (did you mean 'x'?)" for the nearest of `choices`, or "" when none is near."""
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f", did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -332,7 +332,7 @@ def _apply_override(values: dict[str, Any], word: str) -> None:
 
 
 def _explain(problem: Any) -> str:
-    """Turn one pydantic error into "train.stepz: unknown key, did you mean 'steps'?"."""
+    """Turn one pydantic error into "train.stepz: unknown key (did you mean 'steps'?)"."""
     location = [str(part) for part in problem["loc"]]
     path = ".".join(location)
     if problem["type"] == "extra_forbidden":

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 import terdit_cli
 from terdit_cli import console
-from terdit_cli.commands.generate import model_sha256, open_generator
+from terdit_cli.commands.generate import ImageGenerator, model_sha256, open_generator
 from terdit_cli.data.collection import count_images, read_images, spread
 from terdit_cli.data.images import open_images
+from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.evaluate.features import FeatureExtractor, make_extractor
 from terdit_cli.evaluate.metrics import frechet_distance, kernel_inception_distance
@@ -37,7 +38,7 @@ from terdit_cli.evaluate.statistics import (
 )
 
 KID_SAMPLES = 10_000
-FEATURE_BATCH = 64
+FEATURE_BATCH = {"cpu": 8, "cuda": 64}  # images; a CPU's caches hold no more
 EMBEDDED = "embedded"  # the packaged images as a reference or as images
 _EMBEDDED_SIZE = 28
 
@@ -129,6 +130,7 @@ def run(
             where="--save-reference",
             fix=f"--save-reference {save_reference_to}.npz",
         )
+    asked = SamplerConfig(sampler, steps, cfg_scale, cfg_channels)  # type: ignore[arg-type]
     started = time.monotonic()
     extractor = make_extractor(features, weights, _extractor_device(device))
     provenance: dict[str, Any] = {
@@ -139,10 +141,10 @@ def run(
         "reference": reference,
     }
     if model is not None:
+        generator = open_generator(model, backend, device, vae)
         source = _from_model(
-            model, n or 1000, sampler, steps, cfg_scale, cfg_channels, seed, batch_size, backend,
-            device, vae, provenance,
-        )  # fmt: skip
+            generator, n or 1000, generator.fit(asked), seed, batch_size, provenance
+        )
     else:
         source = _from_path(str(images), n)
         provenance["images"] = images
@@ -176,21 +178,14 @@ def _extractor_device(device: str | None) -> str:
 
 
 def _from_model(
-    model: Path,
+    generator: ImageGenerator,
     n: int,
-    sampler: str,
-    steps: int,
-    cfg_scale: float,
-    cfg_channels: str,
+    config: SamplerConfig,
     seed: int,
     batch_size: int,
-    backend: str,
-    device: str | None,
-    vae: str | None,
     provenance: dict[str, Any],
 ) -> _Images:
-    generator = open_generator(model, backend, device, vae)
-    config = generator.sampler(sampler, steps, cfg_scale, cfg_channels)
+    model = generator.path
     provenance |= {
         "model": str(model),
         "model_sha256": model_sha256(model),
@@ -237,9 +232,10 @@ def _collect(source: _Images, extractor: FeatureExtractor, what: str) -> Feature
             "too few images", got=source.count, expected="at least 2", where=source.where
         )
     statistics: FeatureStatistics | None = None
+    size = FEATURE_BATCH[extractor.device.type]
     started = time.monotonic()
     with console.progress(f"{what} {source.where}", source.count) as meter:
-        while batch := list(itertools.islice(source.images, FEATURE_BATCH)):
+        while batch := list(itertools.islice(source.images, size)):
             features = _by_size(extractor, batch)
             if statistics is None:
                 statistics = FeatureStatistics(features.shape[1], KID_SAMPLES)

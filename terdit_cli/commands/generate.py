@@ -6,6 +6,7 @@ so (class c, copy j) is image j * C + c, whoever asks for it and together with w
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -67,28 +68,23 @@ class ImageGenerator:
         info = self.model.info
         return names_of_classes(info.class_names, info.config.num_classes)
 
-    def sampler(self, name: str, steps: int, cfg_scale: float, cfg_channels: str) -> SamplerConfig:
-        """Return a sampler for this model; pixel models clip their guess of x0 to [-1, 1].
+    def fit(self, sampler: SamplerConfig) -> SamplerConfig:
+        """Return the sampler as this model needs it: pixels clip the guess of x0 to [-1, 1].
 
         Raises:
-            UsageError: no such sampler, or guidance of a model trained without label dropout.
+            UsageError: guidance of a model trained without label dropout.
         """
-        config = self.model.info.config
-        if cfg_scale != 1 and config.null_class is None:
+        info = self.model.info
+        if sampler.guided and info.config.null_class is None:
             raise UsageError(
                 "this model has no null class for guidance",
-                got=f"--cfg-scale {cfg_scale:g}",
+                got=f"--cfg-scale {sampler.cfg_scale:g}",
                 expected=1,
                 where=self.path,
                 fix="--cfg-scale 1",
             )
-        return SamplerConfig(
-            name=name,  # type: ignore[arg-type]  # SamplerConfig checks the name
-            steps=steps,
-            cfg_scale=cfg_scale,
-            cfg_channels=cfg_channels,  # type: ignore[arg-type]
-            clip_denoised=self.model.info.space.kind == "pixel" and name in ("ddpm", "ddim"),
-        )
+        clip = info.space.kind == "pixel" and sampler.name in ("ddpm", "ddim")
+        return dataclasses.replace(sampler, clip_denoised=clip)
 
     @torch.inference_mode()
     def images(

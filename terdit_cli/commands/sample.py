@@ -18,6 +18,7 @@ from terdit_cli.atomic import atomic_path
 from terdit_cli.commands.generate import model_sha256, open_generator
 from terdit_cli.data.classes import find_classes
 from terdit_cli.data.grid import draw_grid, save_png
+from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.errors import UsageError
 
 GRID_LIMIT = 256  # images in one picture
@@ -94,6 +95,7 @@ def run(
         if value < 1:
             raise UsageError(f"wrong {name}", got=value, expected="a positive number")
     _check_output(output)
+    asked = SamplerConfig(sampler, steps, cfg_scale, cfg_channels)  # type: ignore[arg-type]
     path = find_model(model)
     generator = open_generator(path, backend, device, vae)
     names = generator.class_names
@@ -106,7 +108,7 @@ def run(
             expected=f"at most {GRID_LIMIT}",
             fix="write a folder or an .npz: -o samples/",
         )
-    config = generator.sampler(sampler, steps, cfg_scale, cfg_channels)
+    config = generator.fit(asked)
     _ = generator.space  # a VAE that cannot be opened is found before the work
     digest = model_sha256(path)
     text = {
@@ -145,7 +147,8 @@ def run(
     if output.suffix == ".png":
         captions = [names[class_id][0] for class_id in labels]
         title = f"{path.name}, {config.name} {config.steps} steps, cfg {cfg_scale:g}, seed {seed}"
-        grid = draw_grid(np.concatenate(drawn), captions, title)
+        columns = n * max(1, round(math.sqrt(len(indices)) / n))  # a class never wraps
+        grid = draw_grid(np.concatenate(drawn), captions, title, columns)
         shown = dict.fromkeys(captions)
         save_png(grid, output, text | {"class": ", ".join(shown)})
     elif output.suffix == ".npz":

@@ -65,9 +65,8 @@ def find_class(query: str, names: list[list[str]]) -> int:
     near = did_you_mean(query.lower(), [name.lower() for group in names for name in group])
     raise UsageError(
         "unknown class",
-        got=repr(query),
+        got=repr(query) + near,
         expected=f"a class name or an id from 0 to {len(names) - 1}",
-        where=near.removeprefix(", ") or None,
         fix=_FIX,
     )
 

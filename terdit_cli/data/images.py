@@ -219,7 +219,7 @@ def _check(
     if source not in SOURCES:
         raise UsageError(
             "unknown image source",
-            got=repr(source) + did_you_mean(source, SOURCES).rstrip("?"),
+            got=repr(source) + did_you_mean(source, SOURCES),
             expected=f"one of {', '.join(SOURCES)}",
             where="data.source",
         )
@@ -247,7 +247,7 @@ def _check(
             got=repr(split),
             expected=f"one of {', '.join(SPLITS)}" if has_splits else "all",
             where="data.split",
-            fix=None if has_splits else "give each split as a folder or zip of its own",
+            fix=None if has_splits else "set data.split=null, or give each split by itself",
         )
     return split
 

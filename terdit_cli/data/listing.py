@@ -33,7 +33,9 @@ class Listing:
 
 def list_folder(root: Path) -> Listing:
     """List a folder of class folders by torchvision's rule: sorted class and file names."""
-    require_folder(root, "folder of images", "give a folder with one folder of images a class")
+    require_folder(
+        root, "folder of images", "set data.path to a folder with one folder of images a class"
+    )
     names = sorted(
         entry.name
         for entry in root.iterdir()

@@ -66,8 +66,8 @@ class SamplerConfig:
         """Check every field."""
         if self.name not in NAMES:
             raise UsageError(
-                f"unknown sampler{did_you_mean(str(self.name), NAMES)}",
-                got=repr(self.name),
+                "unknown sampler",
+                got=repr(self.name) + did_you_mean(str(self.name), NAMES),
                 expected=f"one of {', '.join(NAMES)}",
                 where="sampler",
                 fix="--sampler ddpm",

@@ -45,14 +45,14 @@ class FeatureExtractor:
     dim: int | None  # None: known after the first batch
     _prepare: Callable[[Images], NDArray[np.float32]]  # [H, W, 3] -> float32 [h, w, 3]
     _network: Callable[[Tensor], Tensor]  # float32 [B, 3, h, w] -> [B, D]
-    _device: torch.device
+    device: torch.device
 
     @torch.inference_mode()
     def __call__(self, images: list[Images]) -> NDArray[np.float32]:
         """Return features float32 [B, D] of images uint8 [H, W, 3], which may differ in size."""
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             prepared = np.stack(list(pool.map(self._prepare, images)))
-        batch = torch.from_numpy(prepared).permute(0, 3, 1, 2).contiguous().to(self._device)
+        batch = torch.from_numpy(prepared).permute(0, 3, 1, 2).contiguous().to(self.device)
         try:
             output: Any = self._network(batch)
         except torch.OutOfMemoryError:
@@ -111,7 +111,7 @@ def make_extractor(
         return _torchscript(Path(name.removeprefix("torchscript:")), device)
     raise UsageError(
         "unknown features",
-        got=repr(name) + did_you_mean(name, NAMES).rstrip("?"),
+        got=repr(name) + did_you_mean(name, NAMES),
         expected="one of " + ", ".join(NAMES),
         fix="set --features",
     )
@@ -175,7 +175,7 @@ def _inception(weights: Path | None, device: torch.device) -> FeatureExtractor:
         dim=INCEPTION_DIM,
         _prepare=_resizer(INCEPTION_SIZE),
         _network=forward,
-        _device=device,
+        device=device,
     )
 
 
@@ -209,6 +209,7 @@ def _efficientnet(weights: Path | None, device: torch.device) -> FeatureExtracto
         return (resize(image)[inner, inner] - 127.0) / 128.0
 
     def forward(batch: Tensor) -> Tensor:
+        batch = batch.contiguous(memory_format=torch.channels_last)  # twice as fast on CPUs
         return network.extract_features(batch).mean(dim=(2, 3))
 
     return FeatureExtractor(
@@ -217,7 +218,7 @@ def _efficientnet(weights: Path | None, device: torch.device) -> FeatureExtracto
         dim=EFFICIENTNET_DIM,
         _prepare=prepare,
         _network=forward,
-        _device=device,
+        device=device,
     )
 
 
@@ -235,5 +236,5 @@ def _torchscript(path: Path, device: torch.device) -> FeatureExtractor:
         dim=None,
         _prepare=prepare,
         _network=network,
-        _device=device,
+        device=device,
     )

@@ -89,6 +89,9 @@ class ModelInfo:
             info = cls(**values)
             if info.config.tokens * info.config.head_dim > LARGEST_ROPE_TABLE:
                 raise ValueError(f"a network of {info.config.tokens} tokens is too large")
+            if info.class_names and len(info.class_names) != info.config.num_classes:
+                count = len(info.class_names)
+                raise ValueError(f"{count} class names for {info.config.num_classes} classes")
             if info.config.ffn_width > LARGEST_INTEGER:
                 raise ValueError(f"a feed-forward width of {info.config.ffn_width} is too large")
         except (TypeError, KeyError, ValueError, TerditError) as error:

@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -45,17 +45,6 @@ from terdit_cli.train.parallel import (
 from terdit_cli.train.preview import draw_preview
 
 CKPT = "ckpt.pt"
-
-
-@dataclass
-class _Window:
-    """Sums over the steps since the last logged one."""
-
-    steps: int = 0
-    loss: float = 0.0
-    mse: float = 0.0
-    vb: float = 0.0
-    started: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -120,6 +109,12 @@ class Trainer:
         state = self.state()
         save_ckpt(path, info, self.recipe.to_yaml(), state["model"], state["ema"])
         return path
+
+    def preview(self) -> Path:
+        """Draw the preview grid of the present step."""
+        return draw_preview(
+            self.ema.model, self.recipe, self.space, self.source, self.run_folder, self.step
+        )
 
     def train_step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Run forward, backward and, when all is finite, the optimizer and the EMA.
@@ -189,6 +184,35 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
             signal.signal(name, handler)
 
 
+class _Window:
+    """Means over the steps since the last logged one, and their speed without the pauses."""
+
+    def __init__(self) -> None:
+        self._results: list[StepResult] = []
+        self._started = time.monotonic()
+
+    def add(self, result: StepResult) -> None:
+        self._results.append(result)
+
+    def skip(self, seconds: float) -> None:
+        """Leave time out that went into previews and checkpoints."""
+        self._started += seconds
+
+    def entry(self, trainer: Trainer) -> dict[str, Any]:
+        """Return the line to log for the window."""
+        count = len(self._results)
+        images = count * trainer.recipe.train.global_batch_size
+        return {
+            "step": trainer.step,
+            "loss": sum(result.loss for result in self._results) / count,
+            "mse": sum(result.mse for result in self._results) / count,
+            "vb": sum(result.vb for result in self._results) / count,
+            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "grad_norm": self._results[-1].grad_norm,
+            "images_per_second": images / (time.monotonic() - self._started),
+        }
+
+
 def run_training(trainer: Trainer) -> Path:
     """Train to the recipe's last step and return the path of ckpt.pt.
 
@@ -197,75 +221,46 @@ def run_training(trainer: Trainer) -> Path:
         GateFailed: a loss or gradient that is not finite, after saving the state before it.
         EnvironmentProblem: a checkpoint could not be written.
     """
-    recipe, run_folder = trainer.recipe, trainer.run_folder
+    recipe, world = trainer.recipe, trainer.world
     steps, batch_size = recipe.train.steps, recipe.train.global_batch_size
-    log = MetricsLog(run_folder, trainer.step)
-    saved_step = trainer.step
-    recipe_path = shlex.quote(str(run_folder / "recipe.yaml"))
-    resume = f"terdit train {recipe_path} --resume auto --out {shlex.quote(str(run_folder))}"
+    log = MetricsLog(trainer.run_folder, trainer.step)
     loader = BatchLoader(
         trainer.source,
         recipe.seed,
         batch_size,
         recipe.data.flip,
-        trainer.world.rank,
-        trainer.world.size,
+        world.rank,
+        world.size,
         recipe.data.workers,
     )
-    plain_every = recipe.logging.every
-    meter_context = console.progress(f"training {recipe.name}", steps, plain_every)
+    meter_context = console.progress(f"training {recipe.name}", steps, recipe.logging.every)
     with loader, stop_signals() as stopped, meter_context as meter:
         meter.start_at(trainer.step)
-        window, started = _Window(), time.monotonic()
-        first_step = trainer.step
-        status = ""
+        window, status, saved_step = _Window(), "", trainer.step
         for images, labels in loader.iterate(trainer.step):
             if trainer.step >= steps:
                 break
             result = trainer.train_step(images, labels)
             if not result.finite:
-                saved = trainer.save()
-                raise GateFailed(
-                    f"training diverged at step {trainer.step + 1}",
-                    got=f"loss {result.loss}, gradient norm {result.grad_norm}",
-                    expected="finite numbers",
-                    where=f"state before it saved in {saved.path}",
-                    fix=f"continue with a lower rate: {resume} optim.lr={recipe.optim.lr / 2:g}",
-                )
+                raise _diverged(trainer, result)
             step = trainer.step
-            window.steps += 1
-            window.loss += result.loss
-            window.mse += result.mse
-            window.vb += result.vb
+            window.add(result)
             if step % recipe.logging.every == 0 or step == steps:
-                elapsed = time.monotonic() - window.started
-                rate = window.steps * batch_size / elapsed
-                mean_loss = window.loss / window.steps
-                log.append(
-                    {
-                        "step": step,
-                        "loss": mean_loss,
-                        "mse": window.mse / window.steps,
-                        "vb": window.vb / window.steps,
-                        "lr": trainer.optimizer.param_groups[0]["lr"],
-                        "grad_norm": result.grad_norm,
-                        "images_per_second": rate,
-                    }
-                )
-                left = (time.monotonic() - started) / (step - first_step) * (steps - step)
-                status = f"loss {mean_loss:.4f}  {rate:.0f} img/s  {console.duration(left)} left"
+                entry = window.entry(trainer)
+                log.append(entry)
+                rate = entry["images_per_second"]
+                left = console.duration((steps - step) * batch_size / rate)
+                status = f"loss {entry['loss']:.4f}  {rate:.0f} img/s  {left} left"
                 window = _Window()
             meter.update(step, status)
+            paused = time.monotonic()
             if recipe.sample.every and (step % recipe.sample.every == 0 or step == steps):
-                draw_preview(
-                    trainer.ema.model, recipe, trainer.space, trainer.source, run_folder, step
-                )
-                window.started = time.monotonic()
+                trainer.preview()
             if step % recipe.checkpoint.every == 0 or step == steps:
                 trainer.save()
                 saved_step = step
                 log.draw(f"{recipe.name}: step {step}")
-                window.started = time.monotonic()
+            window.skip(time.monotonic() - paused)
             number = stopped()
             if number is not None and step < steps:
                 if saved_step != step:
@@ -273,11 +268,30 @@ def run_training(trainer: Trainer) -> Path:
                 raise Interrupted(
                     f"stopped by {signal.Signals(number).name} after step {step}, saved",
                     signal_number=number,
-                    fix=f"continue with: {resume}",
+                    fix=f"continue with: {_resume_command(trainer)}",
                 )
     path = trainer.finish()
     log.draw(f"{recipe.name}: {steps} steps")
     return path
+
+
+def _diverged(trainer: Trainer, result: StepResult) -> GateFailed:
+    """Save the state before the step that gave `result`, and say how to go on."""
+    saved = trainer.save()
+    lower = trainer.recipe.optim.lr / 2
+    return GateFailed(
+        f"training diverged at step {trainer.step + 1}",
+        got=f"loss {result.loss}, gradient norm {result.grad_norm}",
+        expected="finite numbers",
+        where=f"state before it saved in {saved.path}",
+        fix=f"continue with a lower rate: {_resume_command(trainer)} optim.lr={lower:g}",
+    )
+
+
+def _resume_command(trainer: Trainer) -> str:
+    folder = trainer.run_folder
+    recipe = shlex.quote(str(folder / "recipe.yaml"))
+    return f"terdit train {recipe} --resume auto --out {shlex.quote(str(folder))}"
 
 
 def loss_summary(run_folder: Path) -> tuple[float, float] | None:

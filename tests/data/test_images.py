@@ -457,7 +457,7 @@ def test_broken_gzip_and_missing_idx(tmp_path: Path) -> None:
         (("embedded", Path("x"), 28), ["takes no path", "got x", "Fix: remove data.path"]),
         (("embedded", None, 28, "ignore"), ["'ignore'", "error or skip"]),
         (("embedded", None, 28, "error", "test"), ["'test'", "train, heldout, all"]),
-        (("zip", Path("x"), 28, "error", "train"), ["'train'", "Fix: give each split"]),
+        (("zip", Path("x"), 28, "error", "train"), ["'train'", "Fix: set data.split=null"]),
         (("embedded", None, 0), ["got 0", "at least 1 pixel"]),
     ],
 )

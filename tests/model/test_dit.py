@@ -226,9 +226,9 @@ def test_sizes():
     assert build_config("600m").ffn_width == 4096
     assert build_config("4.2b").ffn_width == 8192
     assert build_config("600m", n_layers=3).n_layers == 3
-    with pytest.raises(UsageError, match=r"'600n', did you mean '600m'\?.*Fix: set model.size"):
+    with pytest.raises(UsageError, match=r"'600n' \(did you mean '600m'\?\).*Fix: set model.size"):
         size_config("600n")
-    with pytest.raises(UsageError, match=r"'qk_nrom', did you mean 'qk_norm'\?"):
+    with pytest.raises(UsageError, match=r"'qk_nrom' \(did you mean 'qk_norm'\?\)"):
         build_config("nano", qk_nrom=True)
 
 

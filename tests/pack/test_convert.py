@@ -145,7 +145,7 @@ def test_without_arguments(folder, golden_case):
         ({"n_heads": 4.0}, "n_heads is 4.0"),
         ({"n_heads": True}, "n_heads is True"),
         ({"n_heads": 4, "n_kv_heads": 2}, "n_kv_heads does not fit the checkpoint: got 2"),
-        ({"n_heads": 4, "heads": 3}, r"unknown model field.*'heads', did you mean 'n_heads'"),
+        ({"n_heads": 4, "heads": 3}, r"unknown model field.*'heads' \(did you mean 'n_heads'"),
         ({"n_heads": 4, "patch_size": 3}, r"patch_size\^2 \* in_channels = 16"),
         ({"n_heads": 4, "in_channels": 3}, "does not fit the checkpoint"),
         ({"n_heads": 4, "in_channels": 0}, "in_channels is 0"),

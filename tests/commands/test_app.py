@@ -1,0 +1,148 @@
+"""The command line itself: help, usage errors, what it imports, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import terdit_cli
+
+ROOT = Path(__file__).parents[2]
+VERBS = ("train", "ternarize", "pack", "sample", "eval-fid")
+Terdit = Callable[..., Any]
+
+
+def test_help_names_the_verbs_and_exit_codes(terdit: Terdit) -> None:
+    for word in ("--help", "-h"):
+        done = terdit(word)
+        assert done.code == 0
+        assert done.err == ""
+        text = " ".join(done.out.split())
+        for verb in VERBS:
+            assert f" {verb} " in text
+        assert "Exit codes: 0 ok, 1 bug" in text
+        assert "130/143 stopped by" in text
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_has_examples(terdit: Terdit, verb: str) -> None:
+    done = terdit(verb, "--help")
+    assert done.code == 0
+    assert "Examples:" in done.out
+    assert f"terdit {verb}" in done.out.split("Examples:")[1]
+    assert "--json" in done.out
+
+
+def test_help_needs_no_torch() -> None:
+    code = """
+import sys
+sys.argv = ["terdit", "--help"]
+from terdit_cli.app import main
+try:
+    main()
+finally:
+    heavy = {"torch", "numpy", "PIL", "pydantic", "diffusers", "matplotlib"} & set(sys.modules)
+    print(sorted(heavy), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert done.stderr.strip() == "[]"
+
+
+def test_as_a_module() -> None:
+    line = [sys.executable, "-m", "terdit_cli", "--version"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.strip()) == (0, terdit_cli.__version__)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Usage: terdit"),
+        (["trian"], "No such command 'trian'"),
+        (["train"], "Missing argument"),
+        (["train", "a.yaml", "--ressume", "auto"], "No such option: --ressume"),
+        (["train", "a.yaml", "--resume"], "requires an argument"),
+        (["ternarize", "a"], "Missing option '--out'"),
+        (["pack", "a", "--codec", "t3"], "'t3' is not one of 't2', 't5'"),
+        (["pack", "a", "--rest", "fp16"], "fp16"),
+        (["sample"], "Missing option '--prompt-class'"),
+        (["sample", "--prompt-class", "1", "-n", "many"], "-n"),
+        (["sample", "--prompt-class", "1", "--cfg-channels", "4"], "--cfg-channels"),
+    ],
+)
+def test_usage_errors(
+    terdit: Terdit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = terdit(*words)
+    assert done.code == 2
+    assert done.out == ""
+    assert message in done.err
+    assert not words or "-h' for help" in done.err or "requires an argument" in message
+    assert "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(terdit: Terdit, tmp_path: Path) -> None:
+    plain = terdit("pack", tmp_path / "none", "-o", tmp_path / "x.tdt")
+    debug = terdit("--debug", "pack", tmp_path / "none", "-o", tmp_path / "x.tdt")
+    assert plain.code == debug.code == 3
+    assert "Traceback" not in plain.err
+    assert "Traceback" in debug.err
+    assert debug.err.endswith(plain.err)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_pack_leaves_the_old_file(
+    terdit: Terdit, tmp_path: Path, small_run: Path, number: signal.Signals
+) -> None:
+    output, marker = tmp_path / "out" / "model.tdt", tmp_path / "marker"
+    output.parent.mkdir()
+    output.write_bytes(b"the old file")
+    code = f"""
+import pathlib, sys, time
+from terdit_cli.app import main
+from terdit_cli.pack import tdt
+encode = tdt._encode_matrix
+def slow(model, name, codec):
+    encoded = encode(model, name, codec)
+    if name.endswith("wo"):  # half of the file is written
+        pathlib.Path({str(marker)!r}).touch()
+        time.sleep(60)
+    return encoded
+tdt._encode_matrix = slow
+sys.argv = ["terdit", "pack", {str(small_run)!r}, "-o", {str(output)!r}]
+main()
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    end = time.monotonic() + 60
+    while not marker.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert any(path.name.startswith(".model.tdt") for path in output.parent.iterdir())
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert out == ""
+    assert output.read_bytes() == b"the old file"
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number
+        assert f"stopped by {number.name}" in err
+        assert "Traceback" not in err
+        assert [path.name for path in output.parent.iterdir()] == ["model.tdt"]
+    assert terdit("pack", small_run, "-o", output).code == 0
+    assert output.read_bytes() != b"the old file"

@@ -1,0 +1,286 @@
+"""train -> ternarize -> pack -> sample through the command line, on a tiny trained run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import terdit_cli
+from terdit_cli.commands.sample import find_model
+from terdit_cli.errors import UsageError
+from terdit_cli.model.ckpt import load_ckpt
+from terdit_cli.model.ternary import TernaryLinear, ternarize
+from terdit_cli.pack.tdt import TdtFile
+
+Terdit = Callable[..., Any]
+FASHION = "T-shirt/top"
+
+
+def one_object(text: str) -> dict[str, Any]:
+    """Return the only JSON object of `text`; anything beside it is an error."""
+    values = json.loads(text)
+    assert isinstance(values, dict)
+    return values
+
+
+def test_train_says_where_the_product_is(
+    terdit: Terdit, small_recipe: Path, tmp_path: Path
+) -> None:
+    words = ("train", small_recipe, "train.steps=4", "logging.every=2", "--out")
+    done = terdit(*words, tmp_path / "a")
+    assert done.code == 0
+    assert done.out.startswith("trained 4 steps, loss 1.")
+    assert done.out.rstrip().endswith(str(tmp_path / "a" / "ckpt.pt"))
+    done = terdit(*words, tmp_path / "b", "--json")
+    values = one_object(done.out)
+    assert values["steps"] == 4
+    assert Path(values["checkpoint"]).is_file()
+    assert "training small: 4/4" in done.err
+
+
+def test_the_default_run_folder(
+    terdit: Terdit, small_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert terdit("train", small_recipe, "train.steps=1", "name=other").code == 0
+    assert Path("runs/other/ckpt.pt").is_file()
+
+
+def test_dry_run_trains_nothing(terdit: Terdit, small_recipe: Path, tmp_path: Path) -> None:
+    words = ("train", small_recipe, "data.source=folder", "data.path=nowhere", "--dry-run")
+    done = terdit(*words, "--out", tmp_path / "run")
+    assert done.code == 0
+    assert done.err == ""
+    assert "plan, nothing trained" in done.out
+    assert "56,658" in done.out
+    assert not (tmp_path / "run").exists()
+    values = one_object(terdit(*words, "--json").out)
+    assert values["parameters"] == 56_658
+    assert values["images"] == 30 * 8
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_ternarize_prints_every_layer(
+    terdit: Terdit, small_run: Path, tmp_path: Path, weights: str
+) -> None:
+    output = tmp_path / "out.safetensors"
+    done = terdit("ternarize", small_run, "-o", output, f"--{weights}")
+    assert done.code == 0
+    assert done.err == ""
+    assert f"({weights} weights)" in done.out
+    lines = done.out.splitlines()
+    state = load_ckpt(small_run / "ckpt.pt").state_dict(weights)  # type: ignore[arg-type]
+    masters = [key for key in state if key.removesuffix(".weight") + ".alphas" in state]
+    assert len(masters) == 16
+    with safe_open(output, "pt") as file:
+        for key in masters:
+            name = key.removesuffix(".weight")
+            [line] = [line for line in lines if line.split()[:1] == [name]]  # never folded
+            trits = file.get_tensor(key)
+            assert trits.dtype == torch.int8
+            assert torch.equal(trits.float(), ternarize(state[key]))
+            assert torch.equal(file.get_tensor(f"{name}.alphas"), state[f"{name}.alphas"])
+            shape, minus, zero, plus = line.split()[1:5]
+            assert shape == "x".join(map(str, trits.shape))
+            for value, share in ((-1, minus), (0, zero), (1, plus)):
+                found = 100 * (trits == value).double().mean()
+                assert float(share) == pytest.approx(float(found), abs=0.051)
+
+
+def test_ternarize_as_json(terdit: Terdit, small_run: Path, tmp_path: Path) -> None:
+    done = terdit("ternarize", small_run / "ckpt.pt", "-o", tmp_path / "a.safetensors", "--json")
+    values = one_object(done.out)
+    assert done.err == ""
+    assert values["fitted"] is False
+    assert len(values["layers"]) == 16
+    for layer in values["layers"]:
+        assert layer["minus"] + layer["zero"] + layer["plus"] == pytest.approx(1)
+        assert 0 <= layer["relative_error"] < 1.5
+        assert abs(layer["cosine"]) <= 1 + 1e-6
+
+
+def test_a_full_precision_run_is_fitted_with_a_plain_warning(
+    terdit: Terdit, parent_run: Path, tmp_path: Path
+) -> None:
+    errors = []
+    for granularity in ("tensor", "row", "group128"):
+        output = tmp_path / f"{granularity}.safetensors"
+        words = ("ternarize", parent_run, "-o", output, "--granularity", granularity)
+        done = terdit(*words)
+        assert done.code == 0
+        assert "warning:" in done.err
+        assert "fitted afterwards with a mean relative error of 0." in done.err
+        assert "train with ternary.enabled=true" in done.err
+        errors.append(one_object(terdit(*words, "--json").out)["relative_error"])
+        assert terdit("pack", output, "-o", tmp_path / f"{granularity}.tdt").code == 0
+    assert errors[1] < errors[0]  # a scale for each row fits better than one for all
+
+
+@pytest.mark.parametrize("codec", ["t2", "t5"])
+@pytest.mark.parametrize("rest", ["fp32", "bf16"])
+def test_pack_and_its_sizes(
+    terdit: Terdit, small_run: Path, tmp_path: Path, codec: str, rest: str
+) -> None:
+    output = tmp_path / "new folder" / "m.tdt"
+    words = ("pack", small_run, "-o", output, "--codec", codec, "--rest", rest)
+    done = terdit(*words)
+    assert done.code == 0
+    assert f"{output.stat().st_size:,} bytes" in done.out
+    assert "56,658" in done.out
+    values = one_object(terdit(*words, "--json").out)
+    assert values["file_bytes"] == output.stat().st_size
+    assert values["fp32_bytes"] == 4 * 56_658
+    smallest = {"t2": 2.0, "t5": 1.6}[codec]
+    assert smallest <= values["bits_per_weight"] < 2 * smallest  # these short rows are padded
+    model = TdtFile(output)
+    assert model.info.weights == "ema"
+    assert model.info.step == 30
+    assert model.info.class_names[0] == FASHION
+    assert {path.name for path in output.parent.iterdir()} == {"m.tdt"}
+
+
+def content(path: Path) -> dict[str, Any]:
+    """Return everything a .tdt says: its metadata, with a digest of each tensor."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    return {key: json.loads(text) if key != "format" else text for key, text in metadata.items()}
+
+
+def test_the_three_ways_to_a_tdt_agree(
+    terdit: Terdit, small_run: Path, small_tdt: Path, tmp_path: Path
+) -> None:
+    middle = tmp_path / "middle.safetensors"
+    assert terdit("ternarize", small_run, "-o", middle).code == 0
+    assert terdit("pack", middle, "-o", tmp_path / "a.tdt").code == 0
+    assert terdit("pack", small_run / "ckpt.pt", "-o", tmp_path / "b.tdt").code == 0
+    assert terdit("pack", small_tdt, "-o", tmp_path / "c.tdt").code == 0
+    wanted = content(small_tdt)
+    for name in "abc":
+        assert content(tmp_path / f"{name}.tdt") == wanted
+
+
+def test_the_packed_network_equals_the_trained_one(small_run: Path, small_tdt: Path) -> None:
+    trained, packed = terdit_cli.load_model(small_run), terdit_cli.load_model(small_tdt)
+    assert any(isinstance(module, TernaryLinear) for module in trained.modules())
+    assert not any(isinstance(module, TernaryLinear) for module in packed.modules())
+    x, t, y = torch.randn(3, 1, 28, 28), torch.tensor([0, 500, 999]), torch.tensor([0, 9, 10])
+    with torch.inference_mode():
+        assert torch.equal(trained(x, t, y), packed(x, t, y))
+
+
+def drawn(terdit: Terdit, model: Path, output: Path, *words: object) -> Any:
+    """Return the .npz that `terdit sample` writes."""
+    steps = ("--sampler", "ddpm", "--steps", 8)
+    done = terdit("sample", "--model", model, "-o", output, *steps, *words)
+    assert done.code == 0, done.err
+    return np.load(output)
+
+
+def test_an_image_depends_on_nothing_but_seed_class_and_copy(
+    terdit: Terdit, small_tdt: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "a.npz"
+    all_of_them = drawn(terdit, small_tdt, output, "--prompt-class", "3,7,9", "-n", 3)
+    images, labels = all_of_them["arr_0"], all_of_them["labels"]
+    assert images.shape == (9, 28, 28, 3)
+    assert images.dtype == np.uint8
+    assert labels.tolist() == [3, 3, 3, 7, 7, 7, 9, 9, 9]
+    assert images.std() > 10
+    assert len({image.tobytes() for image in images}) == 9
+    singly = drawn(terdit, small_tdt, output, "--prompt-class", "3,7,9", "-n", 3, "--batch-size", 1)
+    alone = drawn(terdit, small_tdt, output, "--prompt-class", 7)
+    named = drawn(terdit, small_tdt, output, "--prompt-class", "ankle boot", "-n", 2)
+    packed = drawn(terdit, small_tdt, output, "--prompt-class", 7, "--seed", 1)
+    # Matrix products of other batch sizes may round otherwise: at most one level of a pixel.
+    assert np.abs(singly["arr_0"].astype(int) - images).max() <= 1
+    assert np.abs(alone["arr_0"].astype(int) - images[3:4]).max() <= 1
+    assert np.abs(named["arr_0"].astype(int) - images[6:8]).max() <= 1
+    assert np.abs(packed["arr_0"].astype(int) - images[3:4]).max() > 20
+
+
+def test_the_same_call_gives_the_same_bytes(
+    terdit: Terdit, small_tdt: Path, tmp_path: Path
+) -> None:
+    for name in ("a.png", "b.png"):
+        words = ("--steps", 4, "--prompt-class", "all", "-o", tmp_path / name)
+        assert terdit("sample", "--model", small_tdt, *words).code == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp-2m", "unipc", "euler"])
+def test_a_labelled_grid_with_its_origin_in_text_chunks(
+    terdit: Terdit, small_tdt: Path, tmp_path: Path, sampler: str
+) -> None:
+    import hashlib
+
+    output = tmp_path / "grid.png"
+    words = ("--sampler", sampler, "--steps", 4, "--seed", 5, "--cfg-scale", 1.5)
+    done = terdit(
+        "sample", "--model", small_tdt, "--prompt-class", "Bag, 3", "-n", 2, *words, "-o", output
+    )
+    assert done.code == 0
+    assert done.out.startswith(f"{output}: 4 images, 8 NFE each")
+    with Image.open(output) as picture:
+        text = picture.text  # type: ignore[attr-defined]
+        assert picture.width > 2 * 28
+    assert text["seed"] == "5"
+    assert text["class"] == "Bag, Dress"
+    assert text["sampler"] == f"{sampler} 4 steps"
+    assert text["cfg_scale"].startswith("1.5")
+    assert text["model_sha256"] == hashlib.sha256(small_tdt.read_bytes()).hexdigest()
+    assert text["software"] == f"terdit {terdit_cli.__version__}"
+
+
+def test_a_folder_of_images(terdit: Terdit, small_run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "many"
+    words = ("--steps", 4, "--cfg-scale", 1, "--prompt-class", "2,4", "-n", 2, "-o", output)
+    done = terdit("sample", "--model", small_run, *words, "--json")
+    values = one_object(done.out)
+    assert (values["images"], values["nfe"], values["classes"]) == (4, 4, [2, 4])
+    assert sorted(path.name for path in output.iterdir()) == [
+        "class0002-image000002.png",
+        "class0002-image000012.png",
+        "class0004-image000004.png",
+        "class0004-image000014.png",
+    ]
+    with Image.open(output / "class0004-image000014.png") as picture:
+        assert picture.size == (28, 28)
+        assert picture.text["class"] == "Coat"  # type: ignore[attr-defined]
+        assert picture.text["index"] == "14"  # type: ignore[attr-defined]
+
+
+def test_which_model_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terdit: Terdit
+) -> None:
+    import os
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TERDIT_MODEL", raising=False)
+    done = terdit("sample", "--prompt-class", 1)
+    assert done.code == 2
+    assert "no model to sample from" in done.err
+    assert "terdit train" in done.err
+    for age, name in ((200, "new"), (900, "old")):
+        folder = Path("runs") / name
+        folder.mkdir(parents=True)
+        (folder / "ckpt.pt").touch()
+        os.utime(folder / "ckpt.pt", (1e9 - age, 1e9 - age))
+    Path("runs/unfinished").mkdir()
+    assert find_model(None) == Path("runs/new/ckpt.pt")
+    Path("b.tdt").touch()
+    assert find_model(None) == Path("b.tdt")
+    Path("a.tdt").touch()
+    with pytest.raises(UsageError, match=r"got a\.tdt, b\.tdt.*--model"):
+        find_model(None)
+    monkeypatch.setenv("TERDIT_MODEL", "elsewhere.tdt")
+    assert find_model(None) == Path("elsewhere.tdt")
+    assert find_model(Path("b.tdt")) == Path("b.tdt")
+    assert terdit("sample", "--prompt-class", 1).code == 3  # there is no elsewhere.tdt

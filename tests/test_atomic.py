@@ -1,0 +1,77 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from terdit_cli.atomic import atomic_path
+from terdit_cli.errors import EnvironmentProblem
+
+
+def test_a_file_appears_whole_with_its_folders(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b" / "file"
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+        assert not target.exists()
+    assert target.read_text() == "new"
+    assert [path.name for path in target.parent.iterdir()] == ["file"]
+
+
+def fail_half_way(target: Path, error: BaseException) -> None:
+    with atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError(), KeyboardInterrupt()])
+def test_any_exception_leaves_the_old_file(tmp_path: Path, error: BaseException) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(type(error)):
+        fail_half_way(target, error)
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOSPC, "free disk space"),
+        (errno.EDQUOT, "free disk space"),
+        (errno.EFBIG, "free disk space"),
+        (errno.EROFS, "name a folder you can write to"),
+    ],
+)
+def test_a_disk_that_refuses(tmp_path: Path, number: int, fix: str) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(EnvironmentProblem) as caught:
+        fail_half_way(target, OSError(number, os.strerror(number)))
+    assert caught.value.exit_code == 4
+    assert os.strerror(number) in str(caught.value)
+    assert str(target) in str(caught.value)
+    assert f"Fix: {fix}" in str(caught.value)
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_where_a_folder_is_needed_and_the_reverse(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for target, reason in (("file/x", "a file where a folder is needed"), ("folder", "directory")):
+        with (
+            pytest.raises(EnvironmentProblem, match=reason),
+            atomic_path(tmp_path / target) as temporary,
+        ):
+            temporary.write_text("x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_errors_about_other_files_pass_through(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "file"):
+        (tmp_path / "other").read_text()

@@ -1,0 +1,78 @@
+"""What is printed: results on stdout, the rest on stderr, plain lines where nobody watches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from terdit_cli import console
+
+
+def test_results_and_notes_go_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    console.result("a [bold] result")
+    console.note("a [red] note")
+    console.warn("careful")
+    console.fail("no [x]")
+    captured = capsys.readouterr()
+    assert captured.out == "a [bold] result\n"
+    assert captured.err == "a [red] note\nwarning: careful\nerror: no [x]\n"
+
+
+def test_only_the_main_process_talks_but_all_fail_aloud(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    console.result("x")
+    console.result_json({"a": 1})
+    console.result_table("x", ("a",), [(1,)])
+    console.note("x")
+    console.warn("x")
+    console.fail("rank 1 fails")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "error: rank 1 fails\n"
+
+
+def test_lines_and_tables_are_not_folded(capsys: pytest.CaptureFixture[str]) -> None:
+    console.result("word " * 60)
+    console.result_table("title", ("name", "value"), [("x" * 100, "y" * 40), ("[b]", 3)])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "word " * 60
+    assert any("x" * 100 in line and "y" * 40 in line for line in out)
+    assert any(line.startswith("[b]") and line.rstrip().endswith("3") for line in out)
+
+
+def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    console.result_json({"path": Path("a/b"), "number": 1.5})
+    assert json.loads(capsys.readouterr().out) == {"path": "a/b", "number": 1.5}
+
+
+def test_progress_without_a_terminal_is_a_line_every_so_many(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with console.progress("work", 7, every=3) as meter:
+        for done in range(1, 8):
+            meter.update(done, f"at {done}")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert lines[:2] == ["work: 3/7 at 3", "work: 6/7 at 6"]
+    assert len(lines) <= 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.0s"), (6.74, "6.7s"), (60, "1m 00s"), (245, "4m 05s"), (7380, "2h 03m")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert console.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (134_200_000, "134.2 MB"), (5e12, "5.00 TB")],
+)
+def test_sizes(count: float, text: str) -> None:
+    assert console.byte_size(count) == text

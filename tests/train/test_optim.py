@@ -1,0 +1,67 @@
+"""The optimizer's groups and the learning rate at its corner points."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from terdit_cli.model.dit import DiT, DiTConfig
+from terdit_cli.recipe import OptimSection
+from terdit_cli.train.optim import build_optimizer, learning_rate
+
+
+def rates(steps: int, **fields: object) -> list[float]:
+    optim = OptimSection.model_validate({"lr": 1.0, **fields})
+    return [learning_rate(step, steps, optim) for step in range(steps)]
+
+
+def test_constant() -> None:
+    assert rates(5) == [1.0] * 5
+
+
+def test_warmup_reaches_the_rate_at_its_last_step() -> None:
+    assert rates(6, warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert rates(2, warmup_steps=4) == [0.25, 0.5]  # a run shorter than its warm-up
+
+
+def test_cosine_starts_after_the_warmup_and_ends_at_the_last_step() -> None:
+    values = rates(11, schedule="cosine", final_lr_ratio=0.1)
+    assert values[0] == 1.0
+    assert values[5] == pytest.approx(0.55)  # half way: (1 + 0.1) / 2
+    assert values[10] == pytest.approx(0.1)
+    assert values == sorted(values, reverse=True)
+    warm = rates(14, schedule="cosine", warmup_steps=3)
+    assert warm[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
+    assert warm[13] == pytest.approx(0.0, abs=1e-15)
+    assert rates(1, schedule="cosine") == [1.0]
+    assert rates(3, schedule="cosine", warmup_steps=3) == pytest.approx([1 / 3, 2 / 3, 1.0])
+
+
+def test_step_drops_at_its_shares() -> None:
+    values = rates(10, schedule="step", drop_at=[0.5, 0.8], drop_factor=0.5)
+    assert values == [1.0] * 5 + [0.5] * 3 + [0.25] * 2
+    assert rates(10, schedule="step", drop_at=[]) == [1.0] * 10
+    assert rates(4, schedule="step", drop_at=[1.0], drop_factor=0.1) == [1.0] * 4
+    assert rates(2, schedule="step", drop_at=[0.0], drop_factor=0.5) == [0.5, 0.5]
+
+
+def test_other_schedules_ignore_the_drops() -> None:
+    assert rates(4, drop_at=[0.0], drop_factor=0.1) == [1.0] * 4
+
+
+def test_weight_decay_acts_on_matrices_only() -> None:
+    network = DiT(
+        DiTConfig(input_size=4, dim=16, n_layers=1, n_heads=2, multiple_of=4, num_classes=3)
+    )
+    optim = OptimSection(weight_decay=0.1, betas=(0.8, 0.95), eps=1e-7, lr=3e-4)
+    optimizer = build_optimizer(network, optim)
+    decayed, kept = optimizer.param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert kept["weight_decay"] == 0.0
+    names = {id(p): name for name, p in network.named_parameters()}
+    assert all("norm" not in names[id(p)] for p in decayed["params"])
+    assert {names[id(p)].split(".")[-1] for p in kept["params"]} >= {"bias", "alphas"}
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+    assert decayed["betas"] == (0.8, 0.95)
+    assert (decayed["eps"], decayed["lr"]) == (1e-7, 3e-4)
+    assert isinstance(optimizer, torch.optim.AdamW)

@@ -1,0 +1,222 @@
+"""A run that is stopped at any moment and resumed equals the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from terdit_cli.errors import InputFileError, UsageError
+
+Train = Callable[..., Any]
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in entries]
+
+
+def test_twenty_and_twenty_steps_are_forty(
+    tmp_path: Path, train: Train, whole_run: Path, assert_same_run: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from terdit_cli.train.loop import Trainer
+
+    class Stop(Exception):
+        pass
+
+    step = Trainer.train_step
+
+    def stop_at_27(self: Trainer, *batch: Any) -> Any:
+        if self.step == 27:
+            raise Stop
+        return step(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stop_at_27)
+        with pytest.raises(Stop):
+            train(tmp_path / "run")
+    assert [entry["step"] for entry in logged(tmp_path / "run")] == [5, 10, 15, 20, 25]
+    torch.manual_seed(123)  # whatever this process drew before does not matter
+    train(tmp_path / "run", resume="auto")
+    assert "resuming small after step 20" in capsys.readouterr().err
+    assert_same_run(tmp_path / "run", whole_run)
+    # The lost continuation's lines 25 are not there twice, and the numbers are the same.
+    assert without_speed(logged(tmp_path / "run")) == without_speed(logged(whole_run))
+
+
+def test_a_finished_run_resumed_stays_the_same(
+    tmp_path: Path, train: Train, whole_run: Path, assert_same_run: Callable[..., None]
+) -> None:
+    shutil.copytree(whole_run, tmp_path / "run")
+    train(tmp_path / "run", resume="auto")
+    assert_same_run(tmp_path / "run", whole_run)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_continue(
+    tmp_path: Path, start: Start, wait_for: Callable[..., None], train: Train, whole_run: Path,
+    assert_same_run: Callable[..., None], number: signal.Signals, code: int,
+) -> None:  # fmt: skip
+    folder = tmp_path / "run folder"
+    process = start(folder, "logging.every=1", "checkpoint.every=1000")
+    metrics = folder / "metrics.jsonl"
+    at = random.randrange(1, 10)
+    wait_for(process, lambda: metrics.exists() and len(logged_lines(metrics)) >= at)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert out == ""
+    assert f"stopped by {number.name} after step" in err
+    assert f"--resume auto --out '{folder}'" in err
+    assert "Traceback" not in err
+    saved = sorted((folder / "checkpoints").iterdir())
+    assert len(saved) == 1
+    assert f"after step {int(saved[0].name[5:])}," in err
+    train(folder, resume="auto")
+    assert_same_run(folder, whole_run)
+
+
+def logged_lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+@pytest.mark.slow
+def test_five_kills_at_random_moments(
+    tmp_path: Path, start: Start, wait_for: Callable[..., None], train: Train, whole_run: Path,
+    assert_same_run: Callable[..., None], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+    words = ("--resume", "auto", "logging.every=1", "checkpoint.every=2")
+    checkpoints = folder / "checkpoints"
+    killed_at = []
+    for attempt in range(5):
+        process = start(folder, *words)
+        before = newest(checkpoints)
+        # From the second on: at a random moment after its first step or save.
+        wait_for(process, lambda known=before: newest(checkpoints) > known)
+        time.sleep(random.uniform(0, 0.06))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"attempt {attempt} had already ended"
+        killed_at.append(newest(checkpoints))
+    assert killed_at == sorted(killed_at)
+    train(folder, "checkpoint.every=10", resume="auto")
+    assert_same_run(folder, whole_run)
+    assert [e["step"] for e in logged(folder)] == [*range(1, killed_at[-1] + 1), *range(
+        -(-(killed_at[-1] + 1) // 5) * 5, 41, 5
+    )]  # fmt: skip
+    assert not list((folder / "checkpoints").glob(".*")) or "incomplete" in capsys.readouterr().err
+
+
+def newest(checkpoints: Path) -> int:
+    """Return the step of the newest complete checkpoint, 0 for none."""
+    return max((int(path.name[5:]) for path in checkpoints.glob("step-*")), default=0)
+
+
+def test_incomplete_and_damaged_checkpoints_are_named_and_skipped(
+    tmp_path: Path, train: Train, whole_run: Path, assert_same_run: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    saved = folder / "checkpoints"
+    assert sorted(path.name for path in saved.iterdir()) == ["step-00000030", "step-00000040"]
+    state = saved / "step-00000040" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    shutil.copytree(saved / "step-00000030", saved / ".step-00000035.tmp")
+    shutil.copytree(saved / "step-00000030", saved / "step-00000036")
+    (saved / "step-00000036" / "manifest.json").unlink()
+    shutil.copytree(saved / "step-00000030", saved / "step-old")
+    train(folder, resume="auto")
+    err = capsys.readouterr().err
+    assert f"incomplete checkpoint: {saved / '.step-00000035.tmp'}" in err
+    assert "state.pt is not what the manifest says" in err
+    assert str(saved / "step-00000040") in err
+    assert "resuming small after step 30" in err
+    assert_same_run(folder, whole_run)
+
+
+@pytest.mark.parametrize("damage", ["manifest.json", "state.pt", "recipe.yaml"])
+def test_a_damaged_checkpoint_named_by_the_user_is_refused(
+    tmp_path: Path, train: Train, whole_run: Path, damage: str
+) -> None:
+    folder = tmp_path / "step-00000040"
+    shutil.copytree(whole_run / "checkpoints" / "step-00000040", folder)
+    data = bytearray((folder / damage).read_bytes())
+    data[len(data) // 2] ^= 1 if damage != "manifest.json" else 0x80
+    (folder / damage).write_bytes(data)
+    with pytest.raises(InputFileError, match="not a complete checkpoint") as caught:
+        train(tmp_path / "run", resume=str(folder))
+    assert str(folder) in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_manifest_of_nonsense_is_refused(tmp_path: Path, train: Train) -> None:
+    for text in ("[]", "null", '{"step": "x", "files": {}}', '{"step": 1, "files": 3}', "{" * 99):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(InputFileError, match="not a complete checkpoint"):
+            train(tmp_path / "run", resume=str(tmp_path))
+
+
+def test_resume_from_a_named_checkpoint_into_a_new_folder(
+    tmp_path: Path, train: Train, whole_run: Path, assert_same_run: Callable[..., None]
+) -> None:
+    checkpoint = whole_run / "checkpoints" / "step-00000030"
+    train(tmp_path / "run", resume=str(checkpoint))
+    assert_same_run(tmp_path / "run", whole_run)
+
+
+def test_an_old_checkpoint_does_not_continue_below_newer_ones(
+    train: Train, whole_run: Path
+) -> None:
+    with pytest.raises(UsageError, match="later checkpoint") as caught:
+        train(whole_run, resume=str(whole_run / "checkpoints" / "step-00000030"))
+    assert "step-00000040" in str(caught.value)
+    assert "--out" in str(caught.value)
+
+
+def test_a_used_folder_needs_resume(train: Train, whole_run: Path) -> None:
+    before = (whole_run / "metrics.jsonl").read_bytes()
+    with pytest.raises(UsageError, match="already holds a run") as caught:
+        train(whole_run)
+    assert str(whole_run) in str(caught.value)
+    assert "--resume auto" in str(caught.value)
+    assert (whole_run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "word", ["model.n_layers=3", "ternary.scale=absmean", "ternary.activations=int8"]
+)
+def test_another_network_is_refused(train: Train, whole_run: Path, word: str) -> None:
+    with pytest.raises(UsageError, match="another network") as caught:
+        train(whole_run, word, resume="auto")
+    assert word.split("=")[0] in str(caught.value)
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(train: Train, whole_run: Path) -> None:
+    with pytest.raises(UsageError, match="got step 40") as caught:
+        train(whole_run, "train.steps=39", resume="auto")
+    assert "train.steps = 39" in str(caught.value)
+
+
+def test_other_changes_are_named(
+    tmp_path: Path, train: Train, whole_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole_run, tmp_path / "run")
+    result = train(tmp_path / "run", "train.steps=42", "seed=4", "data.flip=no", resume="auto")
+    assert result.steps == 42
+    assert "changed settings: seed, data.flip, train.steps" in capsys.readouterr().err
