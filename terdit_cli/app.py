@@ -81,6 +81,20 @@ class CfgChannels(StrEnum):
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+# What sample and eval-fid share.
+Steps = Annotated[int, typer.Option(help="Sampling steps.")]
+Sampler = Annotated[str, typer.Option(help="ddpm, ddim, dpmpp-2m, unipc or euler.")]
+CfgScale = Annotated[float, typer.Option(help="Guidance; 1 is off.")]
+GuidedChannels = Annotated[
+    CfgChannels, typer.Option(help="Guided channels: 3 as published, or all.")
+]
+Seed = Annotated[int, typer.Option(help="Image i is a function of (seed, i).")]
+BatchSize = Annotated[int, typer.Option(help="Images drawn at once.")]
+BackendName = Annotated[str, typer.Option(help="auto, gpu, cpu or reference.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
+]
+Vae = Annotated[str | None, typer.Option(help="VAE folder or hub id instead of the model's.")]
 RawWeights = Annotated[
     bool,
     typer.Option("--ema/--raw", help="The averaged weights of a checkpoint, or the raw ones."),
@@ -327,21 +341,15 @@ def sample(
         ),
     ] = None,
     n: Annotated[int, typer.Option("-n", help="Images of each class.")] = 1,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 250,
-    sampler: Annotated[str, typer.Option(help="ddpm, ddim, dpmpp-2m, unipc or euler.")] = "ddpm",
-    cfg_scale: Annotated[float, typer.Option(help="Guidance; 1 is off.")] = 4.0,
-    cfg_channels: Annotated[
-        CfgChannels, typer.Option(help="Guided channels: 3 as published, or all.")
-    ] = CfgChannels.three,
-    seed: Annotated[int, typer.Option(help="Image i is a function of (seed, i).")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images drawn at once.")] = 8,
-    backend: Annotated[str, typer.Option(help="auto, gpu, cpu or reference.")] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
-    ] = None,
-    vae: Annotated[
-        str | None, typer.Option(help="VAE folder or hub id instead of the model's.")
-    ] = None,
+    steps: Steps = 250,
+    sampler: Sampler = "ddpm",
+    cfg_scale: CfgScale = 4.0,
+    cfg_channels: GuidedChannels = CfgChannels.three,
+    seed: Seed = 0,
+    batch_size: BatchSize = 8,
+    backend: BackendName = "auto",
+    device: Device = None,
+    vae: Vae = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", help=".png: labelled grid; .npz; else a folder of PNGs.")
     ] = Path("sample.png"),
@@ -404,21 +412,15 @@ def eval_fid(
     save_reference: Annotated[
         Path | None, typer.Option(help="Write the images' statistics as a reference .npz.")
     ] = None,
-    sampler: Annotated[str, typer.Option(help="ddpm, ddim, dpmpp-2m, unipc or euler.")] = "ddpm",
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 250,
-    cfg_scale: Annotated[float, typer.Option(help="Guidance; 1 is off.")] = 4.0,
-    cfg_channels: Annotated[
-        CfgChannels, typer.Option(help="Guided channels: 3 as published, or all.")
-    ] = CfgChannels.three,
-    seed: Annotated[int, typer.Option(help="Image i is a function of (seed, i).")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images drawn at once.")] = 8,
-    backend: Annotated[str, typer.Option(help="auto, gpu, cpu or reference.")] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
-    ] = None,
-    vae: Annotated[
-        str | None, typer.Option(help="VAE folder or hub id instead of the model's.")
-    ] = None,
+    sampler: Sampler = "ddpm",
+    steps: Steps = 250,
+    cfg_scale: CfgScale = 4.0,
+    cfg_channels: GuidedChannels = CfgChannels.three,
+    seed: Seed = 0,
+    batch_size: BatchSize = 8,
+    backend: BackendName = "auto",
+    device: Device = None,
+    vae: Vae = None,
     json: Json = False,
 ) -> None:
     """Score a model or images against a reference; exit with 5 if the gate is missed."""

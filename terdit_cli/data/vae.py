@@ -97,7 +97,10 @@ class VaeSpace:
                 where=vae_id_or_folder,
                 fix="give a VAE for RGB images",
             )
-        self._vae = vae.to(self.device, dtype).eval().requires_grad_(False)
+        vae = vae.to(self.device)
+        if dtype != vae.dtype:  # diffusers warns of every cast, also of one that changes nothing
+            vae = vae.to(dtype)
+        self._vae = vae.eval().requires_grad_(False)
         self._is_tiny = type(vae).__name__ == "AutoencoderTiny"
         self.scale_factor = float(vae.config.scaling_factor) if self._is_tiny else scale_factor
         self.channels: int = vae.config.latent_channels

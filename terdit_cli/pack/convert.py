@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import math
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,8 +22,7 @@ from terdit_cli.model.ckpt import load_tensors
 from terdit_cli.model.dit import SIZES, DiTConfig
 from terdit_cli.model.info import ModelInfo, SpaceInfo, check_types
 from terdit_cli.model.ternary import TernaryConfig
-from terdit_cli.pack.exported import ExportedModel
-from terdit_cli.pack.qat import matrix_names
+from terdit_cli.pack.exported import StateDictModel
 from terdit_cli.pack.trits import has_invalid_codes, released_decode
 
 ARGUMENTS_FILE = "model_args.pth"
@@ -41,7 +39,7 @@ def is_released_folder(path: Path) -> bool:
     return path.is_dir() and ((path / ARGUMENTS_FILE).exists() or any(path.glob("*_ternary.*.pth")))
 
 
-class ReleasedFolder(ExportedModel):
+class ReleasedFolder(StateDictModel):
     """A released TerDiT checkpoint; `overrides` are `DiTConfig` fields that shapes don't show.
 
     Raises:
@@ -220,17 +218,6 @@ class ReleasedFolder(ExportedModel):
             )  # fmt: skip
         return n_heads, None if n_kv_heads == n_heads else n_kv_heads
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        return None
-
-    def ternary_names(self) -> list[str]:
-        return matrix_names(self.info.config.n_layers)
-
     def matrix_shape(self, name: str) -> tuple[int, int]:
         quarter, columns = self._shape(f"{name}.weight", 2)
         return 4 * quarter, columns
@@ -252,14 +239,6 @@ class ReleasedFolder(ExportedModel):
     def alphas(self, name: str) -> Tensor:
         self._shape(f"{name}.alphas", 1)
         return self._state[f"{name}.alphas"].float()
-
-    def rest_names(self) -> list[str]:
-        names = self.ternary_names()
-        ternary = {f"{name}.{part}" for name in names for part in ("weight", "alphas")}
-        return [key for key in self._state if key not in ternary]
-
-    def rest(self, name: str) -> Tensor:
-        return self._state[name]
 
 
 def _check_overrides(overrides: dict[str, Any], folder: Path) -> None:

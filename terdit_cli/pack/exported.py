@@ -6,13 +6,30 @@ know no formats, and a 4.2b model is converted with one tensor in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Protocol
 
 from torch import Tensor
 
 from terdit_cli.model.info import ModelInfo
+
+# The eight large matrices of a block, as in upstream's state dict.
+MATRICES = (
+    "attention.wq",
+    "attention.wk",
+    "attention.wv",
+    "attention.wo",
+    "feed_forward.w1",
+    "feed_forward.w2",
+    "feed_forward.w3",
+    "adaLN_modulation.1",
+)
+
+
+def matrix_names(n_layers: int) -> list[str]:
+    """Return the module paths of all ternary matrices of a network."""
+    return [f"layers.{index}.{name}" for index in range(n_layers) for name in MATRICES]
 
 
 class ExportedModel(AbstractContextManager["ExportedModel"], Protocol):
@@ -51,10 +68,26 @@ def count_weights(model: ExportedModel) -> int:
     return sum(rows * columns for rows, columns in shapes)
 
 
-def tensors(model: ExportedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield the state dict of the ternarized form: `.trits`, `.alphas`, then the rest."""
-    for name in model.ternary_names():
-        yield f"{name}.trits", model.trits(name)
-        yield f"{name}.alphas", model.alphas(name)
-    for name in model.rest_names():
-        yield name, model.rest(name)
+class StateDictModel(ExportedModel):
+    """The part that formats with a flat state dict share; `_state` is mapped, not read."""
+
+    _state: dict[str, Tensor]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        return None
+
+    def ternary_names(self) -> list[str]:
+        return matrix_names(self.info.config.n_layers)
+
+    def rest_names(self) -> list[str]:
+        names = self.ternary_names()
+        ternary = {f"{name}.{part}" for name in names for part in ("weight", "alphas")}
+        return [key for key in self._state if key not in ternary]
+
+    def rest(self, name: str) -> Tensor:
+        return self._state[name]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Literal
 
 import torch
@@ -31,24 +30,7 @@ from terdit_cli.model.ternary import (
     expand_alphas,
     ternarize,
 )
-from terdit_cli.pack.exported import ExportedModel
-
-# The eight large matrices of a block, as in upstream's state dict.
-MATRICES = (
-    "attention.wq",
-    "attention.wk",
-    "attention.wv",
-    "attention.wo",
-    "feed_forward.w1",
-    "feed_forward.w2",
-    "feed_forward.w3",
-    "adaLN_modulation.1",
-)
-
-
-def matrix_names(n_layers: int) -> list[str]:
-    """Return the module paths of all ternary matrices of a network."""
-    return [f"layers.{index}.{name}" for index in range(n_layers) for name in MATRICES]
+from terdit_cli.pack.exported import StateDictModel
 
 
 def fit_trits(weight: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
@@ -83,7 +65,7 @@ class MatrixError:
     cosine: float  # between W and alpha * trits, 0 where either is 0
 
 
-class CheckpointExport(ExportedModel):
+class CheckpointExport(StateDictModel):
     """The ternary view of a ckpt.pt, computed one matrix at a time.
 
     Args:
@@ -120,17 +102,6 @@ class CheckpointExport(ExportedModel):
                     fix="copy it again",
                 )
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        return None
-
-    def ternary_names(self) -> list[str]:
-        return matrix_names(self.info.config.n_layers)
-
     def master(self, name: str) -> Tensor:
         """Return the float32 master weight of a matrix."""
         return self._state[f"{name}.weight"].float()
@@ -157,14 +128,6 @@ class CheckpointExport(ExportedModel):
         if learned is not None:
             return learned.float()
         return absmean_alphas(self.master(name), self.info.ternary.granularity)
-
-    def rest_names(self) -> list[str]:
-        names = self.ternary_names()
-        ternary = {f"{name}.{part}" for name in names for part in ("weight", "alphas")}
-        return [key for key in self._state if key not in ternary]
-
-    def rest(self, name: str) -> Tensor:
-        return self._state[name]
 
     def matrix_error(self, name: str) -> MatrixError:
         """Compare a matrix with its master."""

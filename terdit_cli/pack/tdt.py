@@ -41,11 +41,10 @@ from terdit_cli.errors import InputFileError
 from terdit_cli.model.info import LARGEST_INTEGER, ModelInfo
 from terdit_cli.model.ternary import GRANULARITIES, alpha_shape
 from terdit_cli.pack import trits as codecs
-from terdit_cli.pack.exported import ExportedModel
+from terdit_cli.pack.exported import MATRICES, ExportedModel
 
 FORMAT = "tdt"
 FORMAT_VERSION = 1
-MATRICES_PER_BLOCK = 8
 RestDtype = Literal["bf16", "fp32"]
 
 _REPACK = "make it again with `terdit pack`, or copy it again if it was downloaded"
@@ -260,7 +259,7 @@ class TdtFile(ExportedModel):
 
     def _check_layout(self) -> None:
         """Check that every declared matrix is there, in the shape its codec gives it."""
-        if len(self._ternary) != MATRICES_PER_BLOCK * self.info.config.n_layers:
+        if len(self._ternary) != len(MATRICES) * self.info.config.n_layers:
             raise self._damaged(
                 f"{len(self._ternary)} ternary matrices for {self.info.config.n_layers} layers"
             )

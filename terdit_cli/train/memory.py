@@ -2,7 +2,9 @@
 
 The network is built and one training forward is traced on tensors that have shapes but no data
 (torch's FakeTensorMode), so a 4.2b model is planned on a laptop. Activations are the tensors that
-autograd would keep for the backward pass of one micro-batch, each storage counted once.
+autograd would keep for the backward pass of one micro-batch, each storage counted once; with
+activation checkpointing those are the blocks' inputs, and the one block that is recomputed comes
+on top for a moment.
 """
 
 from __future__ import annotations
