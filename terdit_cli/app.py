@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -42,13 +42,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-
-class Weights(StrEnum):
-    """Which weights of a checkpoint."""
-
-    ema = "ema"
-    raw = "raw"
 
 
 class PackCodec(StrEnum):
@@ -101,7 +94,7 @@ RawWeights = Annotated[
 ]
 
 
-def _weights(ema: bool) -> Any:
+def _weights(ema: bool) -> Literal["ema", "raw"]:
     return "ema" if ema else "raw"
 
 

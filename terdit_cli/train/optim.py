@@ -11,12 +11,16 @@ from terdit_cli.recipe import OptimSection
 
 
 def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
-    """Return AdamW; weight decay acts on matrices only, not on norms, biases and per-tensor
-    alphas."""
-    parameters = list(network.parameters())
+    """Return AdamW; weight decay acts on matrices only, not on norms, biases and alphas."""
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in network.named_parameters():
+        # Alphas of groups are a matrix in shape only: decay would shrink the weights they scale.
+        matrix = parameter.dim() >= 2 and not name.endswith(".alphas")
+        (decayed if matrix else kept).append(parameter)
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": optim.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
