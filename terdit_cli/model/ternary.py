@@ -138,13 +138,13 @@ def quantise_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns (u, step): u float32 [..., K] holds the integers (STE gradient to x), step float32
     [..., 1] their size: x is about u * step. The rounding is fixed here for every runtime:
-    u = rint(x * (127 / absmax)), half to even; step = absmax / 127; all in float32. The product
-    is at most 127 * (1 + 2^-23)^2, so rint never leaves int8.
+    u = rint(x * ((1 / absmax) * 127)), half to even; step = absmax / 127; every operation rounded
+    to float32. The product is at most 127 * (1 + 2^-24)^3, so rint never leaves int8.
     """
     x = x.float()
     with torch.no_grad():
         limit = x.abs().amax(dim=-1, keepdim=True).clamp_min(ACTIVATION_FLOOR)
-        inverse = 127.0 / limit
+        inverse = limit.reciprocal() * 127.0
     scaled = x * inverse
     return straight_through(scaled, scaled.round()), limit / 127.0
 

@@ -1,0 +1,384 @@
+// Activations times packed ternary matrices: panels of 64 columns, blocks of up to 6 rows.
+//
+// A panel's codes are spread over a tile that stays in the L2 cache while all rows pass by: bytes
+// for the integer kinds, float32 or bfloat16 for the others. With codes = trits + 1 as the
+// unsigned operand there are no zero points: sum(u * trit) = sum(u * code) - sum(u), so the
+// accumulators simply start at minus the row's sum.
+//
+// Bounds: |u| <= 32512 and |trit| <= 1, so a sum is below 2^31 for K <= 66,000. The planes'
+// accumulators may wrap on the way; arithmetic modulo 2^32 still ends at the true sum.
+#ifndef TERDIT_GEMM_H
+#define TERDIT_GEMM_H
+
+#include "kernels.h"
+#include "simd.h"
+
+// From the isa_*.cpp file:
+//   constexpr int kDotColumns;   columns that dot_block handles at once, a divisor of 64
+//   dot_block<R>(bytes, stride, tile, vectors, sums): adds to sums [R][64] (kDotColumns of
+//     each) the products of R rows with `vectors` 4-k vectors of the byte tile [vectors][256]
+//   constexpr int kFmaVectors;   vectors of columns that fma_block handles at once
+//   fma(a, b, c)
+// and, where TERDIT_HALVES is defined, spread_halves(codes, vectors, tile) and
+// halves_block<R>(halves, stride, tile, pairs, sums), which adds to sums [R][64].
+
+namespace {
+
+// Tile rows: k / 4 for bytes, k for floats, k / 2 for halves; 256 bytes each.
+constexpr int kTileRow = 256;
+// Inputs a float tile covers at once, so that it fits half of a small L2 (256 KiB).
+constexpr int64_t kFloatSpan = 512;
+// Vectors of codes a byte tile covers at once when one block of rows uses it: fits L1.
+constexpr int64_t kSmallSpan = 64;
+
+// Codes [vectors][64] to bytes [vectors][4 groups of 16 columns][16 columns][4 k].
+void spread_bytes(const uint8_t *codes, int64_t vectors, uint8_t *tile) {
+    for (int64_t i = 0; i < vectors; i++, codes += 64, tile += kTileRow)
+        for (int part = 0; part < 64; part += 4 * kLanes) {
+            vu v;
+            memcpy(&v, codes + part, sizeof v);
+            for (int group = 0; group < 4; group++) {
+                const vu code = (v >> (2 * group)) & 0x03030303u;
+                memcpy(tile + 64 * group + part, &code, sizeof code);
+            }
+        }
+}
+
+// Codes [vectors][64] to float32 trits [4 * vectors][64 columns].
+void spread_floats(const uint8_t *codes, int64_t vectors, float *tile) {
+    for (int64_t i = 0; i < vectors; i++, codes += 64, tile += 4 * kPanel)
+        for (int part = 0; part < 64; part += 4 * kLanes) {
+            vu v;
+            memcpy(&v, codes + part, sizeof v);
+            for (int k = 0; k < 4; k++)
+                for (int group = 0; group < 4; group++) {
+                    const vi trit = (vi)((v >> (8 * k + 2 * group)) & 3u) - 1;
+                    store(tile + k * kPanel + 16 * group + part / 4, to_float(trit));
+                }
+        }
+}
+
+// out [R][64] += a [R][steps] times b [steps][V vectors] (rows of b are b_stride floats apart).
+template <int R, int V>
+TERDIT_INLINE void fma_block(const float *a, ptrdiff_t a_stride, const float *b,
+                             ptrdiff_t b_stride, int64_t steps, float *out, ptrdiff_t out_stride) {
+    vf sums[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) sums[r][v] = load(out + r * out_stride + v * kLanes);
+    for (int64_t i = 0; i < steps; i++, b += b_stride) {
+        vf columns[V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) columns[v] = load(b + v * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const vf value = splat(a[r * a_stride + i]);
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) sums[r][v] = fma(value, columns[v], sums[r][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) store(out + r * out_stride + v * kLanes, sums[r][v]);
+}
+
+// Calls f.template rows<R>() for R = count in 1..6.
+template <class F>
+TERDIT_INLINE void with_rows(int64_t count, const F &f) {
+    switch (count) {
+        case 1: f.template rows<1>(); break;
+        case 2: f.template rows<2>(); break;
+        case 3: f.template rows<3>(); break;
+        case 4: f.template rows<4>(); break;
+        case 5: f.template rows<5>(); break;
+        default: f.template rows<6>(); break;
+    }
+}
+
+struct DotRows {
+    const int8_t *bytes;
+    ptrdiff_t stride;
+    const uint8_t *tile;
+    int64_t vectors;
+    int32_t *sums;  // [6][64]
+    template <int R>
+    void rows() const {
+        for (int column = 0; column < kPanel; column += kDotColumns)
+            dot_block<R>(bytes, stride, tile + 4 * column, vectors, sums + column);
+    }
+};
+
+struct FmaRows {
+    const float *a;
+    ptrdiff_t a_stride;
+    const float *tile;
+    int64_t steps;
+    float *sums;  // [6][64]
+    template <int R>
+    void rows() const {
+        for (int column = 0; column < kPanel; column += kFmaVectors * kLanes)
+            fma_block<R, kFmaVectors>(a, a_stride, tile + column, kPanel, steps, sums + column,
+                                      kPanel);
+    }
+};
+
+#ifdef TERDIT_HALVES
+struct HalvesRows {
+    const uint16_t *halves;
+    ptrdiff_t stride;
+    const uint16_t *tile;
+    int64_t pairs;
+    float *sums;  // [6][64]
+    template <int R>
+    void rows() const {
+        halves_block<R>(halves, stride, tile, pairs, sums);
+    }
+};
+#endif
+
+// A panel of one matrix with what its epilogue needs, padded to 64 columns.
+struct Panel {
+    const uint8_t *codes;
+    int64_t vectors;             // ceil(K / 4)
+    const float *group_alphas;   // [groups][64], or NULL
+    alignas(64) float alpha[kPanel];
+    alignas(64) float bias[kPanel];
+    uint8_t *tile;
+};
+
+int64_t groups_of(int64_t k) { return (k + kGroup - 1) / kGroup; }
+
+// `group_alphas` has room for [groups][64].
+void open_panel(const terdit_matrix *matrix, int64_t index, float *group_alphas, uint8_t *tile,
+                Panel *panel) {
+    const int64_t n0 = index * kPanel, left = matrix->rows - n0;
+    const int64_t columns = left < kPanel ? left : kPanel;
+    panel->vectors = (matrix->columns + 3) / 4;
+    panel->codes = matrix->codes + index * panel->vectors * 64;
+    panel->tile = tile;
+    panel->group_alphas = nullptr;
+    for (int n = 0; n < kPanel; n++) {
+        const bool real = n < columns;
+        panel->bias[n] = matrix->bias && real ? matrix->bias[n0 + n] : 0.0f;
+        panel->alpha[n] = 0.0f;
+        if (matrix->granularity == TERDIT_TENSOR) panel->alpha[n] = matrix->alphas[0];
+        if (matrix->granularity == TERDIT_ROW && real) panel->alpha[n] = matrix->alphas[n0 + n];
+    }
+    if (matrix->granularity == TERDIT_GROUP128) {
+        const int64_t groups = groups_of(matrix->columns);
+        for (int64_t g = 0; g < groups; g++)
+            for (int n = 0; n < kPanel; n++)
+                group_alphas[g * kPanel + n] =
+                    n < columns ? matrix->alphas[(n0 + n) * groups + g] : 0.0f;
+        panel->group_alphas = group_alphas;
+    }
+}
+
+TERDIT_INLINE void start_sums(const int32_t *minus_sums, int64_t groups, int64_t rows,
+                              int32_t *sums) {
+    for (int64_t r = 0; r < rows; r++) {
+        const vi start = splat_int(minus_sums[r * groups]);
+        for (int n = 0; n < kPanel; n += kLanes) memcpy(sums + r * kPanel + n, &start, sizeof start);
+    }
+}
+
+TERDIT_INLINE vi load_int(const int32_t *p) {
+    vi v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// The true integer sums of a vector of columns of real row r from its planes' sums.
+template <int kPlanes>
+TERDIT_INLINE vi joined(const int32_t *sums, int64_t r, int n) {
+    const vi high = load_int(sums + kPlanes * r * kPanel + n);
+    return kPlanes == 1 ? high : high * 256 + load_int(sums + (2 * r + 1) * kPanel + n);
+}
+
+// y [rows][64] = sums of `rows` rows from row m on, as float32: for one scale a row or tensor the
+// plain sums, for group scales the sum over groups of (float) sum * alpha, in ascending order.
+template <int kPlanes>
+void integer_block(const Panel &panel, const Activations &x, int64_t m, int64_t rows, bool spread,
+                   float *y) {
+    alignas(64) int32_t sums[kBlockRows * kPanel];
+    const int64_t groups = x.grouped ? groups_of(x.k) : 1;
+    const int64_t kernel_rows = kPlanes * rows;
+    const int8_t *bytes = x.bytes + kPlanes * m * x.stride;
+    const int32_t *minus_sums = x.minus_sums + kPlanes * m * groups;
+    const int64_t span = x.grouped ? kGroup / 4 : spread ? panel.vectors : kSmallSpan;
+    if (!x.grouped) start_sums(minus_sums, 1, kernel_rows, sums);
+    for (int64_t i = 0, g = 0; i < panel.vectors; i += span, g++) {
+        const int64_t vectors = i + span < panel.vectors ? span : panel.vectors - i;
+        const uint8_t *tile = panel.tile;
+        if (spread)
+            tile += i * kTileRow;
+        else
+            spread_bytes(panel.codes + i * 64, vectors, panel.tile);
+        if (x.grouped) start_sums(minus_sums + g, groups, kernel_rows, sums);
+        with_rows(kernel_rows, DotRows{bytes + 4 * i, x.stride, tile, vectors, sums});
+        if (!x.grouped) continue;
+        const float *alphas = panel.group_alphas + g * kPanel;
+        for (int64_t r = 0; r < rows; r++)
+            for (int n = 0; n < kPanel; n += kLanes) {
+                const vf before = g ? load(y + r * kPanel + n) : vf{};
+                store(y + r * kPanel + n,
+                      before + to_float(joined<kPlanes>(sums, r, n)) * load(alphas + n));
+            }
+    }
+    if (x.grouped) return;
+    for (int64_t r = 0; r < rows; r++)
+        for (int n = 0; n < kPanel; n += kLanes)
+            store(y + r * kPanel + n, to_float(joined<kPlanes>(sums, r, n)));
+}
+
+void spread_floats_or_halves(const uint8_t *codes, int64_t vectors, bool halves, float *tile) {
+#ifdef TERDIT_HALVES
+    if (halves) return spread_halves(codes, vectors, reinterpret_cast<uint16_t *>(tile));
+#endif
+    (void)halves;
+    spread_floats(codes, vectors, tile);
+}
+
+void multiply_floats_or_halves(const Activations &x, int64_t m, int64_t k, int64_t rows,
+                               int64_t steps, const float *tile, float *sums) {
+#ifdef TERDIT_HALVES
+    if (x.halves_in_use)
+        return with_rows(rows, HalvesRows{x.halves + m * x.stride + k, x.stride,
+                                          reinterpret_cast<const uint16_t *>(tile),
+                                          (steps + 1) / 2, sums});
+#endif
+    with_rows(rows, FmaRows{x.floats + m * x.stride + k, x.stride, tile, steps, sums});
+}
+
+// y [rows][64] from the float kinds, all rows m0..m1 at once: the tile covers a span of inputs.
+void float_rows(const Panel &panel, const Activations &x, int64_t m0, int64_t m1, float *y) {
+    const int64_t span = panel.group_alphas ? kGroup : kFloatSpan;
+    alignas(64) float block[kBlockRows * kPanel];
+    for (int64_t k = 0; k < x.k; k += span) {
+        const int64_t steps = k + span < x.k ? span : x.k - k;
+        const int64_t vectors = (steps + 3) / 4;
+        const uint8_t *codes = panel.codes + k / 4 * 64;
+        float *tile = reinterpret_cast<float *>(panel.tile);
+        spread_floats_or_halves(codes, vectors, x.halves_in_use, tile);
+        for (int64_t m = m0; m < m1; m += kBlockRows) {
+            const int64_t rows = m1 - m < kBlockRows ? m1 - m : kBlockRows;
+            float *target = y + (m - m0) * kPanel;
+            float *sums = panel.group_alphas ? block : target;
+            if (panel.group_alphas || k == 0) memset(sums, 0, size_t(rows * kPanel) * 4);
+            multiply_floats_or_halves(x, m, k, rows, steps, tile, sums);
+            if (!panel.group_alphas) continue;
+            const float *alphas = panel.group_alphas + k / kGroup * kPanel;
+            for (int64_t i = 0; i < rows * kPanel; i += kLanes) {
+                const vf before = k ? load(target + i) : vf{};
+                store(target + i, before + load(block + i) * load(alphas + i % kPanel));
+            }
+        }
+    }
+}
+
+// y = (sum * step) * alpha + bias: the order of model/ternary.py.
+TERDIT_INLINE vf scaled(const Panel &panel, const float *sums, float step, int n) {
+    vf y = load(sums + n);
+    if (panel.group_alphas)
+        y = y * step;
+    else
+        y = y * step * load(panel.alpha + n);
+    return y + load(panel.bias + n);
+}
+
+// Writes one row of 64 columns from column n0 on, the last panel's only as far as N goes.
+void finish_row(const Multiply *job, const Panel *panels, int64_t n0, int64_t m, float step,
+                const float *sums, const float *sums2) {
+    const int64_t left = job->matrix->rows - n0;
+    const int columns = left < kPanel ? int(left) : kPanel;
+    float *out = job->out + m * job->matrix->rows + n0;
+    const float *gate = job->epilogue == kGatedAdd
+                            ? job->modulations[m / job->tokens] + job->gate_at + n0
+                            : nullptr;
+    for (int n = 0; n < columns; n += kLanes) {
+        vf y = scaled(panels[0], sums, step, n);
+        if (job->epilogue == kSwiGlu) y = silu(y) * scaled(panels[1], sums2, step, n);
+        if (n + kLanes <= columns) {
+            if (gate) y = load(out + n) + load(gate + n) * y;
+            store(out + n, y);
+        } else {
+            const int part = columns - n;
+            if (gate) y = load_part(out + n, part) + load_part(gate + n, part) * y;
+            store_part(out + n, y, part);
+        }
+    }
+}
+
+size_t tile_bytes(const Multiply *job) {
+    const bool integers = job->x->kind == TERDIT_INT8 || job->x->kind == TERDIT_INT16;
+    const int64_t vectors = (job->matrix->columns + 3) / 4;
+    const int64_t rows = !integers ? kFloatSpan : vectors;
+    return size_t(rows * kTileRow);
+}
+
+size_t group_alpha_bytes(const Multiply *job) {
+    return size_t(groups_of(job->matrix->columns) * kPanel) * sizeof(float);
+}
+
+int64_t rows_a_chunk(const Multiply *job) {
+    const int64_t rows = (job->x->m + job->row_chunks - 1) / job->row_chunks;
+    return (rows + kBlockRows - 1) / kBlockRows * kBlockRows;
+}
+
+size_t sums_bytes(const Multiply *job) { return size_t(rows_a_chunk(job) * kPanel) * sizeof(float); }
+
+// Two of each: the second matrix of SwiGLU.
+size_t multiply_scratch(const Multiply *job) {
+    return 2 * (tile_bytes(job) + group_alpha_bytes(job) + sums_bytes(job));
+}
+
+void multiply(const Multiply *job, int64_t task, void *scratch) {
+    const Activations &x = *job->x;
+    const int64_t index = task / job->row_chunks, chunk = rows_a_chunk(job);
+    const int64_t m0 = task % job->row_chunks * chunk;
+    const int64_t m1 = m0 + chunk < x.m ? m0 + chunk : x.m;
+    if (m0 >= m1) return;
+    const int matrices = job->second ? 2 : 1;
+    const terdit_matrix *matrix[2] = {job->matrix, job->second};
+    uint8_t *place = static_cast<uint8_t *>(scratch);
+    Panel panels[2];
+    float *sums[2] = {};
+    for (int i = 0; i < matrices; i++) {
+        uint8_t *tile = place;
+        float *group_alphas = reinterpret_cast<float *>(place + tile_bytes(job));
+        sums[i] = reinterpret_cast<float *>(place + tile_bytes(job) + group_alpha_bytes(job));
+        place += tile_bytes(job) + group_alpha_bytes(job) + sums_bytes(job);
+        open_panel(matrix[i], index, group_alphas, tile, &panels[i]);
+    }
+    const int64_t n0 = index * kPanel;
+    if (x.kind == TERDIT_FP32 || x.kind == TERDIT_BF16) {
+        for (int i = 0; i < matrices; i++) float_rows(panels[i], x, m0, m1, sums[i]);
+        for (int64_t m = m0; m < m1; m++)
+            finish_row(job, panels, n0, m, 1.0f, sums[0] + (m - m0) * kPanel,
+                       sums[1] + (m - m0) * kPanel);
+        return;
+    }
+    const int planes = x.kind == TERDIT_INT16 ? 2 : 1;
+    const int64_t block = kBlockRows / planes;
+    const bool spread = m1 - m0 > block;  // else each code is used once: spread it in L1
+    for (int i = 0; spread && i < matrices; i++)
+        spread_bytes(panels[i].codes, panels[i].vectors, panels[i].tile);
+    for (int64_t m = m0; m < m1; m += block) {
+        const int64_t rows = m1 - m < block ? m1 - m : block;
+        for (int i = 0; i < matrices; i++) {
+            if (planes == 1)
+                integer_block<1>(panels[i], x, m, rows, spread, sums[i]);
+            else
+                integer_block<2>(panels[i], x, m, rows, spread, sums[i]);
+        }
+        for (int64_t r = 0; r < rows; r++)
+            finish_row(job, panels, n0, m + r, x.steps[m + r], sums[0] + r * kPanel,
+                       sums[1] + r * kPanel);
+    }
+}
+
+}  // namespace
+
+#endif

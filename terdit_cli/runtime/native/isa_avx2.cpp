@@ -1,0 +1,65 @@
+// AVX2 with FMA: no dot product of bytes, but vpmaddubsw adds pairs of u8 * s8 into 16 bits.
+//
+// It saturates beyond 32767, and so would the 16-bit running sums: a pair of codes 0..2 times
+// -128..127 is at most 2 * 2 * 128 = 512 in size, so 63 of them, 32,256, fit. The sums are widened
+// to 32 bits after every kWiden = 63 vectors.
+#include "isa_x86_256.h"
+
+namespace {
+
+const char *const kName = "avx2";
+
+constexpr int64_t kWiden = 63;
+
+double peak(const char *what, int64_t rounds) {
+    if (strcmp(what, "int8") != 0) return peak_fp32(rounds);
+    // Two instructions for 32 products: half of the rate of either of them alone.
+    __m256i chain[6], pairs[6];
+    const __m256i one = _mm256_set1_epi8(1), two = _mm256_set1_epi8(2);
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; i++) chain[i] = one;
+    for (int64_t round = 0; round < rounds; round++)
+#pragma GCC unroll 6
+        for (int i = 0; i < 6; i++) {
+            __asm__ volatile("vpmaddubsw %2, %1, %0" : "=x"(pairs[i]) : "x"(one), "x"(two));
+            __asm__ volatile("vpaddw %1, %0, %0" : "+x"(chain[i]) : "x"(pairs[i]));
+        }
+    return double(rounds) * 6 * 64;
+}
+
+template <int R>
+TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_t *tile,
+                             int64_t vectors, int32_t *sums) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int64_t start = 0; start < vectors; start += kWiden) {
+        const int64_t end = start + kWiden < vectors ? start + kWiden : vectors;
+        __m256i pairs[R][2];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) pairs[r][0] = pairs[r][1] = _mm256_setzero_si256();
+        for (int64_t i = start; i < end; i++, bytes += 4, tile += 256) {
+            const __m256i first = _mm256_loadu_si256((const __m256i *)tile);
+            const __m256i second = _mm256_loadu_si256((const __m256i *)(tile + 32));
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                int32_t four;
+                memcpy(&four, bytes + r * stride, 4);
+                const __m256i value = _mm256_set1_epi32(four);
+                pairs[r][0] = _mm256_add_epi16(pairs[r][0], _mm256_maddubs_epi16(first, value));
+                pairs[r][1] = _mm256_add_epi16(pairs[r][1], _mm256_maddubs_epi16(second, value));
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int v = 0; v < 2; v++) {
+                __m256i *sum = (__m256i *)(sums + 64 * r + 8 * v);
+                const __m256i wide = _mm256_madd_epi16(pairs[r][v], ones);
+                _mm256_storeu_si256(sum, _mm256_add_epi32(_mm256_loadu_si256(sum), wide));
+            }
+    }
+}
+
+}  // namespace
+
+#define TERDIT_TABLE terdit_kernels_avx2
+#include "kernels.inc"

@@ -1,0 +1,45 @@
+// AVX-VNNI: vpdpbusd on 256 bits (Intel Alder Lake and later desktop and laptop CPUs).
+#include "isa_x86_256.h"
+
+namespace {
+
+const char *const kName = "avxvnni";
+
+double peak(const char *what, int64_t rounds) {
+    if (strcmp(what, "int8") != 0) return peak_fp32(rounds);
+    TERDIT_PEAK_LOOP("%{vex%} vpdpbusd");
+    return double(rounds) * 12 * 64;
+}
+
+template <int R>
+TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_t *tile,
+                             int64_t vectors, int32_t *sums) {
+    __m256i total[R][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < 2; v++)
+            total[r][v] = _mm256_loadu_si256((const __m256i *)(sums + 64 * r + 8 * v));
+    for (int64_t i = 0; i < vectors; i++, bytes += 4, tile += 256) {
+        const __m256i first = _mm256_loadu_si256((const __m256i *)tile);
+        const __m256i second = _mm256_loadu_si256((const __m256i *)(tile + 32));
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            int32_t four;
+            memcpy(&four, bytes + r * stride, 4);
+            const __m256i value = _mm256_set1_epi32(four);
+            total[r][0] = _mm256_dpbusd_avx_epi32(total[r][0], first, value);
+            total[r][1] = _mm256_dpbusd_avx_epi32(total[r][1], second, value);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < 2; v++)
+            _mm256_storeu_si256((__m256i *)(sums + 64 * r + 8 * v), total[r][v]);
+}
+
+}  // namespace
+
+#define TERDIT_TABLE terdit_kernels_avxvnni
+#include "kernels.inc"

@@ -1,0 +1,70 @@
+// 64-bit ARM with the dot product extension (ARMv8.2-A; Apple M1, Cortex-A76, Neoverse N1, ...).
+// Codes are at most 2, so as signed bytes they are the same numbers: sdot.
+#include <arm_neon.h>
+
+#define TERDIT_LANES 4
+#include "simd.h"
+
+namespace {
+
+const char *const kName = "neon";
+
+TERDIT_INLINE vf fma(vf a, vf b, vf c) {
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+
+constexpr int kFmaVectors = 4;
+constexpr int kDotColumns = 16;
+
+double peak(const char *what, int64_t rounds) {
+    int32x4_t chain[24];
+    const int32x4_t one = vdupq_n_s32(0x01010101), two = vdupq_n_s32(0x02020202);
+#pragma GCC unroll 24
+    for (int i = 0; i < 24; i++) chain[i] = one;
+    if (strcmp(what, "int8") == 0) {
+        for (int64_t round = 0; round < rounds; round++)
+#pragma GCC unroll 24
+            for (int i = 0; i < 24; i++)
+                __asm__ volatile("sdot %0.4s, %1.16b, %2.16b"
+                                 : "+w"(chain[i])
+                                 : "w"(one), "w"(two));
+        return double(rounds) * 24 * 32;
+    }
+    for (int64_t round = 0; round < rounds; round++)
+#pragma GCC unroll 24
+        for (int i = 0; i < 24; i++)
+            __asm__ volatile("fmla %0.4s, %1.4s, %2.4s" : "+w"(chain[i]) : "w"(one), "w"(two));
+    return double(rounds) * 24 * 8;
+}
+
+template <int R>
+TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_t *tile,
+                             int64_t vectors, int32_t *sums) {
+    int32x4_t total[R][4];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < 4; v++) total[r][v] = vld1q_s32(sums + 64 * r + 4 * v);
+    for (int64_t i = 0; i < vectors; i++, bytes += 4, tile += 256) {
+        int8x16_t codes[4];
+#pragma GCC unroll 8
+        for (int v = 0; v < 4; v++) codes[v] = vld1q_s8((const int8_t *)tile + 16 * v);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            int32_t four;
+            memcpy(&four, bytes + r * stride, 4);
+            const int8x16_t value = vreinterpretq_s8_s32(vdupq_n_s32(four));
+#pragma GCC unroll 8
+            for (int v = 0; v < 4; v++) total[r][v] = vdotq_s32(total[r][v], codes[v], value);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < 4; v++) vst1q_s32(sums + 64 * r + 4 * v, total[r][v]);
+}
+
+}  // namespace
+
+#define TERDIT_TABLE terdit_kernels_neon
+#include "kernels.inc"
