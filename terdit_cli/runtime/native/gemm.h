@@ -15,8 +15,9 @@
 
 // From the isa_*.cpp file:
 //   constexpr int kDotColumns;   columns that dot_block handles at once, a divisor of 64
-//   dot_block<R>(bytes, stride, tile, vectors, sums): adds to sums [R][64] (kDotColumns of
-//     each) the products of R rows with `vectors` 4-k vectors of the byte tile [vectors][256]
+//   dot_block<R>(bytes, stride, tile, vectors, start, finish): the products of R rows with
+//     `vectors` 4-k vectors of the byte tile [vectors][256]; start(r, v) gives the accumulators'
+//     first values, finish(totals [R][V]) takes the last ones; V = kDotColumns / kLanes
 //   constexpr int kFmaVectors;   vectors of columns that fma_block handles at once
 //   fma(a, b, c)
 // and, where TERDIT_HALVES is defined, spread_halves(codes, vectors, tile) and
@@ -44,16 +45,20 @@ void spread_bytes(const uint8_t *codes, int64_t vectors, uint8_t *tile) {
         }
 }
 
-// Codes [vectors][64] to float32 trits [4 * vectors][64 columns].
-void spread_floats(const uint8_t *codes, int64_t vectors, float *tile) {
+// Codes [vectors][64] to float32 trits [4 * vectors][64 columns], times the scales of their groups
+// [groups][64] if there are any. The products are exact: +-alpha or 0.
+void spread_floats(const uint8_t *codes, int64_t vectors, const float *group_alphas, float *tile) {
     for (int64_t i = 0; i < vectors; i++, codes += 64, tile += 4 * kPanel)
         for (int part = 0; part < 64; part += 4 * kLanes) {
             vu v;
             memcpy(&v, codes + part, sizeof v);
             for (int k = 0; k < 4; k++)
                 for (int group = 0; group < 4; group++) {
-                    const vi trit = (vi)((v >> (8 * k + 2 * group)) & 3u) - 1;
-                    store(tile + k * kPanel + 16 * group + part / 4, to_float(trit));
+                    const int column = 16 * group + part / 4;
+                    vf trit = to_float((vi)((v >> (8 * k + 2 * group)) & 3u) - 1);
+                    if (group_alphas)
+                        trit *= load(group_alphas + 4 * i / kGroup * kPanel + column);
+                    store(tile + k * kPanel + column, trit);
                 }
         }
 }
@@ -96,19 +101,6 @@ TERDIT_INLINE void with_rows(int64_t count, const F &f) {
         default: f.template rows<6>(); break;
     }
 }
-
-struct DotRows {
-    const int8_t *bytes;
-    ptrdiff_t stride;
-    const uint8_t *tile;
-    int64_t vectors;
-    int32_t *sums;  // [6][64]
-    template <int R>
-    void rows() const {
-        for (int column = 0; column < kPanel; column += kDotColumns)
-            dot_block<R>(bytes, stride, tile + 4 * column, vectors, sums + column);
-    }
-};
 
 struct FmaRows {
     const float *a;
@@ -176,139 +168,216 @@ void open_panel(const terdit_matrix *matrix, int64_t index, float *group_alphas,
     }
 }
 
-TERDIT_INLINE void start_sums(const int32_t *minus_sums, int64_t groups, int64_t rows,
-                              int32_t *sums) {
-    for (int64_t r = 0; r < rows; r++) {
-        const vi start = splat_int(minus_sums[r * groups]);
-        for (int n = 0; n < kPanel; n += kLanes) memcpy(sums + r * kPanel + n, &start, sizeof start);
-    }
-}
-
 TERDIT_INLINE vi load_int(const int32_t *p) {
     vi v;
     memcpy(&v, p, sizeof v);
     return v;
 }
 
-// The true integer sums of a vector of columns of real row r from its planes' sums.
+constexpr int kDotVectors = kDotColumns / kLanes;
+
+// The true integer sum of real row r from its planes' sums.
 template <int kPlanes>
-TERDIT_INLINE vi joined(const int32_t *sums, int64_t r, int n) {
-    const vi high = load_int(sums + kPlanes * r * kPanel + n);
-    return kPlanes == 1 ? high : high * 256 + load_int(sums + (2 * r + 1) * kPanel + n);
+TERDIT_INLINE vi joined(vi high, vi low) {
+    return kPlanes == 1 ? high : high * 256 + low;
 }
 
-// y [rows][64] = sums of `rows` rows from row m on, as float32: for one scale a row or tensor the
-// plain sums, for group scales the sum over groups of (float) sum * alpha, in ascending order.
+// Rows of bytes times a piece of a tile: sums [R][64] start at minus_sums (rows `groups` apart) or
+// go on from what they hold.
+struct DotRows {
+    const int8_t *bytes;
+    ptrdiff_t stride;
+    const uint8_t *tile;
+    int64_t vectors;
+    const int32_t *minus_sums;  // or NULL: go on
+    int32_t *sums;
+    template <int R>
+    void rows() const {
+        for (int column = 0; column < kPanel; column += kDotColumns)
+            dot_block<R>(
+                bytes, stride, tile + 4 * column, vectors,
+                [&](int r, int v) TERDIT_INLINE_LAMBDA {
+                    return minus_sums ? splat_int(minus_sums[r])
+                                      : load_int(sums + r * kPanel + column + v * kLanes);
+                },
+                [&](vi(&totals)[R][kDotVectors]) TERDIT_INLINE_LAMBDA {
+#pragma GCC unroll 8
+                    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+                        for (int v = 0; v < kDotVectors; v++)
+                            memcpy(sums + r * kPanel + column + v * kLanes, &totals[r][v],
+                                   sizeof(vi));
+                });
+    }
+};
+
+// One group of 128 inputs: y [rows][64] = before + (float) sum * alpha.
 template <int kPlanes>
-void integer_block(const Panel &panel, const Activations &x, int64_t m, int64_t rows, bool spread,
+struct GroupRows {
+    const int8_t *bytes;
+    ptrdiff_t stride;
+    const uint8_t *tile;
+    int64_t vectors;
+    const int32_t *minus_sums;
+    int64_t groups;  // between the sums of two rows
+    const float *alphas;  // [64]
+    bool first;
+    float *y;
+    template <int R>
+    void rows() const {
+        for (int column = 0; column < kPanel; column += kDotColumns)
+            dot_block<R>(
+                bytes, stride, tile + 4 * column, vectors,
+                [&](int r, int) TERDIT_INLINE_LAMBDA { return splat_int(minus_sums[r * groups]); },
+                [&](vi(&totals)[R][kDotVectors]) TERDIT_INLINE_LAMBDA {
+#pragma GCC unroll 8
+                    for (int r = 0; r + kPlanes <= R; r += kPlanes)
+#pragma GCC unroll 8
+                        for (int v = 0; v < kDotVectors; v++) {
+                            float *place = y + r / kPlanes * kPanel + column + v * kLanes;
+                            const vi sum =
+                                joined<kPlanes>(totals[r][v], totals[r + kPlanes - 1][v]);
+                            const vf term = to_float(sum) * load(alphas + column + v * kLanes);
+                            store(place, first ? term : load(place) + term);
+                        }
+                });
+    }
+};
+
+// Group scales: y [rows][64] = the sum over groups of (float) sum * alpha, in ascending order.
+template <int kPlanes>
+void grouped_block(const Panel &panel, const Activations &x, int64_t m, int64_t rows, bool spread,
                    float *y) {
-    alignas(64) int32_t sums[kBlockRows * kPanel];
-    const int64_t groups = x.grouped ? groups_of(x.k) : 1;
-    const int64_t kernel_rows = kPlanes * rows;
+    constexpr int64_t span = kGroup / 4;
+    const int64_t groups = groups_of(x.k);
     const int8_t *bytes = x.bytes + kPlanes * m * x.stride;
     const int32_t *minus_sums = x.minus_sums + kPlanes * m * groups;
-    const int64_t span = x.grouped ? kGroup / 4 : spread ? panel.vectors : kSmallSpan;
-    if (!x.grouped) start_sums(minus_sums, 1, kernel_rows, sums);
-    for (int64_t i = 0, g = 0; i < panel.vectors; i += span, g++) {
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t i = g * span;
         const int64_t vectors = i + span < panel.vectors ? span : panel.vectors - i;
-        const uint8_t *tile = panel.tile;
-        if (spread)
-            tile += i * kTileRow;
-        else
-            spread_bytes(panel.codes + i * 64, vectors, panel.tile);
-        if (x.grouped) start_sums(minus_sums + g, groups, kernel_rows, sums);
-        with_rows(kernel_rows, DotRows{bytes + 4 * i, x.stride, tile, vectors, sums});
-        if (!x.grouped) continue;
-        const float *alphas = panel.group_alphas + g * kPanel;
-        for (int64_t r = 0; r < rows; r++)
-            for (int n = 0; n < kPanel; n += kLanes) {
-                const vf before = g ? load(y + r * kPanel + n) : vf{};
-                store(y + r * kPanel + n,
-                      before + to_float(joined<kPlanes>(sums, r, n)) * load(alphas + n));
-            }
+        const uint8_t *tile = panel.tile + (spread ? i * kTileRow : 0);
+        if (!spread) spread_bytes(panel.codes + i * 64, vectors, panel.tile);
+        with_rows(kPlanes * rows,
+                  GroupRows<kPlanes>{bytes + 4 * i, x.stride, tile, vectors, minus_sums + g, groups,
+                                     panel.group_alphas + g * kPanel, g == 0, y});
     }
-    if (x.grouped) return;
-    for (int64_t r = 0; r < rows; r++)
-        for (int n = 0; n < kPanel; n += kLanes)
-            store(y + r * kPanel + n, to_float(joined<kPlanes>(sums, r, n)));
 }
 
-void spread_floats_or_halves(const uint8_t *codes, int64_t vectors, bool halves, float *tile) {
-#ifdef TERDIT_HALVES
-    if (halves) return spread_halves(codes, vectors, reinterpret_cast<uint16_t *>(tile));
-#endif
-    (void)halves;
-    spread_floats(codes, vectors, tile);
+// One scale a row or tensor: sums [rows * planes][64], the planes still apart.
+template <int kPlanes>
+void plain_block(const Panel &panel, const Activations &x, int64_t m, int64_t rows, bool spread,
+                 int32_t *sums) {
+    const int8_t *bytes = x.bytes + kPlanes * m * x.stride;
+    const int32_t *minus_sums = x.minus_sums + kPlanes * m;
+    const int64_t span = spread ? panel.vectors : kSmallSpan;
+    for (int64_t i = 0; i < panel.vectors; i += span) {
+        const int64_t vectors = i + span < panel.vectors ? span : panel.vectors - i;
+        if (!spread) spread_bytes(panel.codes + i * 64, vectors, panel.tile);
+        with_rows(kPlanes * rows, DotRows{bytes + 4 * i, x.stride, panel.tile, vectors,
+                                          i == 0 ? minus_sums : nullptr, sums});
+    }
 }
 
-void multiply_floats_or_halves(const Activations &x, int64_t m, int64_t k, int64_t rows,
-                               int64_t steps, const float *tile, float *sums) {
-#ifdef TERDIT_HALVES
-    if (x.halves_in_use)
-        return with_rows(rows, HalvesRows{x.halves + m * x.stride + k, x.stride,
-                                          reinterpret_cast<const uint16_t *>(tile),
-                                          (steps + 1) / 2, sums});
-#endif
-    with_rows(rows, FmaRows{x.floats + m * x.stride + k, x.stride, tile, steps, sums});
-}
-
-// y [rows][64] from the float kinds, all rows m0..m1 at once: the tile covers a span of inputs.
+// y [m1 - m0][64] of float32 rows, all of them at once: the tile covers a span of inputs.
 void float_rows(const Panel &panel, const Activations &x, int64_t m0, int64_t m1, float *y) {
+    float *tile = reinterpret_cast<float *>(panel.tile);
+    memset(y, 0, size_t((m1 - m0) * kPanel) * sizeof(float));
+    for (int64_t k = 0; k < x.k; k += kFloatSpan) {
+        const int64_t steps = k + kFloatSpan < x.k ? kFloatSpan : x.k - k;
+        const float *alphas =
+            panel.group_alphas ? panel.group_alphas + k / kGroup * kPanel : nullptr;
+        spread_floats(panel.codes + k / 4 * 64, (steps + 3) / 4, alphas, tile);
+        for (int64_t m = m0; m < m1; m += kBlockRows)
+            with_rows(m1 - m, FmaRows{x.floats + m * x.stride + k, x.stride, tile, steps,
+                                      y + (m - m0) * kPanel});
+    }
+}
+
+#ifdef TERDIT_HALVES
+// The same from bfloat16 rows. Scales of groups do not fit into bfloat16 trits, so each group's
+// sums are scaled in float32.
+void halves_rows(const Panel &panel, const Activations &x, int64_t m0, int64_t m1, float *y) {
     const int64_t span = panel.group_alphas ? kGroup : kFloatSpan;
-    alignas(64) float block[kBlockRows * kPanel];
+    uint16_t *tile = reinterpret_cast<uint16_t *>(panel.tile);
+    alignas(64) float group[kBlockRows * kPanel];
+    memset(y, 0, size_t((m1 - m0) * kPanel) * sizeof(float));
     for (int64_t k = 0; k < x.k; k += span) {
         const int64_t steps = k + span < x.k ? span : x.k - k;
-        const int64_t vectors = (steps + 3) / 4;
-        const uint8_t *codes = panel.codes + k / 4 * 64;
-        float *tile = reinterpret_cast<float *>(panel.tile);
-        spread_floats_or_halves(codes, vectors, x.halves_in_use, tile);
+        spread_halves(panel.codes + k / 4 * 64, (steps + 3) / 4, tile);
         for (int64_t m = m0; m < m1; m += kBlockRows) {
             const int64_t rows = m1 - m < kBlockRows ? m1 - m : kBlockRows;
             float *target = y + (m - m0) * kPanel;
-            float *sums = panel.group_alphas ? block : target;
-            if (panel.group_alphas || k == 0) memset(sums, 0, size_t(rows * kPanel) * 4);
-            multiply_floats_or_halves(x, m, k, rows, steps, tile, sums);
+            float *sums = panel.group_alphas ? group : target;
+            if (panel.group_alphas) memset(group, 0, sizeof group);
+            with_rows(rows, HalvesRows{x.halves + m * x.stride + k, x.stride, tile,
+                                       (steps + 1) / 2, sums});
             if (!panel.group_alphas) continue;
             const float *alphas = panel.group_alphas + k / kGroup * kPanel;
-            for (int64_t i = 0; i < rows * kPanel; i += kLanes) {
-                const vf before = k ? load(target + i) : vf{};
-                store(target + i, before + load(block + i) * load(alphas + i % kPanel));
+            for (int64_t i = 0; i < rows * kPanel; i += kLanes)
+                store(target + i,
+                      load(target + i) + load(group + i) * load(alphas + i % kPanel));
+        }
+    }
+}
+#endif
+
+// What a block of rows leaves to the epilogue: sums of integers or of floats, [rows][64].
+template <int kPlanes>
+struct IntegerSums {
+    const int32_t *sums;
+    TERDIT_INLINE vf at(int64_t r, int n) const {
+        const int32_t *high = sums + kPlanes * r * kPanel + n;
+        return to_float(joined<kPlanes>(load_int(high), load_int(high + (kPlanes - 1) * kPanel)));
+    }
+};
+
+struct FloatSums {
+    const float *sums;
+    TERDIT_INLINE vf at(int64_t r, int n) const { return load(sums + r * kPanel + n); }
+};
+
+// (sum * step) * alpha + bias: the order of model/ternary.py.
+TERDIT_INLINE vf scaled(const Panel &panel, vf sum, float step, int n) {
+    const vf y = panel.group_alphas ? sum * step : sum * step * load(panel.alpha + n);
+    return y + load(panel.bias + n);
+}
+
+// Writes rows m .. m + rows - 1 of the columns from n0 on, in the last panel as far as N goes.
+template <int kKind, class Sums>
+TERDIT_INLINE void finish_rows(const Multiply *job, const Panel *panels, int64_t n0, int64_t m,
+                               int64_t rows, const float *steps, Sums sums, Sums sums2) {
+    const int64_t left = job->matrix->rows - n0;
+    for (int64_t r = 0; r < rows; r++) {
+        const float step = steps ? steps[r] : 1.0f;
+        float *out = job->out + (m + r) * job->matrix->rows + n0;
+        const float *gate = kKind == kGatedAdd
+                                ? job->modulations[(m + r) / job->tokens] + job->gate_at + n0
+                                : nullptr;
+        for (int n = 0; n < kPanel && n < left; n += kLanes) {
+            vf y = scaled(panels[0], sums.at(r, n), step, n);
+            if (kKind == kSwiGlu) y = silu(y) * scaled(panels[1], sums2.at(r, n), step, n);
+            if (n + kLanes <= left) {
+                if (kKind == kGatedAdd) y = load(out + n) + load(gate + n) * y;
+                store(out + n, y);
+            } else {
+                const int64_t part = left - n;
+                if (kKind == kGatedAdd)
+                    y = load_part(out + n, part) + load_part(gate + n, part) * y;
+                store_part(out + n, y, part);
             }
         }
     }
 }
 
-// y = (sum * step) * alpha + bias: the order of model/ternary.py.
-TERDIT_INLINE vf scaled(const Panel &panel, const float *sums, float step, int n) {
-    vf y = load(sums + n);
-    if (panel.group_alphas)
-        y = y * step;
+template <class Sums>
+void finish(const Multiply *job, const Panel *panels, int64_t n0, int64_t m, int64_t rows,
+            const float *steps, Sums sums, Sums sums2) {
+    if (job->epilogue == kSwiGlu)
+        finish_rows<kSwiGlu>(job, panels, n0, m, rows, steps, sums, sums2);
+    else if (job->epilogue == kGatedAdd)
+        finish_rows<kGatedAdd>(job, panels, n0, m, rows, steps, sums, sums2);
     else
-        y = y * step * load(panel.alpha + n);
-    return y + load(panel.bias + n);
-}
-
-// Writes one row of 64 columns from column n0 on, the last panel's only as far as N goes.
-void finish_row(const Multiply *job, const Panel *panels, int64_t n0, int64_t m, float step,
-                const float *sums, const float *sums2) {
-    const int64_t left = job->matrix->rows - n0;
-    const int columns = left < kPanel ? int(left) : kPanel;
-    float *out = job->out + m * job->matrix->rows + n0;
-    const float *gate = job->epilogue == kGatedAdd
-                            ? job->modulations[m / job->tokens] + job->gate_at + n0
-                            : nullptr;
-    for (int n = 0; n < columns; n += kLanes) {
-        vf y = scaled(panels[0], sums, step, n);
-        if (job->epilogue == kSwiGlu) y = silu(y) * scaled(panels[1], sums2, step, n);
-        if (n + kLanes <= columns) {
-            if (gate) y = load(out + n) + load(gate + n) * y;
-            store(out + n, y);
-        } else {
-            const int part = columns - n;
-            if (gate) y = load_part(out + n, part) + load_part(gate + n, part) * y;
-            store_part(out + n, y, part);
-        }
-    }
+        finish_rows<kStore>(job, panels, n0, m, rows, steps, sums, sums2);
 }
 
 size_t tile_bytes(const Multiply *job) {
@@ -334,6 +403,32 @@ size_t multiply_scratch(const Multiply *job) {
     return 2 * (tile_bytes(job) + group_alpha_bytes(job) + sums_bytes(job));
 }
 
+template <int kPlanes>
+void integer_rows(const Multiply *job, const Panel *panels, int matrices, int64_t n0, int64_t m0,
+                  int64_t m1) {
+    constexpr int64_t block = kBlockRows / kPlanes;
+    const Activations &x = *job->x;
+    const bool spread = m1 - m0 > block;  // else each code is used once: spread it in L1
+    alignas(64) int32_t sums[2][kBlockRows * kPanel];
+    alignas(64) float y[2][kBlockRows * kPanel];
+    for (int i = 0; spread && i < matrices; i++)
+        spread_bytes(panels[i].codes, panels[i].vectors, panels[i].tile);
+    for (int64_t m = m0; m < m1; m += block) {
+        const int64_t rows = m1 - m < block ? m1 - m : block;
+        for (int i = 0; i < matrices; i++) {
+            if (x.grouped)
+                grouped_block<kPlanes>(panels[i], x, m, rows, spread, y[i]);
+            else
+                plain_block<kPlanes>(panels[i], x, m, rows, spread, sums[i]);
+        }
+        if (x.grouped)
+            finish(job, panels, n0, m, rows, x.steps + m, FloatSums{y[0]}, FloatSums{y[1]});
+        else
+            finish(job, panels, n0, m, rows, x.steps + m, IntegerSums<kPlanes>{sums[0]},
+                   IntegerSums<kPlanes>{sums[1]});
+    }
+}
+
 void multiply(const Multiply *job, int64_t task, void *scratch) {
     const Activations &x = *job->x;
     const int64_t index = task / job->row_chunks, chunk = rows_a_chunk(job);
@@ -353,30 +448,18 @@ void multiply(const Multiply *job, int64_t task, void *scratch) {
         open_panel(matrix[i], index, group_alphas, tile, &panels[i]);
     }
     const int64_t n0 = index * kPanel;
-    if (x.kind == TERDIT_FP32 || x.kind == TERDIT_BF16) {
-        for (int i = 0; i < matrices; i++) float_rows(panels[i], x, m0, m1, sums[i]);
-        for (int64_t m = m0; m < m1; m++)
-            finish_row(job, panels, n0, m, 1.0f, sums[0] + (m - m0) * kPanel,
-                       sums[1] + (m - m0) * kPanel);
-        return;
-    }
-    const int planes = x.kind == TERDIT_INT16 ? 2 : 1;
-    const int64_t block = kBlockRows / planes;
-    const bool spread = m1 - m0 > block;  // else each code is used once: spread it in L1
-    for (int i = 0; spread && i < matrices; i++)
-        spread_bytes(panels[i].codes, panels[i].vectors, panels[i].tile);
-    for (int64_t m = m0; m < m1; m += block) {
-        const int64_t rows = m1 - m < block ? m1 - m : block;
-        for (int i = 0; i < matrices; i++) {
-            if (planes == 1)
-                integer_block<1>(panels[i], x, m, rows, spread, sums[i]);
-            else
-                integer_block<2>(panels[i], x, m, rows, spread, sums[i]);
+    if (x.kind == TERDIT_INT8) return integer_rows<1>(job, panels, matrices, n0, m0, m1);
+    if (x.kind == TERDIT_INT16) return integer_rows<2>(job, panels, matrices, n0, m0, m1);
+    for (int i = 0; i < matrices; i++) {
+#ifdef TERDIT_HALVES
+        if (x.halves_in_use) {
+            halves_rows(panels[i], x, m0, m1, sums[i]);
+            continue;
         }
-        for (int64_t r = 0; r < rows; r++)
-            finish_row(job, panels, n0, m + r, x.steps[m + r], sums[0] + r * kPanel,
-                       sums[1] + r * kPanel);
+#endif
+        float_rows(panels[i], x, m0, m1, sums[i]);
     }
+    finish(job, panels, n0, m0, m1 - m0, nullptr, FloatSums{sums[0]}, FloatSums{sums[1]});
 }
 
 }  // namespace

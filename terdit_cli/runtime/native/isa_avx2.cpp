@@ -27,16 +27,19 @@ double peak(const char *what, int64_t rounds) {
     return double(rounds) * 6 * 64;
 }
 
-template <int R>
+template <int R, class Start, class Finish>
 TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_t *tile,
-                             int64_t vectors, int32_t *sums) {
+                             int64_t vectors, const Start &start, const Finish &finish) {
     const __m256i ones = _mm256_set1_epi16(1);
-    for (int64_t start = 0; start < vectors; start += kWiden) {
-        const int64_t end = start + kWiden < vectors ? start + kWiden : vectors;
+    vi total[R][2];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < 2; v++) total[r][v] = start(r, v);
+    for (int64_t from = 0; from < vectors; from += kWiden) {
+        const int64_t end = from + kWiden < vectors ? from + kWiden : vectors;
         __m256i pairs[R][2];
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) pairs[r][0] = pairs[r][1] = _mm256_setzero_si256();
-        for (int64_t i = start; i < end; i++, bytes += 4, tile += 256) {
+        for (int64_t i = from; i < end; i++, bytes += 4, tile += 256) {
             const __m256i first = _mm256_loadu_si256((const __m256i *)tile);
             const __m256i second = _mm256_loadu_si256((const __m256i *)(tile + 32));
 #pragma GCC unroll 8
@@ -51,12 +54,10 @@ TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-            for (int v = 0; v < 2; v++) {
-                __m256i *sum = (__m256i *)(sums + 64 * r + 8 * v);
-                const __m256i wide = _mm256_madd_epi16(pairs[r][v], ones);
-                _mm256_storeu_si256(sum, _mm256_add_epi32(_mm256_loadu_si256(sum), wide));
-            }
+            for (int v = 0; v < 2; v++)
+                total[r][v] += (vi)_mm256_madd_epi16(pairs[r][v], ones);
     }
+    finish(total);
 }
 
 }  // namespace

@@ -19,14 +19,14 @@ constexpr int kDotColumns = 64;
 
 // 24 accumulators, 4 vectors of codes and the broadcast bytes: 29 of 32 registers. Broadcasting
 // from memory costs a load port only, so the two dot units are what limits the loop.
-template <int R>
+template <int R, class Start, class Finish>
 TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_t *tile,
-                             int64_t vectors, int32_t *sums) {
-    __m512i total[R][4];
+                             int64_t vectors, const Start &start, const Finish &finish) {
+    vi total[R][4];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < 4; v++) total[r][v] = _mm512_loadu_si512(sums + 64 * r + 16 * v);
+        for (int v = 0; v < 4; v++) total[r][v] = start(r, v);
     for (int64_t i = 0; i < vectors; i++, bytes += 4, tile += 256) {
         __m512i codes[4];
 #pragma GCC unroll 8
@@ -38,13 +38,10 @@ TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_
             const __m512i value = _mm512_set1_epi32(four);
 #pragma GCC unroll 8
             for (int v = 0; v < 4; v++)
-                total[r][v] = _mm512_dpbusd_epi32(total[r][v], codes[v], value);
+                total[r][v] = (vi)_mm512_dpbusd_epi32((__m512i)total[r][v], codes[v], value);
         }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int v = 0; v < 4; v++) _mm512_storeu_si512(sums + 64 * r + 16 * v, total[r][v]);
+    finish(total);
 }
 
 // One asm statement an instruction keeps the compiler from folding or spilling the 24 chains.

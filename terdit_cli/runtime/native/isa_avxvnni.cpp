@@ -11,15 +11,14 @@ double peak(const char *what, int64_t rounds) {
     return double(rounds) * 12 * 64;
 }
 
-template <int R>
+template <int R, class Start, class Finish>
 TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_t *tile,
-                             int64_t vectors, int32_t *sums) {
-    __m256i total[R][2];
+                             int64_t vectors, const Start &start, const Finish &finish) {
+    vi total[R][2];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < 2; v++)
-            total[r][v] = _mm256_loadu_si256((const __m256i *)(sums + 64 * r + 8 * v));
+        for (int v = 0; v < 2; v++) total[r][v] = start(r, v);
     for (int64_t i = 0; i < vectors; i++, bytes += 4, tile += 256) {
         const __m256i first = _mm256_loadu_si256((const __m256i *)tile);
         const __m256i second = _mm256_loadu_si256((const __m256i *)(tile + 32));
@@ -28,15 +27,11 @@ TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_
             int32_t four;
             memcpy(&four, bytes + r * stride, 4);
             const __m256i value = _mm256_set1_epi32(four);
-            total[r][0] = _mm256_dpbusd_avx_epi32(total[r][0], first, value);
-            total[r][1] = _mm256_dpbusd_avx_epi32(total[r][1], second, value);
+            total[r][0] = (vi)_mm256_dpbusd_avx_epi32((__m256i)total[r][0], first, value);
+            total[r][1] = (vi)_mm256_dpbusd_avx_epi32((__m256i)total[r][1], second, value);
         }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int v = 0; v < 2; v++)
-            _mm256_storeu_si256((__m256i *)(sums + 64 * r + 8 * v), total[r][v]);
+    finish(total);
 }
 
 }  // namespace

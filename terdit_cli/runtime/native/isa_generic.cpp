@@ -11,18 +11,22 @@ TERDIT_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 constexpr int kFmaVectors = 2;
 constexpr int kDotColumns = 16;
 
-template <int R>
+template <int R, class Start, class Finish>
 TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_t *tile,
-                             int64_t vectors, int32_t *sums) {
+                             int64_t vectors, const Start &start, const Finish &finish) {
+    vi total[R][kDotColumns / kLanes];
     for (int r = 0; r < R; r++)
-        for (int n = 0; n < kDotColumns; n++) {
-            int32_t sum = 0;
-            for (int64_t i = 0; i < vectors; i++)
-                for (int k = 0; k < 4; k++)
-                    sum += int32_t(tile[256 * i + 4 * n + k]) * bytes[r * stride + 4 * i + k];
-            // Modulo 2^32, as the vector instructions: planes of int16 may wrap on the way.
-            sums[64 * r + n] = int32_t(uint32_t(sums[64 * r + n]) + uint32_t(sum));
+        for (int v = 0; v < kDotColumns / kLanes; v++) {
+            vu sum = (vu)start(r, v);  // modulo 2^32: planes of int16 may wrap on the way
+            for (int lane = 0; lane < kLanes; lane++)
+                for (int64_t i = 0; i < vectors; i++)
+                    for (int k = 0; k < 4; k++) {
+                        const int code = tile[256 * i + 4 * (v * kLanes + lane) + k];
+                        sum[lane] += uint32_t(code * bytes[r * stride + 4 * i + k]);
+                    }
+            total[r][v] = (vi)sum;
         }
+    finish(total);
 }
 
 double peak(const char *what, int64_t rounds) {

@@ -37,14 +37,14 @@ double peak(const char *what, int64_t rounds) {
     return double(rounds) * 24 * 8;
 }
 
-template <int R>
+template <int R, class Start, class Finish>
 TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_t *tile,
-                             int64_t vectors, int32_t *sums) {
-    int32x4_t total[R][4];
+                             int64_t vectors, const Start &start, const Finish &finish) {
+    vi total[R][4];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < 4; v++) total[r][v] = vld1q_s32(sums + 64 * r + 4 * v);
+        for (int v = 0; v < 4; v++) total[r][v] = start(r, v);
     for (int64_t i = 0; i < vectors; i++, bytes += 4, tile += 256) {
         int8x16_t codes[4];
 #pragma GCC unroll 8
@@ -55,13 +55,11 @@ TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_
             memcpy(&four, bytes + r * stride, 4);
             const int8x16_t value = vreinterpretq_s8_s32(vdupq_n_s32(four));
 #pragma GCC unroll 8
-            for (int v = 0; v < 4; v++) total[r][v] = vdotq_s32(total[r][v], codes[v], value);
+            for (int v = 0; v < 4; v++)
+                total[r][v] = (vi)vdotq_s32((int32x4_t)total[r][v], codes[v], value);
         }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int v = 0; v < 4; v++) vst1q_s32(sums + 64 * r + 4 * v, total[r][v]);
+    finish(total);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include <string.h>
 
 #define TERDIT_INLINE inline __attribute__((always_inline))
+#define TERDIT_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace {
 
