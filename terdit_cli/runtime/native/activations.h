@@ -35,6 +35,18 @@ TERDIT_INLINE void store_bytes(int8_t *p, vi v) {
     memcpy(p, &b, sizeof b);
 }
 
+template <int kPlanes>
+TERDIT_INLINE void quantise(vf scaled, int8_t *high, int8_t *low, vi *sum_high, vi *sum_low) {
+    const vi u = round_to_int(scaled);
+    const vi h = kPlanes == 1 ? u : (u + 128) >> 8;
+    *sum_high += h;
+    store_bytes(high, h);
+    if (kPlanes == 1) return;
+    const vi l = u - h * 256;
+    *sum_low += l;
+    store_bytes(low, l);
+}
+
 // One row of x [K] to integers. The planes' padding is zeroed: stride is a multiple of kLanes.
 template <int kPlanes>
 TERDIT_INLINE void quantise_row(const float *x, const Activations &to, int64_t m) {
@@ -59,20 +71,13 @@ TERDIT_INLINE void quantise_row(const float *x, const Activations &to, int64_t m
     for (int64_t g = 0; g < groups; g++) {
         const int64_t end = (g + 1) * span < k ? (g + 1) * span : k;
         vi sum_high = {}, sum_low = {};
-        for (int64_t i = g * span; i < end; i += kLanes) {
-            const vf v = i + kLanes <= end ? load(x + i) : load_part(x + i, end - i);
-            const vi u = round_to_int(v * inverse);
-            if (kPlanes == 1) {
-                sum_high += u;
-                store_bytes(high + i, u);
-            } else {
-                const vi h = (u + 128) >> 8, l = u - h * 256;
-                sum_high += h;
-                sum_low += l;
-                store_bytes(high + i, h);
-                store_bytes(low + i, l);
-            }
-        }
+        int64_t i = g * span;
+#pragma GCC unroll 4
+        for (; i + kLanes <= end; i += kLanes)
+            quantise<kPlanes>(load(x + i) * inverse, high + i, low + i, &sum_high, &sum_low);
+        if (i < end)
+            quantise<kPlanes>(load_part(x + i, end - i) * inverse, high + i, low + i, &sum_high,
+                              &sum_low);
         minus_sums[g] = -sum_lanes(sum_high);
         if (kPlanes == 2) minus_sums[groups + g] = -sum_lanes(sum_low);
     }

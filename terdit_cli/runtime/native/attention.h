@@ -90,7 +90,7 @@ struct ScoreRows {
     template <int R>
     void rows() const {
         for (int column = 0; column < kPanel; column += kFmaVectors * kLanes)
-            fma_block<R, kFmaVectors>(q, q_stride, tile + column, kPanel, head_dim,
+            fma_block<R, kFmaVectors>(q, q_stride, tile + column, kPanel, head_dim, false,
                                       scores + column, kKeyBlock);
     }
 };
@@ -99,6 +99,7 @@ struct ValueRows {
     const float *weights;  // [6][kKeyBlock]
     const float *values;
     int64_t padded, keys;
+    bool add;
     float *out;  // [6][padded]
     template <int R>
     void rows() const {
@@ -112,7 +113,7 @@ struct ValueRows {
     }
     template <int R, int V>
     TERDIT_INLINE void columns(int64_t d) const {
-        fma_block<R, V>(weights, kKeyBlock, values + d, padded, keys, out + d, padded);
+        fma_block<R, V>(weights, kKeyBlock, values + d, padded, keys, add, out + d, padded);
     }
 };
 
@@ -142,10 +143,8 @@ void attend(const Attention *job, int64_t task, void *scratch) {
         const int64_t rows = t1 - t < kBlockRows ? t1 - t : kBlockRows;
         float most[kBlockRows], total[kBlockRows];
         for (int r = 0; r < kBlockRows; r++) most[r] = -__builtin_inff(), total[r] = 0;
-        memset(place.out, 0, size_t(rows * padded) * 4);
         for (int64_t first = 0; first < tokens; first += kKeyBlock) {
             const int64_t keys = tokens - first < kKeyBlock ? tokens - first : kKeyBlock;
-            memset(place.scores, 0, size_t(rows * kKeyBlock) * 4);
             for (int64_t s = 0; s < keys; s += kPanel)
                 with_rows(rows, ScoreRows{q + t * q_stride, q_stride,
                                           place.keys + (first + s) * head_dim, head_dim,
@@ -160,7 +159,7 @@ void attend(const Attention *job, int64_t task, void *scratch) {
                 const float now = block_most > most[r] ? block_most : most[r];
                 vf sum = {};
                 for (int64_t s = 0; s < keys; s += kLanes) {
-                    vf weight = exp(load(row + s) * scale - now);
+                    vf weight = exp(fma(load(row + s), splat(scale), splat(-now)));
                     if (s + kLanes > keys) weight = first_lanes(weight, keys - s);
                     sum += weight;
                     store(row + s, weight);
@@ -173,7 +172,7 @@ void attend(const Attention *job, int64_t task, void *scratch) {
                         store(place.out + r * padded + d, load(place.out + r * padded + d) * keep);
             }
             with_rows(rows, ValueRows{place.scores, place.values + first * padded, padded, keys,
-                                      place.out});
+                                      first > 0, place.out});
         }
         for (int64_t r = 0; r < rows; r++) {
             float *row = place.out + r * padded;

@@ -63,15 +63,18 @@ void spread_floats(const uint8_t *codes, int64_t vectors, const float *group_alp
         }
 }
 
-// out [R][64] += a [R][steps] times b [steps][V vectors] (rows of b are b_stride floats apart).
+// out [R][V vectors] = a [R][steps] times b [steps][V vectors], added to what out holds if `add`.
+// Not inlined: the accumulators need the registers that a caller's loop keeps its constants in.
 template <int R, int V>
-TERDIT_INLINE void fma_block(const float *a, ptrdiff_t a_stride, const float *b,
-                             ptrdiff_t b_stride, int64_t steps, float *out, ptrdiff_t out_stride) {
+__attribute__((noinline)) void fma_block(const float *a, ptrdiff_t a_stride, const float *b,
+                                         ptrdiff_t b_stride, int64_t steps, bool add, float *out,
+                                         ptrdiff_t out_stride) {
     vf sums[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) sums[r][v] = load(out + r * out_stride + v * kLanes);
+        for (int v = 0; v < V; v++)
+            sums[r][v] = add ? load(out + r * out_stride + v * kLanes) : vf{};
     for (int64_t i = 0; i < steps; i++, b += b_stride) {
         vf columns[V];
 #pragma GCC unroll 8
@@ -107,12 +110,13 @@ struct FmaRows {
     ptrdiff_t a_stride;
     const float *tile;
     int64_t steps;
+    bool add;
     float *sums;  // [6][64]
     template <int R>
     void rows() const {
         for (int column = 0; column < kPanel; column += kFmaVectors * kLanes)
-            fma_block<R, kFmaVectors>(a, a_stride, tile + column, kPanel, steps, sums + column,
-                                      kPanel);
+            fma_block<R, kFmaVectors>(a, a_stride, tile + column, kPanel, steps, add,
+                                      sums + column, kPanel);
     }
 };
 
@@ -281,14 +285,13 @@ void plain_block(const Panel &panel, const Activations &x, int64_t m, int64_t ro
 // y [m1 - m0][64] of float32 rows, all of them at once: the tile covers a span of inputs.
 void float_rows(const Panel &panel, const Activations &x, int64_t m0, int64_t m1, float *y) {
     float *tile = reinterpret_cast<float *>(panel.tile);
-    memset(y, 0, size_t((m1 - m0) * kPanel) * sizeof(float));
     for (int64_t k = 0; k < x.k; k += kFloatSpan) {
         const int64_t steps = k + kFloatSpan < x.k ? kFloatSpan : x.k - k;
         const float *alphas =
             panel.group_alphas ? panel.group_alphas + k / kGroup * kPanel : nullptr;
         spread_floats(panel.codes + k / 4 * 64, (steps + 3) / 4, alphas, tile);
         for (int64_t m = m0; m < m1; m += kBlockRows)
-            with_rows(m1 - m, FmaRows{x.floats + m * x.stride + k, x.stride, tile, steps,
+            with_rows(m1 - m, FmaRows{x.floats + m * x.stride + k, x.stride, tile, steps, k > 0,
                                       y + (m - m0) * kPanel});
     }
 }

@@ -14,6 +14,9 @@ TERDIT_INLINE vf fma(vf a, vf b, vf c) {
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 
+TERDIT_INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+TERDIT_INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+
 constexpr int kFmaVectors = 4;
 constexpr int kDotColumns = 64;
 

@@ -8,6 +8,9 @@ const char *const kName = "generic";
 
 TERDIT_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 
+TERDIT_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+TERDIT_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+
 constexpr int kFmaVectors = 2;
 constexpr int kDotColumns = 16;
 

@@ -13,6 +13,10 @@ TERDIT_INLINE vf fma(vf a, vf b, vf c) {
     return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
 
+// Not vmaxq_f32: a NaN in the first place must not come out.
+TERDIT_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+TERDIT_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+
 constexpr int kFmaVectors = 4;
 constexpr int kDotColumns = 16;
 

@@ -14,6 +14,9 @@ TERDIT_INLINE vf fma(vf a, vf b, vf c) {
     return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
 
+TERDIT_INLINE vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+TERDIT_INLINE vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+
 constexpr int kFmaVectors = 2;
 constexpr int kDotColumns = 16;
 
