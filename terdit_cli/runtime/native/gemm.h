@@ -406,6 +406,25 @@ size_t multiply_scratch(const Multiply *job) {
     return 2 * (tile_bytes(job) + group_alpha_bytes(job) + sums_bytes(job));
 }
 
+// Asks for what a block of rows will need after its dot products: the places it writes to, and a
+// share of the codes that this thread will spread next. Both come from far away, the dot products
+// take long enough to hide that, and nothing is fetched twice.
+TERDIT_INLINE void fetch_ahead(const Multiply *job, int64_t n0, int64_t m, int64_t rows,
+                               int64_t vectors, int64_t blocks) {
+    constexpr int64_t line = 64, floats = line / int64_t(sizeof(float));
+    const int64_t n = job->matrix->rows, left = n - n0 < kPanel ? n - n0 : kPanel;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < left; i += floats)
+            __builtin_prefetch(job->out + (m + r) * n + n0 + i, 1);
+    const int64_t next = n0 / kPanel + job->ahead;
+    if (next * kPanel >= n) return;
+    const int64_t share = (vectors + blocks - 1) / blocks, first = m / rows % blocks * share;
+    const terdit_matrix *const matrices[2] = {job->matrix, job->second};
+    for (const terdit_matrix *matrix : matrices)
+        for (int64_t i = first; matrix && i < first + share && i < vectors; i++)
+            __builtin_prefetch(matrix->codes + (next * vectors + i) * line);
+}
+
 template <int kPlanes>
 void integer_rows(const Multiply *job, const Panel *panels, int matrices, int64_t n0, int64_t m0,
                   int64_t m1) {
@@ -418,6 +437,8 @@ void integer_rows(const Multiply *job, const Panel *panels, int matrices, int64_
         spread_bytes(panels[i].codes, panels[i].vectors, panels[i].tile);
     for (int64_t m = m0; m < m1; m += block) {
         const int64_t rows = m1 - m < block ? m1 - m : block;
+        if (spread)
+            fetch_ahead(job, n0, m, rows, panels[0].vectors, (m1 - m0 + block - 1) / block);
         for (int i = 0; i < matrices; i++) {
             if (x.grouped)
                 grouped_block<kPlanes>(panels[i], x, m, rows, spread, y[i]);
