@@ -36,12 +36,6 @@ AttentionPlace attention_place(const Attention *job, void *scratch) {
     return place;
 }
 
-size_t attend_scratch(const Attention *job) {
-    // No arithmetic on a null pointer: the sizes are taken from any address.
-    static float origin;
-    return size_t(attention_place(job, &origin).bytes);
-}
-
 typedef float v4 __attribute__((vector_size(16)));
 typedef int32_t i4 __attribute__((vector_size(16)));
 
@@ -117,54 +111,71 @@ struct ValueRows {
     }
 };
 
-void attend(const Attention *job, int64_t task, void *scratch) {
+// Where the rows of a task begin: its head's columns, from the first token of its image on.
+struct AttentionRows {
+    const float *q, *k, *v;
+    float *out;
+    ptrdiff_t q_stride, kv_stride;
+    int64_t first, end;  // the queries of this task
+};
+
+AttentionRows attention_rows(const Attention *job, int64_t task) {
+    const int64_t chunk =
+        rounded_up((job->tokens + job->row_chunks - 1) / job->row_chunks, kBlockRows);
+    const int64_t head = task / job->row_chunks % job->heads;
+    const int64_t token = task / job->row_chunks / job->heads * job->tokens;
+    const int64_t kv_head = head / (job->heads / job->kv_heads);
+    AttentionRows rows;
+    rows.q_stride = job->heads * job->head_dim;
+    rows.kv_stride = job->kv_heads * job->head_dim;
+    rows.q = job->q + token * rows.q_stride + head * job->head_dim;
+    rows.k = job->k + token * rows.kv_stride + kv_head * job->head_dim;
+    rows.v = job->v + token * rows.kv_stride + kv_head * job->head_dim;
+    rows.out = job->out + token * rows.q_stride + head * job->head_dim;
+    rows.first = task % job->row_chunks * chunk;
+    rows.end = rows.first + chunk < job->tokens ? rows.first + chunk : job->tokens;
+    return rows;
+}
+
+// The greatest of `most` and a row's scores. The row is filled up to whole vectors with its first.
+TERDIT_INLINE float max_score(float *row, int64_t keys, float most) {
+    for (int64_t s = keys; s % kLanes; s++) row[s] = row[0];
+    vf highest = load(row);
+    for (int64_t s = kLanes; s < keys; s += kLanes) highest = max(load(row + s), highest);
+    const float block_most = max_lanes(highest);
+    return block_most > most ? block_most : most;
+}
+
+void attend_float(const Attention *job, const AttentionRows &rows_of, void *scratch) {
     const AttentionPlace place = attention_place(job, scratch);
     const int64_t tokens = job->tokens, head_dim = job->head_dim, padded = place.padded;
-    const int64_t chunk = rounded_up((tokens + job->row_chunks - 1) / job->row_chunks, kBlockRows);
-    const int64_t head = task / job->row_chunks % job->heads;
-    const int64_t image = task / job->row_chunks / job->heads;
-    const int64_t kv_head = head / (job->heads / job->kv_heads);
-    const int64_t q_stride = job->heads * head_dim, kv_stride = job->kv_heads * head_dim;
-    const int64_t t0 = task % job->row_chunks * chunk;
-    const int64_t t1 = t0 + chunk < tokens ? t0 + chunk : tokens;
-    if (t0 >= t1) return;
-    const float *q = job->q + image * tokens * q_stride + head * head_dim;
-    const float *k = job->k + image * tokens * kv_stride + kv_head * head_dim;
-    const float *v = job->v + image * tokens * kv_stride + kv_head * head_dim;
-    float *out = job->out + image * tokens * q_stride + head * head_dim;
-
-    transpose_keys(k, kv_stride, tokens, head_dim, place.keys);
+    transpose_keys(rows_of.k, rows_of.kv_stride, tokens, head_dim, place.keys);
     for (int64_t t = 0; t < tokens; t++) {
-        memcpy(place.values + t * padded, v + t * kv_stride, size_t(head_dim) * 4);
+        memcpy(place.values + t * padded, rows_of.v + t * rows_of.kv_stride, size_t(head_dim) * 4);
         memset(place.values + t * padded + head_dim, 0, size_t(padded - head_dim) * 4);
     }
     const float scale = 1.0f / __builtin_sqrtf(float(head_dim));
-    for (int64_t t = t0; t < t1; t += kBlockRows) {
-        const int64_t rows = t1 - t < kBlockRows ? t1 - t : kBlockRows;
+    for (int64_t t = rows_of.first; t < rows_of.end; t += kBlockRows) {
+        const int64_t rows = rows_of.end - t < kBlockRows ? rows_of.end - t : kBlockRows;
         float most[kBlockRows], total[kBlockRows];
         for (int r = 0; r < kBlockRows; r++) most[r] = -__builtin_inff(), total[r] = 0;
         for (int64_t first = 0; first < tokens; first += kKeyBlock) {
             const int64_t keys = tokens - first < kKeyBlock ? tokens - first : kKeyBlock;
             for (int64_t s = 0; s < keys; s += kPanel)
-                with_rows(rows, ScoreRows{q + t * q_stride, q_stride,
+                with_rows(rows, ScoreRows{rows_of.q + t * rows_of.q_stride, rows_of.q_stride,
                                           place.keys + (first + s) * head_dim, head_dim,
                                           place.scores + s});
             for (int64_t r = 0; r < rows; r++) {
                 float *row = place.scores + r * kKeyBlock;
-                // Keys beyond T: the last vector is filled up with the row's first score.
-                for (int64_t s = keys; s % kLanes; s++) row[s] = row[0];
-                vf highest = load(row);
-                for (int64_t s = kLanes; s < keys; s += kLanes) highest = max(load(row + s), highest);
-                const float block_most = max_lanes(highest) * scale;
-                const float now = block_most > most[r] ? block_most : most[r];
+                const float now = max_score(row, keys, most[r]);  // before the scale, as scores
                 vf sum = {};
                 for (int64_t s = 0; s < keys; s += kLanes) {
-                    vf weight = exp(fma(load(row + s), splat(scale), splat(-now)));
+                    vf weight = exp((load(row + s) - now) * scale);
                     if (s + kLanes > keys) weight = first_lanes(weight, keys - s);
                     sum += weight;
                     store(row + s, weight);
                 }
-                const float keep = first ? exp(splat(most[r] - now))[0] : 0.0f;
+                const float keep = first ? exp(splat((most[r] - now) * scale))[0] : 0.0f;
                 total[r] = total[r] * keep + sum_lanes(sum);
                 most[r] = now;
                 if (first)
@@ -177,7 +188,7 @@ void attend(const Attention *job, int64_t task, void *scratch) {
         for (int64_t r = 0; r < rows; r++) {
             float *row = place.out + r * padded;
             for (int64_t d = 0; d < padded; d += kLanes) store(row + d, load(row + d) / total[r]);
-            memcpy(out + (t + r) * q_stride, row, size_t(head_dim) * 4);
+            memcpy(rows_of.out + (t + r) * rows_of.q_stride, row, size_t(head_dim) * 4);
         }
     }
 }

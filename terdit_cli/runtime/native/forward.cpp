@@ -214,6 +214,7 @@ struct Step {
         job.heads = model.heads;
         job.kv_heads = model.kv_heads;
         job.head_dim = dim / model.heads;
+        job.quantised = model.attention == TERDIT_INT8 && call.kernels->dots_any_bytes;
         const int64_t wanted = (4 * call.threads + images * model.heads - 1) / (images * model.heads);
         job.row_chunks = wanted < model.tokens / 48 ? wanted : most(1, model.tokens / 48);
         return job;

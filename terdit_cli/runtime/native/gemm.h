@@ -15,9 +15,11 @@
 
 // From the isa_*.cpp file:
 //   constexpr int kDotColumns;   columns that dot_block handles at once, a divisor of 64
-//   dot_block<R>(bytes, stride, tile, vectors, start, finish): the products of R rows with
+//   dot_block<R, V>(bytes, stride, tile, vectors, start, finish): the products of R rows with
 //     `vectors` 4-k vectors of the byte tile [vectors][256]; start(r, v) gives the accumulators'
-//     first values, finish(totals [R][V]) takes the last ones; V = kDotColumns / kLanes
+//     first values, finish(totals [R][V]) takes the last ones; V vectors of columns, at most
+//     kDotColumns / kLanes
+//   constexpr bool kDotsAnyBytes;  dot_block takes tiles of any u8, not of codes 0..2 only
 //   constexpr int kFmaVectors;   vectors of columns that fma_block handles at once
 //   fma(a, b, c)
 // and, where TERDIT_HALVES is defined, spread_halves(codes, vectors, tile) and
@@ -198,7 +200,7 @@ struct DotRows {
     template <int R>
     void rows() const {
         for (int column = 0; column < kPanel; column += kDotColumns)
-            dot_block<R>(
+            dot_block<R, kDotVectors>(
                 bytes, stride, tile + 4 * column, vectors,
                 [&](int r, int v) TERDIT_INLINE_LAMBDA {
                     return minus_sums ? splat_int(minus_sums[r])
@@ -230,7 +232,7 @@ struct GroupRows {
     template <int R>
     void rows() const {
         for (int column = 0; column < kPanel; column += kDotColumns)
-            dot_block<R>(
+            dot_block<R, kDotVectors>(
                 bytes, stride, tile + 4 * column, vectors,
                 [&](int r, int) TERDIT_INLINE_LAMBDA { return splat_int(minus_sums[r * groups]); },
                 [&](vi(&totals)[R][kDotVectors]) TERDIT_INLINE_LAMBDA {

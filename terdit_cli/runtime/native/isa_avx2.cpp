@@ -7,6 +7,8 @@
 
 namespace {
 
+constexpr bool kDotsAnyBytes = false;
+
 const char *const kName = "avx2";
 
 constexpr int64_t kWiden = 63;
@@ -27,34 +29,40 @@ double peak(const char *what, int64_t rounds) {
     return double(rounds) * 6 * 64;
 }
 
-template <int R, class Start, class Finish>
+template <int R, int V, class Start, class Finish>
 TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_t *tile,
                              int64_t vectors, const Start &start, const Finish &finish) {
     const __m256i ones = _mm256_set1_epi16(1);
-    vi total[R][2];
+    vi total[R][V];
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < 2; v++) total[r][v] = start(r, v);
+        for (int v = 0; v < V; v++) total[r][v] = start(r, v);
     for (int64_t from = 0; from < vectors; from += kWiden) {
         const int64_t end = from + kWiden < vectors ? from + kWiden : vectors;
-        __m256i pairs[R][2];
+        __m256i pairs[R][V];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) pairs[r][0] = pairs[r][1] = _mm256_setzero_si256();
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) pairs[r][v] = _mm256_setzero_si256();
         for (int64_t i = from; i < end; i++, bytes += 4, tile += 256) {
-            const __m256i first = _mm256_loadu_si256((const __m256i *)tile);
-            const __m256i second = _mm256_loadu_si256((const __m256i *)(tile + 32));
+            __m256i columns[V];
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++)
+                columns[v] = _mm256_loadu_si256((const __m256i *)(tile + 32 * v));
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
                 int32_t four;
                 memcpy(&four, bytes + r * stride, 4);
                 const __m256i value = _mm256_set1_epi32(four);
-                pairs[r][0] = _mm256_add_epi16(pairs[r][0], _mm256_maddubs_epi16(first, value));
-                pairs[r][1] = _mm256_add_epi16(pairs[r][1], _mm256_maddubs_epi16(second, value));
+#pragma GCC unroll 8
+                for (int v = 0; v < V; v++)
+                    pairs[r][v] =
+                        _mm256_add_epi16(pairs[r][v], _mm256_maddubs_epi16(columns[v], value));
             }
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-            for (int v = 0; v < 2; v++)
+            for (int v = 0; v < V; v++)
                 total[r][v] += (vi)_mm256_madd_epi16(pairs[r][v], ones);
     }
     finish(total);

@@ -19,28 +19,29 @@ TERDIT_INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b
 
 constexpr int kFmaVectors = 4;
 constexpr int kDotColumns = 64;
+constexpr bool kDotsAnyBytes = true;
 
 // 24 accumulators, 4 vectors of codes and the broadcast bytes: 29 of 32 registers. Broadcasting
 // from memory costs a load port only, so the two dot units are what limits the loop.
-template <int R, class Start, class Finish>
+template <int R, int V, class Start, class Finish>
 TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_t *tile,
                              int64_t vectors, const Start &start, const Finish &finish) {
-    vi total[R][4];
+    vi total[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < 4; v++) total[r][v] = start(r, v);
+        for (int v = 0; v < V; v++) total[r][v] = start(r, v);
     for (int64_t i = 0; i < vectors; i++, bytes += 4, tile += 256) {
-        __m512i codes[4];
+        __m512i codes[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < 4; v++) codes[v] = _mm512_loadu_si512(tile + 64 * v);
+        for (int v = 0; v < V; v++) codes[v] = _mm512_loadu_si512(tile + 64 * v);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             int32_t four;
             memcpy(&four, bytes + r * stride, 4);
             const __m512i value = _mm512_set1_epi32(four);
 #pragma GCC unroll 8
-            for (int v = 0; v < 4; v++)
+            for (int v = 0; v < V; v++)
                 total[r][v] = (vi)_mm512_dpbusd_epi32((__m512i)total[r][v], codes[v], value);
         }
     }

@@ -3,6 +3,8 @@
 
 namespace {
 
+constexpr bool kDotsAnyBytes = true;
+
 const char *const kName = "avxvnni";
 
 double peak(const char *what, int64_t rounds) {
@@ -11,24 +13,28 @@ double peak(const char *what, int64_t rounds) {
     return double(rounds) * 12 * 64;
 }
 
-template <int R, class Start, class Finish>
+template <int R, int V, class Start, class Finish>
 TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_t *tile,
                              int64_t vectors, const Start &start, const Finish &finish) {
-    vi total[R][2];
+    vi total[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < 2; v++) total[r][v] = start(r, v);
+        for (int v = 0; v < V; v++) total[r][v] = start(r, v);
     for (int64_t i = 0; i < vectors; i++, bytes += 4, tile += 256) {
-        const __m256i first = _mm256_loadu_si256((const __m256i *)tile);
-        const __m256i second = _mm256_loadu_si256((const __m256i *)(tile + 32));
+        __m256i columns[V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++)
+            columns[v] = _mm256_loadu_si256((const __m256i *)(tile + 32 * v));
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             int32_t four;
             memcpy(&four, bytes + r * stride, 4);
             const __m256i value = _mm256_set1_epi32(four);
-            total[r][0] = (vi)_mm256_dpbusd_avx_epi32((__m256i)total[r][0], first, value);
-            total[r][1] = (vi)_mm256_dpbusd_avx_epi32((__m256i)total[r][1], second, value);
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++)
+                total[r][v] =
+                    (vi)_mm256_dpbusd_avx_epi32((__m256i)total[r][v], columns[v], value);
         }
     }
     finish(total);

@@ -13,13 +13,14 @@ TERDIT_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 
 constexpr int kFmaVectors = 2;
 constexpr int kDotColumns = 16;
+constexpr bool kDotsAnyBytes = true;
 
-template <int R, class Start, class Finish>
+template <int R, int V, class Start, class Finish>
 TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_t *tile,
                              int64_t vectors, const Start &start, const Finish &finish) {
-    vi total[R][kDotColumns / kLanes];
+    vi total[R][V];
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < kDotColumns / kLanes; v++) {
+        for (int v = 0; v < V; v++) {
             vu sum = (vu)start(r, v);  // modulo 2^32: planes of int16 may wrap on the way
             for (int lane = 0; lane < kLanes; lane++)
                 for (int64_t i = 0; i < vectors; i++)

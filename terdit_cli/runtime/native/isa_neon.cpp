@@ -19,6 +19,7 @@ TERDIT_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 
 constexpr int kFmaVectors = 4;
 constexpr int kDotColumns = 16;
+constexpr bool kDotsAnyBytes = false;
 
 double peak(const char *what, int64_t rounds) {
     int32x4_t chain[24];
@@ -41,25 +42,25 @@ double peak(const char *what, int64_t rounds) {
     return double(rounds) * 24 * 8;
 }
 
-template <int R, class Start, class Finish>
+template <int R, int V, class Start, class Finish>
 TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_t *tile,
                              int64_t vectors, const Start &start, const Finish &finish) {
-    vi total[R][4];
+    vi total[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < 4; v++) total[r][v] = start(r, v);
+        for (int v = 0; v < V; v++) total[r][v] = start(r, v);
     for (int64_t i = 0; i < vectors; i++, bytes += 4, tile += 256) {
-        int8x16_t codes[4];
+        int8x16_t codes[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < 4; v++) codes[v] = vld1q_s8((const int8_t *)tile + 16 * v);
+        for (int v = 0; v < V; v++) codes[v] = vld1q_s8((const int8_t *)tile + 16 * v);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             int32_t four;
             memcpy(&four, bytes + r * stride, 4);
             const int8x16_t value = vreinterpretq_s8_s32(vdupq_n_s32(four));
 #pragma GCC unroll 8
-            for (int v = 0; v < 4; v++)
+            for (int v = 0; v < V; v++)
                 total[r][v] = (vi)vdotq_s32((int32x4_t)total[r][v], codes[v], value);
         }
     }

@@ -81,11 +81,13 @@ struct Attention {
     float *out;              // [B * T][heads * head_dim]
     int64_t tokens, heads, kv_heads, head_dim;
     int64_t row_chunks;  // the queries of a head are cut into so many tasks
+    bool quantised;      // on dot products of bytes
 };
 
 struct Kernels {
     const char *name;
     bool multiplies_halves;  // bf16 activations are stored as halves
+    bool dots_any_bytes;     // dot products of all u8, not of codes only: quantised attention
 
     // Row m of activations.
     void (*prepare)(const Prepare *job, int64_t m, void *scratch);

@@ -172,7 +172,8 @@ void check_t5() {
 }
 
 // One small block, with everything on: the outputs must be finite and the same at every call.
-void check_blocks(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t tokens, int kind) {
+void check_blocks(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t tokens, int kind,
+                  int attention) {
     const int64_t dim = heads * head_dim, kv = kv_heads * head_dim, ffn = 2 * dim + 2, batch = 2;
     const int32_t scales = int32_t(dim % 3);
     Problem q(1, dim, dim, scales, 2), k(1, kv, dim, scales, 2), v(1, kv, dim, scales, 2),
@@ -184,7 +185,7 @@ void check_blocks(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t tok
                           w3.matrix(), adaln.matrix(), ones.data(), ones.data(), ones.data(),
                           ones.data(), zeros.data(), ones.data(), zeros.data()};
     const terdit_model model = {dim, heads, kv_heads, ffn, tokens, dim, 1e-5f, 1e-5f,
-                                cos.data(), sin.data(), 1, &block};
+                                cos.data(), sin.data(), 1, &block, attention};
     std::vector<float> c(size_t(batch * dim)), modulations(size_t(batch * 6 * dim));
     std::vector<float> start(size_t(batch * tokens * dim)), first;
     for (float &value : c) value = random_float();
@@ -212,16 +213,19 @@ void check_everything() {
     check_not_finite();
     check_t5();
     for (int kind = TERDIT_FP32; kind <= TERDIT_INT8; kind++) {
-        check_blocks(2, 1, 6, 9, kind);
-        check_blocks(4, 2, 48, 70, kind);
-        check_blocks(1, 1, 34, 300, kind);
+        for (int attention : {int(TERDIT_FP32), int(TERDIT_INT8)}) {
+            check_blocks(2, 1, 6, 9, kind, attention);
+            check_blocks(4, 2, 48, 70, kind, attention);
+            check_blocks(1, 1, 34, 300, kind, attention);
+            check_blocks(2, 2, 98, 66, kind, attention);
+        }
     }
 }
 
 void *use_library(void *) {
     for (int round = 0; round < 6; round++) {
         check(Problem(20, 130, 200, int32_t(round % 3), 2), 1 + round % 4);
-        check_blocks(2, 1, 16, 20, TERDIT_INT8);
+        check_blocks(2, 1, 16, 20, TERDIT_INT8, TERDIT_INT8);
     }
     return nullptr;
 }

@@ -60,6 +60,9 @@ typedef struct {
     const float *rope_cos, *rope_sin;  // [tokens][head_dim / 2]
     int64_t n_blocks;
     const terdit_block *blocks;
+    // TERDIT_FP32, or TERDIT_INT8: attention on int8 queries, keys and values (weights of 16 bits)
+    // where the instruction set has dot products of any bytes; close to fp32, not equal.
+    int32_t attention;
 } terdit_model;
 
 // Versions: the ABI's number, and the text the library was built with (terdit's version).
