@@ -17,7 +17,7 @@ constexpr float kSmallestAbsmax = 1e-5f;
 constexpr int32_t kInfinityBits = 0x7f800000;
 
 // The largest |x| of a row as float bits: these order like the numbers, NaN above infinity.
-int32_t absmax_bits(const float *x, int64_t k) {
+TERDIT_INLINE int32_t absmax_bits(const float *x, int64_t k) {
     const vi magnitude = splat_int(0x7fffffff);
     vi most = {}, most2 = {};
     int64_t i = 0;

@@ -36,9 +36,6 @@ AttentionPlace attention_place(const Attention *job, void *scratch) {
     return place;
 }
 
-typedef float v4 __attribute__((vector_size(16)));
-typedef int32_t i4 __attribute__((vector_size(16)));
-
 // rows [4][4] at `from` (rows `from_stride` apart) transposed to `to`.
 TERDIT_INLINE void transpose4(const float *from, ptrdiff_t from_stride, float *to,
                               ptrdiff_t to_stride) {
@@ -54,6 +51,16 @@ TERDIT_INLINE void transpose4(const float *from, ptrdiff_t from_stride, float *t
     for (int i = 0; i < 4; i++) memcpy(to + i * to_stride, &out[i], 16);
 }
 
+// A head's columns lie in short pieces, one a token, where no hardware prefetch follows: asks for
+// the piece that is some tokens ahead.
+TERDIT_INLINE void fetch_piece(const float *rows, ptrdiff_t stride, int64_t t, int64_t tokens,
+                               int64_t head_dim) {
+    constexpr int64_t ahead = 12, floats = 16;
+    if (t + ahead >= tokens) return;
+    const float *piece = rows + (t + ahead) * stride;
+    for (int64_t i = 0; i < head_dim + floats - 1; i += floats) __builtin_prefetch(piece + i);
+}
+
 // k [T][head_dim] (rows k_stride apart) to tiles [head_dim][64], zeros beyond T.
 void transpose_keys(const float *k, ptrdiff_t k_stride, int64_t tokens, int64_t head_dim,
                     float *tiles) {
@@ -63,6 +70,7 @@ void transpose_keys(const float *k, ptrdiff_t k_stride, int64_t tokens, int64_t 
         int64_t t = 0;
         for (; t + 4 <= count; t += 4) {
             const float *rows = k + (t0 + t) * k_stride;
+            for (int i = 0; i < 4; i++) fetch_piece(k, k_stride, t0 + t + i, tokens, head_dim);
             int64_t d = 0;
             for (; d + 4 <= head_dim; d += 4)
                 transpose4(rows + d, k_stride, tiles + d * kPanel + t, kPanel);
@@ -151,6 +159,7 @@ void attend_float(const Attention *job, const AttentionRows &rows_of, void *scra
     const int64_t tokens = job->tokens, head_dim = job->head_dim, padded = place.padded;
     transpose_keys(rows_of.k, rows_of.kv_stride, tokens, head_dim, place.keys);
     for (int64_t t = 0; t < tokens; t++) {
+        fetch_piece(rows_of.v, rows_of.kv_stride, t, tokens, head_dim);
         memcpy(place.values + t * padded, rows_of.v + t * rows_of.kv_stride, size_t(head_dim) * 4);
         memset(place.values + t * padded + head_dim, 0, size_t(padded - head_dim) * 4);
     }

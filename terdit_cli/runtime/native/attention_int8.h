@@ -84,6 +84,7 @@ float spread_keys(const Attention *job, const float *k, ptrdiff_t stride,
     memset(place.key_steps, 0, size_t(rounded_up(job->tokens, kPanel)) * 4);
     for (int64_t t = 0; t < job->tokens; t++) {
         int32_t sum;
+        fetch_piece(k, stride, t, job->tokens, job->head_dim);
         place.key_steps[t] = quantise_to(k + t * stride, job->head_dim, place.padded, place.row, &sum);
         poison += place.key_steps[t] * 0.0f;
         uint8_t *tile = place.keys + t / kPanel * place.key_vectors * kTileRow + t % kPanel * 4;
@@ -114,8 +115,10 @@ float spread_values(const Attention *job, const float *v, ptrdiff_t stride,
             continue;
         }
         vi most = {};
-        for (int64_t t = 0; t < job->tokens; t++)
+        for (int64_t t = 0; t < job->tokens; t++) {
+            if (d == 0) fetch_piece(v, stride, t, job->tokens, job->head_dim);
             most = max(most, bits(load_channels(v + t * stride + d, left)) & 0x7fffffff);
+        }
         const vf limit = max((vf)most, splat(kSmallestAbsmax)), inverse = 127.0f / limit;
         store(place.value_steps + d, limit / 127.0f);
         if (max_lanes(most) >= kInfinityBits) poison = __builtin_nanf("");
@@ -208,6 +211,7 @@ void attend_int8(const Attention *job, const AttentionRows &rows_of, void *scrat
             // Rows beyond the last repeat it: the dot products always take six.
             const float *q = rows_of.q + (r < rows ? t + r : t + rows - 1) * rows_of.q_stride;
             int32_t sum;
+            if (r < rows) fetch_piece(rows_of.q, rows_of.q_stride, t + r, rows_of.end, head_dim);
             scales[r] = scale * quantise_to(q, head_dim, place.padded, place.q + r * place.padded,
                                             &sum);
             starts[r] = -kOffset * sum;

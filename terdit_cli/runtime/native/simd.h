@@ -63,34 +63,40 @@ TERDIT_INLINE vi round_to_int(vf v) {
     return bits(v + magic) - bits(magic);
 }
 
-// Over all lanes, halving: the order of the float sum is fixed.
+typedef float v4 __attribute__((vector_size(16)));
+typedef int32_t i4 __attribute__((vector_size(16)));
+
+// Over all lanes: quarters of the vector by `combine`, then the last four in order.
+template <class Four, class Vector, class Combine>
+TERDIT_INLINE Four combined_quarters(Vector v, const Combine &combine) {
+    Four parts[kLanes / 4];
+    memcpy(parts, &v, sizeof v);
+    Four all = parts[0];
+#pragma GCC unroll 4
+    for (int i = 1; i < kLanes / 4; i++) all = combine(all, parts[i]);
+    return all;
+}
+
 TERDIT_INLINE float sum_lanes(vf v) {
-    float lanes[kLanes];
-    memcpy(lanes, &v, sizeof v);
-    for (int width = kLanes / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-    return lanes[0];
+    const v4 s = combined_quarters<v4>(v, [](v4 a, v4 b) { return a + b; });
+    return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
 TERDIT_INLINE int32_t sum_lanes(vi v) {
-    uint32_t sum = 0;
-    for (int i = 0; i < kLanes; i++) sum += uint32_t(v[i]);
-    return int32_t(sum);
-}
-
-TERDIT_INLINE float max_lanes(vf v) {
-    float lanes[kLanes];
-    memcpy(lanes, &v, sizeof v);
-    for (int width = kLanes / 2; width; width /= 2)
-        for (int i = 0; i < width; i++)
-            lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-    return lanes[0];
+    const i4 s = combined_quarters<i4>(v, [](i4 a, i4 b) { return a + b; });
+    return s[0] + s[1] + s[2] + s[3];
 }
 
 TERDIT_INLINE int32_t max_lanes(vi v) {
-    int32_t most = v[0];
-    for (int i = 1; i < kLanes; i++) most = v[i] > most ? v[i] : most;
-    return most;
+    const i4 s = combined_quarters<i4>(v, [](i4 a, i4 b) { return a > b ? a : b; });
+    const int32_t low = s[0] > s[1] ? s[0] : s[1], high = s[2] > s[3] ? s[2] : s[3];
+    return low > high ? low : high;
+}
+
+TERDIT_INLINE float max_lanes(vf v) {
+    const v4 s = combined_quarters<v4>(v, [](v4 a, v4 b) { return a > b ? a : b; });
+    const float low = s[0] > s[1] ? s[0] : s[1], high = s[2] > s[3] ? s[2] : s[3];
+    return low > high ? low : high;
 }
 
 // The lanes of v at `index`; the four values of two 4-vectors at constant places.
