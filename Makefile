@@ -1,16 +1,28 @@
 # `make` prints what there is. Everything happens in .venv; nothing else is installed or changed.
 PYTHON ?= python3
 BIN = .venv/bin
+NATIVE = terdit_cli/runtime/native
 
 help:  ## print this
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-install: .venv/installed  ## make .venv with terdit and all it needs
+install: .venv/installed $(NATIVE)/libterdit.so  ## make .venv with terdit and all it needs
 
+# pip leaves the native library to the next rule, which builds only what has changed.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt \
+		--config-settings wheel.cmake=false --editable '.[dev]'
 	touch $@
+
+# Without a compiler the rest works, and goes on here.
+$(NATIVE)/libterdit.so: .venv/installed terdit_cli/__init__.py \
+		$(wildcard $(addprefix $(NATIVE)/, *.cpp *.h *.inc CMakeLists.txt))
+	rm -f $@
+	$(BIN)/cmake --log-level=WARNING -S $(NATIVE) -B build/native \
+		&& $(BIN)/cmake --build build/native --parallel 4 -- --no-print-directory \
+		&& $(BIN)/cmake --install build/native --prefix . && touch $@ \
+		|| { rm -rf build/native; echo "No native library: terdit runs on the reference backend."; }
 
 demo: install  ## train, pack, sample and score a small ternary DiT (minutes on a CPU)
 	$(BIN)/python -m terdit_cli.commands.demo
@@ -23,11 +35,21 @@ lint: install  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-wheel: install  ## build dist/terdit-*.whl
-	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+bench: install  ## docs/bench.md: terdit and its rivals on this CPU (minutes; GGML=libggml-cpu.so)
+	$(BIN)/terdit bench 600m --size 256,512 --threads 1,$$(nproc) $(GGML:%=--ggml %) --out docs/bench.md
+
+native-sanitize: install  ## the native code under the address, undefined and thread sanitizers
+	$(BIN)/pytest -q -k sanitizer tests/runtime/test_native_builds.py
+
+wheel: install  ## build dist/terdit-*.whl for any Linux with glibc 2.28, checked by auditwheel
+	rm -rf build/wheel
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel \
+		--config-settings cmake.define.TERDIT_OLD_GLIBC=ON .
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --wheel-dir dist --only-plat \
+		--plat "manylinux_2_28_$$(uname -m)" build/wheel/terdit-*.whl
 
 clean:  ## remove everything that the other targets made
-	rm -rf .venv build dist demo runs *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist demo runs $(NATIVE)/*.so .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test lint wheel clean
+.PHONY: help install demo test lint bench native-sanitize wheel clean

@@ -240,6 +240,11 @@ int main(int argc, char **argv) {
         printf("four threads: %s\n", failures ? "FAILED" : "ok");
         return failures != 0;
     }
+    for (int i = 1; i < argc; i++)
+        if (terdit_set_isa(argv[i]) != 0) {
+            printf("%s: not one of threads %s\n", argv[i], terdit_isas_usable());
+            return 2;
+        }
     char usable[128];
     strcpy(usable, terdit_isas_usable());
     for (char *name = strtok(usable, " "); name; name = strtok(nullptr, " ")) {
