@@ -35,16 +35,25 @@ TERDIT_INLINE void store_bytes(int8_t *p, vi v) {
     memcpy(p, &b, sizeof b);
 }
 
+// One vector of u. The low plane is u's lowest byte: u - 256 high lies in -128..127. Of two planes
+// the sums are those of u and of high.
 template <int kPlanes>
-TERDIT_INLINE void quantise(vf scaled, int8_t *high, int8_t *low, vi *sum_high, vi *sum_low) {
+TERDIT_INLINE void quantise(vf scaled, int8_t *high, int8_t *low, vi *sum, vi *sum_high) {
     const vi u = round_to_int(scaled);
-    const vi h = kPlanes == 1 ? u : (u + 128) >> 8;
+    *sum += u;
+    if (kPlanes == 1) return store_bytes(high, u);
+    const vi h = (u + 128) >> 8;
     *sum_high += h;
     store_bytes(high, h);
-    if (kPlanes == 1) return;
-    const vi l = u - h * 256;
-    *sum_low += l;
-    store_bytes(low, l);
+    store_bytes(low, u);
+}
+
+// Sums of the planes from what `quantise` summed.
+template <int kPlanes>
+TERDIT_INLINE void plane_sums(vi sum, vi sum_high, int32_t *high, int32_t *low) {
+    const int32_t all = sum_lanes(sum);
+    *high = kPlanes == 1 ? all : sum_lanes(sum_high);
+    if (kPlanes == 2) *low = all - 256 * *high;
 }
 
 // One row of x [K] to integers. The planes' padding is zeroed: stride is a multiple of kLanes.
@@ -70,16 +79,18 @@ TERDIT_INLINE void quantise_row(const float *x, const Activations &to, int64_t m
     const vf inverse = splat(1.0f / most * limit);
     for (int64_t g = 0; g < groups; g++) {
         const int64_t end = (g + 1) * span < k ? (g + 1) * span : k;
-        vi sum_high = {}, sum_low = {};
+        vi sum = {}, sum_high = {};
         int64_t i = g * span;
 #pragma GCC unroll 4
         for (; i + kLanes <= end; i += kLanes)
-            quantise<kPlanes>(load(x + i) * inverse, high + i, low + i, &sum_high, &sum_low);
+            quantise<kPlanes>(load(x + i) * inverse, high + i, low + i, &sum, &sum_high);
         if (i < end)
-            quantise<kPlanes>(load_part(x + i, end - i) * inverse, high + i, low + i, &sum_high,
-                              &sum_low);
-        minus_sums[g] = -sum_lanes(sum_high);
-        if (kPlanes == 2) minus_sums[groups + g] = -sum_lanes(sum_low);
+            quantise<kPlanes>(load_part(x + i, end - i) * inverse, high + i, low + i, &sum,
+                              &sum_high);
+        int32_t high_sum, low_sum;
+        plane_sums<kPlanes>(sum, sum_high, &high_sum, &low_sum);
+        minus_sums[g] = -high_sum;
+        if (kPlanes == 2) minus_sums[groups + g] = -low_sum;
     }
     const int64_t written = (k + kLanes - 1) / kLanes * kLanes;
     memset(high + written, 0, size_t(to.stride - written));

@@ -18,7 +18,8 @@
 
 namespace {
 
-constexpr float kWeightLimit = 32512.0f;
+constexpr float kLogWeightLimit = 14.988684f;  // log2(32512)
+constexpr float kLogOfE = 1.44269504f;         // log2(e)
 constexpr int kOffset = 128;
 constexpr int64_t kPlaneRows = 2 * kBlockRows;
 
@@ -156,23 +157,26 @@ void quantised_scores(const QuantisedPlace &place, int64_t first, int64_t keys,
     }
 }
 
-// The weights of row r as planes; returns their integer sum and each plane's.
+// The weights of row r as planes, from scores that are logarithms to the base 2; returns their
+// integer sum and each plane's.
 TERDIT_INLINE float quantised_weights(const QuantisedPlace &place, int64_t r, int64_t keys,
-                                      float most, int32_t *plane_sums) {
+                                      float most, int32_t *sums) {
     const float *row = place.scores + r * kKeyBlock;
     int8_t *high = place.planes + 2 * r * kKeyBlock, *low = high + kKeyBlock;
-    const vf minus_most = splat(-most);
-    vi sum_high = {}, sum_low = {};
-    for (int64_t s = 0; s < keys; s += kLanes) {
-        vf weight = exp(load(row + s) + minus_most) * kWeightLimit;
-        if (s + kLanes > keys) weight = first_lanes(weight, keys - s);
-        quantise<2>(weight, high + s, low + s, &sum_high, &sum_low);
+    // 2^(score - most) * 32512, which rounds to 0 below 2^-16: 2^-100 is as good as less.
+    const vf shift = splat(kLogWeightLimit - most), least = splat(-100.0f);
+    vi sum = {}, sum_high = {};
+    int64_t s = 0;
+#pragma GCC unroll 2
+    for (; s + kLanes <= keys; s += kLanes)
+        quantise<2>(exp2_coarse(max(least, load(row + s) + shift)), high + s, low + s, &sum,
+                    &sum_high);
+    if (s < keys) {
+        const vf weight = exp2_coarse(max(least, load(row + s) + shift));
+        quantise<2>(first_lanes(weight, keys - s), high + s, low + s, &sum, &sum_high);
     }
-    // The dot products take whole vectors of 4 keys.
-    for (int64_t s = rounded_up(keys, kLanes); s % 4; s++) high[s] = low[s] = 0;
-    plane_sums[0] = sum_lanes(sum_high);
-    plane_sums[1] = sum_lanes(sum_low);
-    return float(256 * plane_sums[0] + plane_sums[1]);
+    plane_sums<2>(sum, sum_high, &sums[0], &sums[1]);
+    return float(256 * sums[0] + sums[1]);
 }
 
 template <int V>
@@ -202,7 +206,7 @@ void attend_int8(const Attention *job, const AttentionRows &rows_of, void *scrat
     const int64_t tokens = job->tokens, head_dim = job->head_dim;
     const float poison = spread_keys(job, rows_of.k, rows_of.kv_stride, place) +
                          spread_values(job, rows_of.v, rows_of.kv_stride, place);
-    const float scale = 1.0f / __builtin_sqrtf(float(head_dim));
+    const float scale = kLogOfE / __builtin_sqrtf(float(head_dim));
     for (int64_t t = rows_of.first; t < rows_of.end; t += kBlockRows) {
         const int64_t rows = rows_of.end - t < kBlockRows ? rows_of.end - t : kBlockRows;
         float most[kBlockRows], total[kBlockRows], keep[kBlockRows], scales[kBlockRows];
@@ -223,7 +227,7 @@ void attend_int8(const Attention *job, const AttentionRows &rows_of, void *scrat
             quantised_scores(place, first, keys, starts, scales);
             for (int64_t r = 0; r < kBlockRows; r++) {
                 const float now = max_score(place.scores + r * kKeyBlock, keys, most[r]);
-                keep[r] = first ? exp(splat(most[r] - now))[0] : 0.0f;
+                keep[r] = first ? exp2_coarse(max(splat(-100.0f), splat(most[r] - now)))[0] : 0.0f;
                 const float sum = quantised_weights(place, r, keys, now, plane_sums + 2 * r);
                 total[r] = total[r] * keep[r] + sum;
                 most[r] = now;

@@ -139,6 +139,21 @@ TERDIT_INLINE vf exp(vf x) {
     return (vf)((vu)p + (exponent << 23));
 }
 
+// 2^x for -126 <= x <= 88, off by a relative 3e-6, which is the polynomial: x = n + f with
+// |f| <= 1/2, 2^f by the Chebyshev interpolation of degree 4.
+TERDIT_INLINE vf exp2_coarse(vf x) {
+    const vf magic = splat(12582912.0f);
+    const vf shifted = x + magic;
+    const vf f = x - (shifted - magic);
+    vf p = splat(0.0096663685f);
+    p = fma(p, f, splat(0.055921976f));
+    p = fma(p, f, splat(0.24022349f));
+    p = fma(p, f, splat(0.69312105f));
+    p = fma(p, f, splat(1.0f));
+    // The low 9 bits of `shifted` are n modulo 2^9: all that is left after the shift.
+    return (vf)((vu)p + ((vu)shifted << 23));
+}
+
 TERDIT_INLINE vf silu(vf x) { return x / (1.0f + exp(-x)); }
 
 // The nearest bfloat16, half to even, as float32. NaN stays NaN: the quiet bit is set first, and
