@@ -111,8 +111,9 @@ const char *terdit_isas_built(void) {
 const char *terdit_isas_usable(void) {
     static char text[128];
     char made[128] = "";
+    append(made, best()->name);
     for (const Isa &isa : kIsas)
-        if (isa.runs()) append(made, isa.name);
+        if (isa.runs() && isa.kernels != best()) append(made, isa.name);
     strcpy(text, made);
     return text;
 }
