@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -15,18 +16,13 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 import terdit_cli
-from terdit_cli import console
+from terdit_cli import console, tables
 from terdit_cli.errors import GateFailed, Interrupted, TerditError, UsageError
-
-if TYPE_CHECKING:
-    from terdit_cli.commands.ternarize import TernarizeResult
-    from terdit_cli.commands.train import Plan
-    from terdit_cli.recipe import Recipe
 
 EXIT_CODES = """Exit codes: 0 ok, 1 bug (with traceback), 2 usage or recipe, 3 bad input file,
 4 environment (backend or extra missing, disk full), 5 quality gate failed or training diverged,
@@ -84,6 +80,13 @@ GuidedChannels = Annotated[
 Seed = Annotated[int, typer.Option(help="Image i is a function of (seed, i).")]
 BatchSize = Annotated[int, typer.Option(help="Images drawn at once.")]
 BackendName = Annotated[str, typer.Option(help="auto, gpu, cpu or reference.")]
+Activations = Annotated[
+    str, typer.Option(help="Of packed models: auto, int8, int16, bf16 or fp32.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(envvar="TERDIT_THREADS", help="CPU threads.  [default: torch's]"),
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
 ]
@@ -155,7 +158,7 @@ def train(
 
     if dry_run:
         resolved, plan = command.plan(recipe, overrides or ())
-        _print_plan(resolved, plan, json)
+        tables.print_plan(resolved, plan, json)
         return
     result = command.run(recipe, overrides or (), resume, out)
     if json:
@@ -167,35 +170,6 @@ def train(
         else ""
     )
     console.result(f"trained {result.steps} steps, {losses}{result.checkpoint}")
-
-
-def _print_plan(recipe: Recipe, plan: Plan, json: bool) -> None:
-    if json:
-        values = dataclasses.asdict(plan)
-        values |= {"ternary_share": plan.ternary_share, "total_bytes": plan.total_bytes}
-        console.result_json(values)
-        return
-    size = console.byte_size
-    checkpointing = "with" if recipe.train.activation_checkpointing else "without"
-    rows = [
-        ("parameters", f"{plan.parameters:,}"),
-        ("ternary", f"{plan.ternary:,} ({100 * plan.ternary_share:.3f} %)"),
-        ("weights, fp32", size(plan.weight_bytes)),
-        ("gradients, fp32", size(plan.gradient_bytes)),
-        ("optimizer, two moments", size(plan.optimizer_bytes)),
-        ("EMA, fp32", size(plan.ema_bytes)),
-        (
-            f"activations, {recipe.train.micro_batch_size} images, {recipe.train.precision}, "
-            f"{checkpointing} checkpointing",
-            size(plan.activation_bytes),
-        ),
-        ("memory of one process", size(plan.total_bytes)),
-        ("steps", f"{plan.steps:,}"),
-        ("images", f"{plan.images:,}"),
-        ("micro-batches a step (one process)", f"{plan.grad_accum_steps:,}"),
-        ("operations a step", f"{plan.flops_per_step / 1e12:,.2f} TFLOP"),
-    ]
-    console.result_table(f"{recipe.name}: plan, nothing trained", ("", ""), rows)
 
 
 @app.command(
@@ -223,30 +197,7 @@ def ternarize(
     if json:
         console.result_json(dataclasses.asdict(result))
     else:
-        _print_ternarized(result)
-
-
-def _print_ternarized(result: TernarizeResult) -> None:
-    header = ("layer", "shape", "-1 %", "0 %", "+1 %", "gamma", "alpha", "error", "cosine")
-    rows = [
-        (
-            layer.name,
-            "x".join(map(str, layer.shape)),
-            *(f"{100 * share:.1f}" for share in (layer.minus, layer.zero, layer.plus)),
-            f"{layer.gamma:.4f}",
-            f"{layer.alpha:+.4f}",
-            f"{layer.relative_error:.3f}",
-            f"{layer.cosine:+.3f}",
-        )
-        for layer in result.layers
-    ]
-    console.result_table(f"{result.output} ({result.weights} weights)", header, rows)
-    if result.fitted:
-        console.warn(
-            "this checkpoint was trained in full precision: its weights were fitted afterwards "
-            f"with a mean relative error of {result.relative_error:.2f}. Such a model usually "
-            "draws noise; for a usable one train with ternary.enabled=true"
-        )
+        tables.print_ternarized(result)
 
 
 @app.command(
@@ -290,16 +241,7 @@ def pack(
     if json:
         console.result_json(dataclasses.asdict(result) | {"ratio": result.ratio})
         return
-    rows = [
-        ("parameters", f"{result.parameters:,}"),
-        ("ternary", f"{result.ternary:,} ({100 * result.ternary / result.parameters:.3f} %)"),
-        ("codec", f"{result.codec}, {result.bits_per_weight:.3f} bits per ternary weight"),
-        ("rest", result.rest),
-        ("fp32", f"{result.fp32_bytes:,} bytes"),
-        ("this file", f"{result.file_bytes:,} bytes ({result.ratio:.2f} times smaller)"),
-        ("packed and verified in", console.duration(result.seconds)),
-    ]
-    console.result_table(str(result.output), ("", ""), rows)
+    tables.print_packed(result)
 
 
 def _parse_fields(words: list[str]) -> dict[str, Any]:
@@ -341,6 +283,8 @@ def sample(
     seed: Seed = 0,
     batch_size: BatchSize = 8,
     backend: BackendName = "auto",
+    activations: Activations = "auto",
+    threads: Threads = None,
     device: Device = None,
     vae: Vae = None,
     out: Annotated[
@@ -353,7 +297,7 @@ def sample(
 
     result = command.run(
         prompt_class, model, n, steps, sampler, cfg_scale, cfg_channels.value, seed, batch_size,
-        backend, device, vae, out,
+        backend, device, vae, out, activations, threads,
     )  # fmt: skip
     if json:
         console.result_json(dataclasses.asdict(result))
@@ -412,6 +356,8 @@ def eval_fid(
     seed: Seed = 0,
     batch_size: BatchSize = 8,
     backend: BackendName = "auto",
+    activations: Activations = "auto",
+    threads: Threads = None,
     device: Device = None,
     vae: Vae = None,
     json: Json = False,
@@ -421,7 +367,7 @@ def eval_fid(
 
     result = command.run(
         reference, model, images, n, features, weights, max_fid, save_reference, sampler, steps,
-        cfg_scale, cfg_channels.value, seed, batch_size, backend, device, vae,
+        cfg_scale, cfg_channels.value, seed, batch_size, backend, device, vae, activations, threads,
     )  # fmt: skip
     if result is None:
         console.result(f"{save_reference}: reference written")
@@ -444,6 +390,55 @@ def eval_fid(
             expected=f"at most {max_fid}",
             where=model or images,
         )
+
+
+@app.command(
+    epilog=_example(
+        "terdit bench",
+        "terdit bench 4.2b --what gemm --threads 1,2 --rivals bf16,int8-ao",
+        "terdit bench model.tdt --what forward --rivals none --json",
+        "terdit bench 600m --size 256,512 --threads 1,2 --out docs/bench.md",
+    )
+)
+def bench(
+    model: Annotated[
+        str, typer.Argument(help="A size, for random weights (600m, 4.2b, ...), or a .tdt.")
+    ] = "600m",
+    what: Annotated[str, typer.Option(help="gemm, forward, sample or all.")] = "all",
+    size: Annotated[str, typer.Option(help="Image sizes in pixels, as 256,512.")] = "",
+    batch: Annotated[int, typer.Option(help="Rows of a forward; a guided image is two.")] = 2,
+    threads: Annotated[str, typer.Option(help="Thread counts, as 1,2.  [default: torch's]")] = "",
+    activations: Annotated[
+        str,
+        typer.Option(help="Of int8, int16, bf16, fp32; the first runs everywhere.  [default: all]"),
+    ] = "",
+    backend: BackendName = "auto",
+    rivals: Annotated[
+        str,
+        typer.Option(
+            help="all, none, or of fp32,fp32-medium,bf16,bf16-compiled,int8-ao,int8-mm,unpack."
+        ),
+    ] = "all",
+    ggml: Annotated[
+        Path | None, typer.Option(help="A libggml-cpu.so: its TQ2_0 is a rival too.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Interleaved repeats; medians are shown.")] = 7,
+    seed: Annotated[int, typer.Option(help="Of weights and inputs.")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Page to write, .md.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure speed, exactness and memory on this CPU, beside the rivals."""
+    from terdit_cli.commands import bench as command
+
+    result = command.run(
+        model, what, size, batch, threads, activations, backend, rivals, repeats, seed, ggml, out,
+        shlex.join(["terdit", *sys.argv[1:]]),
+    )  # fmt: skip
+    if json:
+        console.result_json(command.as_json(result))
+        return
+    for table in command.tables(result):
+        console.result_table(*table)
 
 
 @contextmanager

@@ -27,18 +27,28 @@ ALLOWED: dict[str, set[str]] = {
     "pack": {"model"},
     "data": {"recipe"},
     "train": {"model", "diffusion", "data", "recipe", "console"},
-    "runtime": {"model", "pack"},
+    "runtime": {"model", "pack", "version"},
     "evaluate": set(),
+    "bench": {"model", "pack", "runtime", "console"},
     "commands": {
         "model", "diffusion", "data", "recipe", "console", "train", "pack", "runtime", "evaluate",
-        "version",
+        "bench", "version",
     },
-    "app": {"commands", "recipe", "console", "version"},
+    "tables": {"commands", "recipe", "console"},
+    "app": {"commands", "recipe", "console", "tables", "version"},
     "__init__": {"runtime"},
     "__main__": {"app"},
 }  # fmt: skip
 HEAVY = {"torch", "torchvision", "diffusers", "cleanfid"}
-LIGHT_FILES = ("app.py", "errors.py", "recipe.py", "console.py", "atomic.py", "__init__.py")
+LIGHT_FILES = (
+    "app.py",
+    "errors.py",
+    "recipe.py",
+    "console.py",
+    "tables.py",
+    "atomic.py",
+    "__init__.py",
+)
 BY_SHIM_ONLY = {"torchvision", "diffusers", "cleanfid"}
 
 

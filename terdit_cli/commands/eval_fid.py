@@ -36,6 +36,7 @@ from terdit_cli.evaluate.statistics import (
     load_reference,
     save_reference,
 )
+from terdit_cli.runtime.cpu import set_threads
 
 KID_SAMPLES = 10_000
 FEATURE_BATCH = {"cpu": 8, "cuda": 64}  # images; a CPU's caches hold no more
@@ -94,6 +95,8 @@ def run(
     backend: str = "auto",
     device: str | None = None,
     vae: str | None = None,
+    activations: str = "auto",
+    threads: int | None = None,
 ) -> EvalResult | None:
     """Score a model's or given images against a reference.
 
@@ -106,6 +109,8 @@ def run(
         max_distance: the gate.
         save_reference_to: write the images' statistics as a reference .npz; with no reference
             that is all that is done, and the result is None.
+        activations: of the model, see `open_generator`.
+        threads: of this process from now on, torch's too; None leaves them as they are.
 
     Raises:
         UsageError, InputFileError, EnvironmentProblem. A missed gate is not raised here.
@@ -131,6 +136,8 @@ def run(
             fix=f"--save-reference {save_reference_to}.npz",
         )
     asked = SamplerConfig(sampler, steps, cfg_scale, cfg_channels)  # type: ignore[arg-type]
+    if threads is not None:
+        set_threads(threads)
     started = time.monotonic()
     extractor = make_extractor(features, weights, _extractor_device(device))
     provenance: dict[str, Any] = {
@@ -141,7 +148,7 @@ def run(
         "reference": reference,
     }
     if model is not None:
-        generator = open_generator(model, backend, device, vae)
+        generator = open_generator(model, backend, device, vae, activations)
         source = _from_model(
             generator, n or 1000, generator.fit(asked), seed, batch_size, provenance
         )
@@ -197,6 +204,7 @@ def _from_model(
         "cfg_channels": config.cfg_channels,
         "nfe": config.nfe,
         "seed": seed,
+        **generator.model.facts(),
     }
     batches = generator.images(range(n), config, seed, batch_size)
     return _Images(n, (image for batch, _ in batches for image in batch), str(model))

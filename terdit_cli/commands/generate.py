@@ -124,25 +124,30 @@ def _count_images(on_step: OnStep, k: int, x: torch.Tensor) -> None:
 
 
 def open_generator(
-    path: Path, backend: str = "auto", device: str | None = None, vae: str | None = None
+    path: Path,
+    backend: str = "auto",
+    device: str | None = None,
+    vae: str | None = None,
+    activations: str = "auto",
 ) -> ImageGenerator:
     """Load a model; its VAE is opened later, after cheaper checks.
 
     Args:
         path: anything `load_model` takes.
         vae: folder or hub id that stands in for the one the model names.
+        activations: "auto" or a precision, as `load` takes it.
 
     Raises:
         InputFileError, UsageError, EnvironmentProblem.
     """
     place = _device(device)
-    model = load(path, place, backend)
+    model = load(path, place, backend, activations=activations)
     info = model.info
     if info.space.kind == "pixel" and vae is not None:
         raise UsageError(
             "this model draws pixels", got=f"--vae {vae}", expected="no VAE", where=path
         )
-    console.note(f"{path}: {model.backend} on {place}")
+    console.note(f"{path}: {model.reason} on {place}")
     return ImageGenerator(path, model, place, vae)
 
 

@@ -20,6 +20,7 @@ from terdit_cli.data.classes import find_classes
 from terdit_cli.data.grid import draw_grid, save_png
 from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.errors import UsageError
+from terdit_cli.runtime.cpu import set_threads
 
 GRID_LIMIT = 256  # images in one picture
 
@@ -35,6 +36,10 @@ class SampleResult:
     seconds: float
     model: Path
     model_sha256: str
+    backend: str
+    isa: str | None  # of the cpu backend
+    threads: int
+    activations: str
 
 
 def find_model(named: Path | None) -> Path:
@@ -80,6 +85,8 @@ def run(
     device: str | None = None,
     vae: str | None = None,
     output: Path = Path("sample.png"),
+    activations: str = "auto",
+    threads: int | None = None,
 ) -> SampleResult:
     """Draw `n` images of each class that `prompt_class` names.
 
@@ -87,6 +94,8 @@ def run(
         prompt_class: an id, a name, a comma separated list of either, or "all".
         output: .png (a labelled grid), .npz (arr_0 uint8 [N, H, W, 3], labels int64 [N]) or a
             folder (one PNG an image).
+        activations: see `open_generator`.
+        threads: of this process from now on, torch's too; None leaves them as they are.
 
     Raises:
         UsageError, InputFileError, EnvironmentProblem.
@@ -97,7 +106,9 @@ def run(
     _check_output(output)
     asked = SamplerConfig(sampler, steps, cfg_scale, cfg_channels)  # type: ignore[arg-type]
     path = find_model(model)
-    generator = open_generator(path, backend, device, vae)
+    if threads is not None:
+        set_threads(threads)
+    generator = open_generator(path, backend, device, vae, activations)
     names = generator.class_names
     classes = find_classes(prompt_class, names)
     indices = [copy * len(names) + class_id for class_id in classes for copy in range(n)]
@@ -154,7 +165,16 @@ def run(
     elif output.suffix == ".npz":
         with atomic_path(output) as temporary, temporary.open("wb") as file:
             np.savez(file, arr_0=np.concatenate(drawn), labels=np.array(labels, dtype=np.int64))
-    return SampleResult(output, len(indices), classes, config.nfe, seconds, path, digest)
+    return SampleResult(
+        output=output,
+        images=len(indices),
+        classes=classes,
+        nfe=config.nfe,
+        seconds=seconds,
+        model=path,
+        model_sha256=digest,
+        **generator.model.facts(),
+    )
 
 
 def _check_output(output: Path) -> None:

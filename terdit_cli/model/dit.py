@@ -381,6 +381,14 @@ class DiT(nn.Module):
         # The residual stream has the parameters' dtype: float32 under bfloat16 autocast.
         hidden = self.x_embedder(self.patchify(x)).to(self.final_layer.linear.weight.dtype)
         c = self.t_embedder(t) + self.y_embedder(y)  # [B, A]
+        hidden = self.run_blocks(hidden, c)
+        return self.unpatchify(self.final_layer(hidden, c))
+
+    def run_blocks(self, hidden: Tensor, c: Tensor) -> Tensor:
+        """Run hidden [B, T, D] through all blocks, conditioned by c [B, A] -> [B, T, D].
+
+        `hidden` is given away: an override may overwrite it.
+        """
         for block in self.layers:
             if self.activation_checkpointing and self.training:
                 hidden = checkpoint(
@@ -388,7 +396,7 @@ class DiT(nn.Module):
                 )
             else:
                 hidden = block(hidden, c, self.rope_cos, self.rope_sin)
-        return self.unpatchify(self.final_layer(hidden, c))
+        return hidden
 
 
 def build_config(size: str, **overrides: object) -> DiTConfig:

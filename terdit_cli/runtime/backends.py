@@ -1,8 +1,9 @@
 """The ordered list of backends, and the choice among them with its reasons.
 
-A backend is a module with `NAME`, `available(device) -> str | None` (the reason why not) and
-`matmul(...)` as `reference.matmul` documents it. `auto` takes the first that is available. A
-backend that the user names and that is not available is an error, never a silent fallback.
+A backend is a module with `NAME`, `AUTO_PRECISION`, `available(device) -> str | None` (the reason
+why not) and `matmul(...)` as `reference.matmul` documents it. `auto` takes the first that is
+available. A backend that the user names and that is not available is an error, never a silent
+fallback.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from torch import Tensor
 
 from terdit_cli.errors import EnvironmentProblem, UsageError, did_you_mean
 from terdit_cli.model.ternary import Activations
-from terdit_cli.runtime import reference
+from terdit_cli.runtime import cpu, reference
+from terdit_cli.runtime.reference import PRECISIONS, Precision
 
 
 class Backend(Protocol):
     """One way to multiply with packed trits."""
 
     NAME: str
+    AUTO_PRECISION: Precision  # of models that were not trained with int8 activations
 
     def available(self, device: torch.device) -> str | None: ...
 
@@ -33,17 +36,14 @@ class Backend(Protocol):
         alphas: Tensor,
         bias: Tensor | None,
         shape: tuple[int, int],
-        activations: Activations,
+        precision: Precision,
     ) -> Tensor: ...
 
 
-BACKENDS: tuple[Backend, ...] = (reference,)
+BACKENDS: tuple[Backend, ...] = (cpu, reference)
 
 # Named in the interface, absent from this build: a request for one is answered with the reason.
-ABSENT: dict[str, str] = {
-    "gpu": "this build has no GPU kernel",
-    "cpu": "this build has no native CPU kernel",
-}
+ABSENT: dict[str, str] = {"gpu": "this build has no GPU kernel"}
 
 
 @dataclass(frozen=True)
@@ -86,3 +86,34 @@ def choose_backend(name: str, device: torch.device) -> Choice:
         expected="one of " + ", ".join(known),
         fix="set --backend or TERDIT_BACKEND",
     )
+
+
+def resolve_activations(requested: str, trained: Activations, backend: Backend) -> Precision:
+    """Return what becomes of the activations: `requested` is "auto" or a precision.
+
+    A model trained with int8 activations runs as it was trained, in nothing else.
+
+    Raises:
+        UsageError: an unknown name, or other activations than those trained with.
+    """
+    known = ("auto", *PRECISIONS)
+    if requested not in known:
+        raise UsageError(
+            "unknown activations",
+            got=repr(requested) + did_you_mean(requested, known),
+            expected="one of " + ", ".join(known),
+            fix="set --activations",
+        )
+    if trained == "int8" and requested not in ("auto", "int8"):
+        raise UsageError(
+            "this model was trained with int8 activations and runs with nothing else",
+            got=f"--activations {requested}",
+            expected="auto or int8",
+            fix="--activations auto",
+        )
+    if trained == "int8":
+        return "int8"
+    for precision in PRECISIONS:
+        if precision == requested:
+            return precision
+    return backend.AUTO_PRECISION

@@ -14,8 +14,10 @@ from terdit_cli.model.ckpt import Checkpoint, load_ckpt
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.info import ModelInfo
 from terdit_cli.pack.sources import checkpoint_path, open_exported, refuse_overrides
-from terdit_cli.runtime.backends import choose_backend
-from terdit_cli.runtime.packed import packed_network
+from terdit_cli.runtime import cpu
+from terdit_cli.runtime.backends import choose_backend, resolve_activations
+from terdit_cli.runtime.packed import empty_network, packed_network
+from terdit_cli.runtime.reference import Precision
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,20 @@ class LoadedModel:
 
     network: DiT
     info: ModelInfo
-    backend: str  # for a line on stderr: which, and why
+    backend: str  # of a packed model; "torch" for a checkpoint
+    precision: Precision
+    threads: int
+    isa: str | None  # of the cpu backend
+    reason: str  # for a line on stderr: what runs, and why
+
+    def facts(self) -> dict[str, Any]:
+        """Return how it runs, for a result that is to be repeated."""
+        return {
+            "backend": self.backend,
+            "isa": self.isa,
+            "threads": self.threads,
+            "activations": self.precision,
+        }
 
 
 def load(
@@ -32,6 +47,7 @@ def load(
     device: str | torch.device = "cpu",
     backend: str = "auto",
     weights: Literal["ema", "raw"] = "ema",
+    activations: str = "auto",
     **overrides: Any,
 ) -> LoadedModel:
     """Load a network together with its description.
@@ -41,42 +57,78 @@ def load(
         device: where the network lives.
         backend: "auto" or a backend's name; packed models only.
         weights: of a ckpt.pt, the average or the raw weights.
+        activations: "auto" or a precision; packed models only.
         overrides: `DiTConfig` fields that a released folder does not show (`n_heads=32`).
 
     Raises:
-        InputFileError, UsageError, EnvironmentProblem: see `open_exported`, `choose_backend`.
+        InputFileError, UsageError, EnvironmentProblem: see `open_exported`, `choose_backend` and
+            `resolve_activations`.
     """
     path, device = Path(path), torch.device(device)
     checkpoint = checkpoint_path(path)
     choice = choose_backend(backend, device)
     if checkpoint is not None:
         refuse_overrides(path, overrides)
-        if backend != "auto":
-            raise UsageError(
-                "backends run packed models",
-                got=f"--backend {backend} for a checkpoint",
-                where=checkpoint,
-                fix=f"terdit pack {path} -o model.tdt, then sample from that",
-            )
-        opened = load_ckpt(checkpoint)
-        network = _masters(opened, weights).to(device)
-        kind = "ternary masters" if opened.info.ternary.enabled else "full precision"
-        return LoadedModel(network, opened.info, f"torch ({kind}, not packed)")
+        for flag, asked in (("--backend", backend), ("--activations", activations)):
+            if asked != "auto":
+                raise UsageError(
+                    f"{flag} is for packed models",
+                    got=f"{flag} {asked} for a checkpoint",
+                    where=checkpoint,
+                    fix=f"terdit pack {path} -o model.tdt, then sample from that",
+                )
+        return _from_checkpoint(load_ckpt(checkpoint), weights, device)
     with open_exported(path, weights, **overrides) as model:
-        return LoadedModel(packed_network(model, choice.backend, device), model.info, choice.reason)
+        trained = model.info.ternary.activations
+        precision = resolve_activations(activations, trained, choice.backend)
+        network = packed_network(model, choice.backend, device, precision)
+    native = choice.backend is cpu
+    threads = cpu.thread_count() if native else torch.get_num_threads()
+    isa = cpu.isa() if native else None
+    why = "as trained" if trained == "int8" else "as asked" if activations != "auto" else "auto"
+    return LoadedModel(
+        network=network,
+        info=model.info,
+        backend=choice.backend.NAME,
+        precision=precision,
+        threads=threads,
+        isa=isa,
+        reason=f"{choice.reason}, "
+        + (f"{isa}, " if isa else "")
+        + f"threads {threads}, activations {precision} ({why})",
+    )
 
 
 def load_model(
-    path: str | os.PathLike[str], device: str | torch.device = "cpu", **overrides: Any
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    activations: str = "auto",
+    backend: str = "auto",
+    **overrides: Any,
 ) -> DiT:
     """Return the network f(x, t, y) of a model file or folder, in eval mode; see `load`."""
-    return load(path, device, **overrides).network
+    return load(path, device, backend, activations=activations, **overrides).network
+
+
+def _from_checkpoint(
+    checkpoint: Checkpoint, weights: Literal["ema", "raw"], device: torch.device
+) -> LoadedModel:
+    info = checkpoint.info
+    kind = "ternary masters" if info.ternary.enabled else "full precision"
+    return LoadedModel(
+        network=_masters(checkpoint, weights).to(device),
+        info=info,
+        backend="torch",
+        precision="int8" if info.ternary.enabled and info.ternary.activations == "int8" else "fp32",
+        threads=torch.get_num_threads(),
+        isa=None,
+        reason=f"torch ({kind}, not packed)",
+    )
 
 
 def _masters(checkpoint: Checkpoint, weights: Literal["ema", "raw"]) -> DiT:
     """Rebuild the training network of a checkpoint with its float32 masters."""
-    with torch.device("meta"):
-        network = DiT(checkpoint.info.config, checkpoint.info.ternary.linear())
+    network = empty_network(checkpoint.info.config, checkpoint.info.ternary.linear())
     try:
         network.load_state_dict(checkpoint.state_dict(weights), strict=True, assign=True)
     except RuntimeError as error:

@@ -2,22 +2,33 @@
 
 Contract: the packed network on the reference backend equals the QAT forward bit for bit in
 float32, because both end in `model.ternary.ternary_linear` with the same trits and alphas.
+
+The weights of a .tdt are read where the file is mapped: several processes share its pages, and
+nothing of full-precision size is ever allocated.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from terdit_cli.errors import InputFileError
-from terdit_cli.model.dit import DiT
-from terdit_cli.model.ternary import Activations, Granularity, alpha_shape
+from terdit_cli.errors import EnvironmentProblem, InputFileError
+from terdit_cli.model.ckpt import release_pages
+from terdit_cli.model.dit import DiT, DiTConfig, LinearFactory
+from terdit_cli.model.ternary import Granularity, alpha_shape
 from terdit_cli.pack.exported import ExportedModel
 from terdit_cli.pack.tdt import TdtFile
 from terdit_cli.pack.trits import t2_encode, t2_shape
+from terdit_cli.runtime import cpu
 from terdit_cli.runtime.backends import Backend
+from terdit_cli.runtime.fused import FusedDiT
+from terdit_cli.runtime.reference import Precision
 
 
 class PackedTernaryLinear(nn.Module):
@@ -35,12 +46,12 @@ class PackedTernaryLinear(nn.Module):
         *,
         backend: Backend,
         granularity: Granularity,
-        activations: Activations,
+        precision: Precision,
     ) -> None:
         super().__init__()
         self.shape = (out_features, in_features)
         self.backend = backend
-        self.activations = activations
+        self.precision = precision
         self.weight: Tensor
         self.alphas: Tensor
         self.bias: Tensor | None
@@ -55,32 +66,103 @@ class PackedTernaryLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., K] to [..., N]."""
         return self.backend.matmul(
-            x, self.weight, self.alphas, self.bias, self.shape, self.activations
+            x, self.weight, self.alphas, self.bias, self.shape, self.precision
         )
 
     def extra_repr(self) -> str:
         rows, columns = self.shape
-        return f"in_features={columns}, out_features={rows}, backend={self.backend.NAME}"
+        return (
+            f"in_features={columns}, out_features={rows}, backend={self.backend.NAME}, "
+            f"precision={self.precision}"
+        )
 
 
-def packed_network(model: ExportedModel, backend: Backend, device: torch.device) -> DiT:
+class MappedFile:
+    """The file that a network's tensors are mapped from; called before each of its forwards.
+
+    A file that another replaces by renaming stays mapped as it was. One that is written or cut in
+    place does not: its weights change, and a page that is gone stops the process with SIGBUS. So
+    each forward first compares inode, size and time of change with those at load. What remains: a
+    file cut while a forward runs, or between the check of its digests and the first look here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.identity, self.state = self._look()
+
+    def _look(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        found = os.stat(self.path)  # noqa: PTH116  twice as fast as Path.stat, once a step
+        return (found.st_dev, found.st_ino), (found.st_size, found.st_mtime_ns)
+
+    def __call__(self, module: nn.Module, arguments: Any) -> None:
+        """Check the file, as a forward pre-hook.
+
+        Raises:
+            InputFileError: it was changed in place.
+        """
+        if torch.compiler.is_compiling():
+            return
+        try:
+            identity, state = self._look()
+        except OSError:
+            return  # unlinked: what is mapped stays
+        if identity == self.identity and state != self.state:
+            raise InputFileError(
+                "the model file changed while it was in use",
+                got=f"{state[0]} bytes",
+                expected=f"the {self.state[0]} bytes it had, unchanged",
+                where=self.path,
+                fix="load it again; replace a model by renaming a new file over it",
+            )
+
+
+class _NothingToFill(TorchFunctionMode):
+    """Skip normal initial values: on the meta device, where there is nothing to fill, they import
+    torch._dynamo, which takes 70 MB and more than a second.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is nn.init.normal_:
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def empty_network(config: DiTConfig, linear: LinearFactory, kind: type[DiT] = DiT) -> DiT:
+    """Return a network without values, on the meta device, for a state dict to be assigned to."""
+    with torch.device("meta"), _NothingToFill():
+        return kind(config, linear)
+
+
+def packed_network(
+    model: ExportedModel, backend: Backend, device: torch.device, precision: Precision
+) -> DiT:
     """Build the network f(x, t, y) of an exported model with its weights packed as t2.
 
     A t2 blob of a .tdt stays mapped from the file on the CPU; other codecs are packed here, one
-    matrix at a time. All other tensors become float32.
+    matrix at a time. All other tensors become float32. On the cpu backend the blocks run fused.
+
+    Args:
+        precision: as `resolve_activations` gives it for this model.
 
     Raises:
         InputFileError: tensors that do not fit the model's configuration.
+        EnvironmentProblem: a matrix that the cpu backend cannot multiply with.
     """
     info = model.info
     factory = functools.partial(
         PackedTernaryLinear,
         backend=backend,
         granularity=info.ternary.granularity,
-        activations=info.ternary.activations,
+        precision=precision,
     )
-    with torch.device("meta"):
-        network = DiT(info.config, factory)
+    network = empty_network(info.config, factory, FusedDiT if backend is cpu else DiT)
+    # Near exact where it costs nothing: one row an image, which sets the scale of all tokens.
+    adaln: Precision = precision
+    if precision == "int8" and info.ternary.activations == "none":
+        adaln = "int16"
     state: dict[str, Tensor] = {}
     for name in model.ternary_names():
         layer = _layer(network, name)
@@ -91,14 +173,22 @@ def packed_network(model: ExportedModel, backend: Backend, device: torch.device)
                 expected="no such layer" if layer is None else list(layer.shape),
                 fix="pack the checkpoint again",
             )
-        if isinstance(model, TdtFile) and model.codec(name) == "t2":
-            packed = model.blob(name)
-        else:
-            packed = t2_encode(model.trits(name))
-        state[f"{name}.weight"] = packed.to(device)
-        state[f"{name}.alphas"] = model.alphas(name).to(device)
+        if backend is cpu and layer.shape[1] > cpu.LARGEST_K:
+            raise EnvironmentProblem(
+                "a matrix is too wide for the cpu backend",
+                got=f"{name} of shape {list(layer.shape)}",
+                expected=f"at most {cpu.LARGEST_K} inputs",
+                fix="use --backend reference",
+            )
+        if name.endswith("adaLN_modulation.1"):
+            layer.precision = adaln
+        state[f"{name}.weight"] = _packed(model, name, backend).to(device)
+        state[f"{name}.alphas"] = _aligned(model.alphas(name)).to(device)
     for name in model.rest_names():
-        state[name] = model.rest(name).float().to(device)
+        stored = model.rest(name)
+        state[name] = _aligned(stored.float()).to(device)
+        if stored.dtype != torch.float32:
+            release_pages(stored)
     try:
         network.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
@@ -107,7 +197,29 @@ def packed_network(model: ExportedModel, backend: Backend, device: torch.device)
             got=" ".join(str(error).split())[:400],
             fix="pack the checkpoint again",
         ) from error
+    if isinstance(model, TdtFile) and device.type == "cpu":
+        network.register_forward_pre_hook(MappedFile(model.path))
     return network.to(device).eval().requires_grad_(False)
+
+
+def _packed(model: ExportedModel, name: str, backend: Backend) -> Tensor:
+    """Return the t2 bytes of a matrix; the pages of a blob that was repacked are let go."""
+    if not isinstance(model, TdtFile):
+        return t2_encode(model.trits(name))
+    codec = model.codec(name)
+    if codec == "t2":
+        return model.blob(name)
+    if codec == "t5" and backend is cpu:
+        packed = cpu.t5_to_t2(model.blob(name), *model.matrix_shape(name))
+    else:
+        packed = t2_encode(model.trits(name))
+    release_pages(model.blob(name))
+    return packed
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor with its elements aligned in memory; in a file they need not be."""
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 def _layer(network: DiT, name: str) -> PackedTernaryLinear | None:

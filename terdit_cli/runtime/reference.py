@@ -1,17 +1,38 @@
 """The reference backend: unpack one matrix, multiply in plain PyTorch. The definition of correct.
 
+    fp32   y = x @ (alpha * trits).T + bias
+    bf16   the same, x rounded to bfloat16 (half to even)
+    int8   u = rint(x * (1 / absmax * 127)),   step = absmax / 127,    absmax at least 1e-5
+    int16  u = rint(x * (1 / absmax * 32512)), step = absmax / 32512
+           y = (sum_k u * trits) * step * alpha + bias
+
+The integer sums are exact and rounded to float32 once; every operation after them is rounded to
+float32 in that order. Group scales: the groups' sums times their alphas, added in ascending order,
+times step. A row that holds a NaN or an infinity gives NaN in all its outputs in int8 and int16.
+
 Runs wherever PyTorch runs. At most one matrix is unpacked at a time; nothing is cached.
+Shapes: N out features, K in features, G = ceil(K / 128) groups.
 """
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from terdit_cli.model.ternary import Activations, ternary_linear
+from terdit_cli.model.ternary import ACTIVATION_FLOOR, GROUP_SIZE, ternary_linear
 from terdit_cli.pack.trits import t2_decode
 
+# What becomes of the activations at run time, in every backend.
+Precision = Literal["fp32", "bf16", "int16", "int8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
 NAME = "reference"
+AUTO_PRECISION: Precision = "fp32"
+
+INT16_LIMIT = 32512.0  # 127 * 256: u = 256 * high + low with both planes in int8
 
 
 def available(device: torch.device) -> str | None:
@@ -25,17 +46,46 @@ def matmul(
     alphas: Tensor,
     bias: Tensor | None,
     shape: tuple[int, int],
-    activations: Activations,
+    precision: Precision,
 ) -> Tensor:
-    """Compute x [..., K] @ (alpha * trits).T + bias -> [..., N] from t2 bytes.
+    """Compute x [..., K] @ (alpha * trits).T + bias -> [..., N] from t2 bytes, in float32.
 
     Args:
-        x: float [..., K].
+        x: float [..., K]; the result has its dtype.
         packed: uint8 [ceil(N/64), ceil(K/4), 64], the t2 codec.
-        alphas: float32 [1], [N] or [N, ceil(K/128)].
-        bias: float [N] or None.
+        alphas: float32 [1], [N] or [N, G].
+        bias: float32 [N] or None.
         shape: (N, K).
-        activations: "int8" quantises x per token as training did.
+        precision: what becomes of x; "fp32" and "int8" are what training did.
+
+    Raises:
+        ValueError: another precision.
     """
-    trits = t2_decode(packed, *shape).to(x.dtype)
-    return ternary_linear(x, trits, alphas.to(x.dtype), bias, activations)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    trits = t2_decode(packed, *shape)
+    values = x.float()
+    if precision == "int16":
+        y = _int16_linear(values, trits, alphas, bias)
+    else:
+        if precision == "bf16":
+            values = values.bfloat16().float()
+        activations: Literal["none", "int8"] = "int8" if precision == "int8" else "none"
+        y = ternary_linear(values, trits.float(), alphas, bias, activations)
+    return y.to(x.dtype)
+
+
+def _int16_linear(x: Tensor, trits: Tensor, alphas: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute the int16 product: sums below 32512 * K < 2^53 are exact in float64, in any order."""
+    limit = x.abs().amax(dim=-1, keepdim=True).clamp_min(ACTIVATION_FLOOR)
+    u = (x * (limit.reciprocal() * INT16_LIMIT)).round().double()
+    step = limit / INT16_LIMIT
+    if alphas.dim() == 2:
+        y = torch.zeros((), dtype=torch.float32, device=x.device)
+        groups = zip(u.split(GROUP_SIZE, -1), trits.split(GROUP_SIZE, 1), alphas.T, strict=True)
+        for u_group, trits_group, alpha_group in groups:
+            y = y + F.linear(u_group, trits_group.double()).float() * alpha_group
+        y = y * step
+    else:
+        y = F.linear(u, trits.double()).float() * step * alphas
+    return y if bias is None else y + bias

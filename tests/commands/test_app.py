@@ -16,7 +16,7 @@ import pytest
 import terdit_cli
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("train", "ternarize", "pack", "sample", "eval-fid")
+VERBS = ("train", "ternarize", "pack", "sample", "eval-fid", "bench")
 Terdit = Callable[..., Any]
 
 

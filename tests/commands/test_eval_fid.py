@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +108,21 @@ def test_gate_and_json(
     assert "FID" not in captured.out
     assert "above the gate: got 1200." in captured.err
     assert "Traceback" not in captured.err
+
+
+def test_how_the_model_ran_is_in_the_json(
+    terdit: Callable[..., Any], small_tdt: Path, features: str
+) -> None:
+    words = ("--reference", "embedded:heldout", "--features", features, "-n", 2, "--steps", 2)
+    words += ("--backend", "reference", "--activations", "int8", "--device", "cpu", "--json")
+    done = terdit("eval-fid", "--model", small_tdt, *words)
+    assert done.code == 0, done.err
+    provenance = json.loads(done.out)["provenance"]
+    assert provenance["backend"] == "reference"
+    assert provenance["isa"] is None
+    assert provenance["threads"] == torch.get_num_threads()
+    assert provenance["activations"] == "int8"
+    assert "activations int8 (as asked)" in done.err
 
 
 def test_other_features_than_the_reference_s(folder: Path, tmp_path: Path, features: str) -> None:

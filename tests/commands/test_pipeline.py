@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,19 @@ from terdit_cli.errors import UsageError
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.ternary import TernaryLinear, ternarize
 from terdit_cli.pack.tdt import TdtFile
+from terdit_cli.runtime import cpu
 
 Terdit = Callable[..., Any]
 FASHION = "T-shirt/top"
+
+
+@pytest.fixture
+def runtime_left_alone() -> Iterator[None]:
+    """Undo what --threads sets for the whole process."""
+    before = torch.get_num_threads()
+    yield
+    cpu.set_threads(None)
+    torch.set_num_threads(before)
 
 
 def one_object(text: str) -> dict[str, Any]:
@@ -168,12 +178,90 @@ def test_the_three_ways_to_a_tdt_agree(
 
 
 def test_the_packed_network_equals_the_trained_one(small_run: Path, small_tdt: Path) -> None:
-    trained, packed = terdit_cli.load_model(small_run), terdit_cli.load_model(small_tdt)
+    trained = terdit_cli.load_model(small_run)
+    packed = terdit_cli.load_model(small_tdt, backend="reference")
     assert any(isinstance(module, TernaryLinear) for module in trained.modules())
     assert not any(isinstance(module, TernaryLinear) for module in packed.modules())
     x, t, y = torch.randn(3, 1, 28, 28), torch.tensor([0, 500, 999]), torch.tensor([0, 9, 10])
     with torch.inference_mode():
         assert torch.equal(trained(x, t, y), packed(x, t, y))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_how_it_ran_is_in_the_json(
+    terdit: Terdit, small_tdt: Path, tmp_path: Path, runtime_left_alone: None, backend: str
+) -> None:
+    if backend == "cpu" and (reason := cpu.available(torch.device("cpu"))):
+        pytest.skip(reason)
+    words = ("--prompt-class", 1, "--steps", 2, "-o", tmp_path / "a.npz", "--backend", backend)
+    words += ("--activations", "int16", "--threads", 2, "--device", "cpu")
+    done = terdit("sample", "--model", small_tdt, *words, "--json")
+    values = one_object(done.out)
+    isa = cpu.isa() if backend == "cpu" else None
+    wanted = {"backend": backend, "isa": isa, "threads": 2, "activations": "int16"}
+    assert {name: values[name] for name in wanted} == wanted
+    assert f"backend {backend} (as asked), {isa + ', ' if isa else ''}threads 2, " in done.err
+    assert "activations int16 (as asked) on cpu" in done.err
+    assert torch.get_num_threads() == 2
+
+
+def test_how_a_checkpoint_ran_is_in_the_json(
+    terdit: Terdit, small_run: Path, tmp_path: Path, runtime_left_alone: None
+) -> None:
+    words = ("--prompt-class", 1, "--steps", 2, "-o", tmp_path / "a.npz", "--device", "cpu")
+    values = one_object(terdit("sample", "--model", small_run, *words, "--json").out)
+    assert (values["backend"], values["isa"], values["activations"]) == ("torch", None, "fp32")
+    assert values["threads"] == torch.get_num_threads()
+
+
+def test_threads_of_the_environment(
+    terdit: Terdit,
+    small_tdt: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    runtime_left_alone: None,
+) -> None:
+    words = ("sample", "--model", small_tdt, "--prompt-class", 1, "--steps", 2, "--json")
+    words += ("-o", tmp_path / "a.npz")
+    monkeypatch.setenv("TERDIT_THREADS", "2")
+    assert one_object(terdit(*words).out)["threads"] == 2
+    assert one_object(terdit(*words, "--threads", 1).out)["threads"] == 1  # a flag wins
+    for text in ("0", "257", "-3"):
+        monkeypatch.setenv("TERDIT_THREADS", text)
+        done = terdit(*words)
+        assert (done.code, done.out) == (2, "")
+        assert text in done.err
+        assert "TERDIT_THREADS" in done.err
+
+
+def test_an_unknown_instruction_set(
+    terdit: Terdit, small_tdt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason := cpu.available(torch.device("cpu")):
+        pytest.skip(reason)
+    monkeypatch.setenv("TERDIT_ISA", "mmx")
+    cpu._open.cache_clear()
+    done = terdit("sample", "--model", small_tdt, "--prompt-class", 1, "-o", tmp_path / "a.npz")
+    assert (done.code, done.out) == (2, "")
+    assert "unknown instruction set: got 'mmx', expected one of auto, " in done.err
+    assert "(TERDIT_ISA). Fix: unset TERDIT_ISA" in done.err
+
+
+def test_runtime_options_that_cannot_be(
+    terdit: Terdit, small_tdt: Path, small_run: Path, tmp_path: Path
+) -> None:
+    words = ("--prompt-class", 1, "-o", tmp_path / "a.npz")
+    done = terdit("sample", "--model", small_run, *words, "--activations", "int8")
+    assert done.code == 2
+    assert "--activations is for packed models: got --activations int8" in done.err
+    assert f"Fix: terdit pack {small_run} -o model.tdt" in done.err
+    done = terdit("sample", "--model", small_tdt, *words, "--activations", "int4")
+    assert done.code == 2
+    assert "unknown activations: got 'int4'" in done.err
+    done = terdit("sample", "--model", small_tdt, *words, "--threads", 0)
+    assert done.code == 2
+    assert "--threads" in done.err
+    assert not (tmp_path / "a.npz").exists()
 
 
 def drawn(terdit: Terdit, model: Path, output: Path, *words: object) -> Any:

@@ -54,7 +54,7 @@ def test_training_state_dict(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_packed_state_dict(layout):
     factory = functools.partial(
-        PackedTernaryLinear, backend=reference, granularity="tensor", activations="none"
+        PackedTernaryLinear, backend=reference, granularity="tensor", precision="fp32"
     )
     with torch.device("meta"):
         network = DiT(_config(layout), factory)

@@ -52,10 +52,10 @@ def test_end_to_end(tmp_path, golden_case, released_folder, codec):
     case = golden_case("public_a")
     x, t, y = (case.tensors[f"in.{key}"] for key in "xty")
     with torch.inference_mode():
-        direct = load_model(released_folder, n_heads=4)(x, t, y)
+        direct = load_model(released_folder, activations="fp32", n_heads=4)(x, t, y)
         with ReleasedFolder(released_folder, n_heads=4) as model:
             write_tdt(model, tmp_path / "m.tdt", codec, "fp32")
-        loaded = load(tmp_path / "m.tdt")
+        loaded = load(tmp_path / "m.tdt", activations="fp32")
         packed = loaded.network(x, t, y)
     assert (direct - case.tensors["out.packed"]).abs().max() <= 1e-5
     assert torch.equal(packed, direct)
@@ -97,7 +97,7 @@ def test_grouped_heads_and_other_shapes(tmp_path, golden_case):
     state = case.part("train") | case.part("packed")
     torch.save(state, tmp_path / WEIGHTS)
     torch.save(argparse.Namespace(image_size=64, qk_norm=True), tmp_path / ARGUMENTS_FILE)
-    network = load_model(tmp_path, n_heads=6)
+    network = load_model(tmp_path, activations="fp32", n_heads=6)
     config = network.config
     assert (config.n_kv_heads, config.qk_norm, config.num_classes) == (3, True, 1000)
     assert config.ffn_width == case.config.ffn_width
@@ -126,7 +126,7 @@ def test_without_arguments(folder, golden_case):
     assert model.info.image_size == 64
     x, t, y = (golden_case("public_a").tensors[f"in.{key}"] for key in "xty")
     with torch.inference_mode():
-        network = load_model(folder, n_heads=4, input_size=8)
+        network = load_model(folder, activations="fp32", n_heads=4, input_size=8)
         error = (network(x, t, y) - golden_case("public_a").tensors["out.packed"]).abs().max()
     assert error <= 1e-5
 

@@ -10,9 +10,11 @@ import torch
 import terdit_cli
 from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.model.ckpt import load_ckpt
+from terdit_cli.model.dit import DiTConfig
 from terdit_cli.model.ternary import TernaryConfig
 from terdit_cli.pack.qat import CheckpointExport
 from terdit_cli.pack.tdt import write_tdt
+from terdit_cli.runtime.fused import FusedDiT
 from terdit_cli.runtime.load import load
 
 
@@ -33,10 +35,12 @@ def test_every_kind_of_file(run_folder, tiny_config, random_network, random_inpu
     with torch.inference_mode():
         expected = random_network(tiny_config, seed=1).eval()(*inputs)  # the averaged weights
         for path in (run_folder, ckpt, run_folder / "out.safetensors", run_folder / "out.tdt"):
-            network = terdit_cli.load_model(path)
+            backend = "auto" if path in (run_folder, ckpt) else "reference"
+            network = terdit_cli.load_model(path, backend=backend)
             assert torch.equal(network(*inputs), expected), path
             assert network.config == tiny_config
-            assert torch.equal(terdit_cli.load_model(str(path), device="cpu")(*inputs), expected)
+            again = terdit_cli.load_model(str(path), "cpu", "auto", backend)
+            assert torch.equal(again(*inputs), expected)
             assert not network.training
 
 
@@ -53,7 +57,8 @@ def test_full_precision_checkpoints_sample_too(
 ):
     full = TernaryConfig(enabled=False)
     loaded = load(make_ckpt(tmp_path / "ckpt.pt", tiny_config, full))
-    assert "full precision" in loaded.backend
+    assert "full precision" in loaded.reason
+    assert (loaded.backend, loaded.precision, loaded.isa) == ("torch", "fp32", None)
     inputs = random_inputs(tiny_config)
     with torch.inference_mode():
         expected = random_network(tiny_config, full, seed=1).eval()(*inputs)
@@ -62,7 +67,7 @@ def test_full_precision_checkpoints_sample_too(
 
 def test_released_folder(released_folder, golden_case):
     tensors = golden_case("public_a").tensors
-    network = terdit_cli.load_model(released_folder, n_heads=4)
+    network = terdit_cli.load_model(released_folder, activations="fp32", n_heads=4)
     with torch.inference_mode():
         out = network(tensors["in.x"], tensors["in.t"], tensors["in.y"])
     assert (out - tensors["out.packed"]).abs().max() <= 1e-5
@@ -85,16 +90,136 @@ def test_state_that_does_not_fit(tmp_path, tiny_config, make_ckpt):
         terdit_cli.load_model(tmp_path / "absent")
 
 
-def test_backend_is_told_and_checked(run_folder, monkeypatch):
-    monkeypatch.delenv("TERDIT_BACKEND", raising=False)
-    export = CheckpointExport(load_ckpt(run_folder / "ckpt.pt"))
-    write_tdt(export, run_folder / "m.tdt", "t2", "fp32")
-    assert load(run_folder / "m.tdt").backend.startswith("backend ")
-    assert "as asked" in load(run_folder / "m.tdt", backend="reference").backend
+@pytest.fixture
+def packed(run_folder):
+    """Return packed(codec="t2", rest="fp32"): writes a .tdt."""
+
+    def write(codec="t2", rest="fp32"):
+        path = run_folder / f"{codec}-{rest}.tdt"
+        write_tdt(CheckpointExport(load_ckpt(run_folder / "ckpt.pt")), path, codec, rest)
+        return path
+
+    return write
+
+
+def test_backend_is_told_and_checked(packed):
+    loaded = load(packed())
+    assert loaded.reason.startswith(f"backend {loaded.backend} (")
+    assert loaded.reason.endswith(
+        f"threads {loaded.threads}, activations {loaded.precision} (auto)"
+    )
+    assert loaded.facts() == {
+        "backend": loaded.backend,
+        "isa": loaded.isa,
+        "threads": loaded.threads,
+        "activations": loaded.precision,
+    }
+    loaded = load(packed(), backend="reference", activations="bf16")
+    assert (loaded.backend, loaded.precision, loaded.isa) == ("reference", "bf16", None)
+    assert loaded.reason == (
+        f"backend reference (as asked), threads {torch.get_num_threads()}, "
+        "activations bf16 (as asked)"
+    )
     with pytest.raises(EnvironmentProblem):
-        load(run_folder / "m.tdt", backend="gpu")
+        load(packed(), backend="gpu")
     with pytest.raises(UsageError):
-        load(run_folder / "m.tdt", backend="fpga")
+        load(packed(), backend="fpga")
+    with pytest.raises(UsageError, match="unknown activations: got 'fp8'"):
+        load(packed(), activations="fp8")
+
+
+def test_the_native_backend_is_told_with_its_isa(packed, isa):
+    loaded = load(packed(), backend="cpu", activations="int16")
+    assert isinstance(loaded.network, FusedDiT)
+    assert (loaded.backend, loaded.isa, loaded.precision) == ("cpu", isa, "int16")
+    assert f"(as asked), {isa}, threads " in loaded.reason
+
+
+def test_checkpoints_choose_nothing(run_folder):
+    for flag, options in (
+        ("--backend reference", {"backend": "reference"}),
+        ("--activations fp32", {"activations": "fp32"}),
+    ):
+        with pytest.raises(UsageError, match=f"is for packed models: got {flag} for a") as e:
+            load(run_folder, **options)
+        assert "ckpt.pt" in str(e.value)
+        assert f"Fix: terdit pack {run_folder} -o model.tdt" in str(e.value)
+
+
+def test_a_model_trained_with_int8_runs_as_trained(tmp_path, tiny_config, make_ckpt, random_inputs):
+    trained = TernaryConfig(activations="int8")
+    ckpt = make_ckpt(tmp_path / "ckpt.pt", tiny_config, trained)
+    path = tmp_path / "m.tdt"
+    write_tdt(CheckpointExport(load_ckpt(ckpt)), path, "t2", "fp32")
+    for backend in ("auto", "reference"):
+        loaded = load(path, backend=backend)
+        assert loaded.precision == "int8"
+        assert "activations int8 (as trained)" in loaded.reason
+    with pytest.raises(
+        UsageError, match="trained with int8 activations and runs with nothing else"
+    ):
+        load(path, activations="fp32")
+    assert load(ckpt).precision == "int8"
+    inputs = random_inputs(tiny_config)
+    with torch.inference_mode():
+        expected = load(ckpt).network(*inputs)
+        assert torch.equal(load(path, backend="reference").network(*inputs), expected)
+
+
+@pytest.mark.parametrize("codec", ["t5", "int8"])
+def test_other_codecs_are_repacked_to_the_same_network(packed, native, codec):
+    wanted, found = (load(packed(each), backend="cpu").network for each in ("t2", codec))
+    assert wanted.state_dict().keys() == found.state_dict().keys()
+    for name, value in wanted.state_dict().items():
+        assert torch.equal(value, found.state_dict()[name]), name
+
+
+def test_scales_of_another_granularity_than_the_model_s(tmp_path, tiny_config, make_ckpt):
+    """The header of the file is consistent; the model's own description says otherwise."""
+    export = CheckpointExport(load_ckpt(make_ckpt(tmp_path / "ckpt.pt", tiny_config)))
+
+    class Lying:
+        info = export.info
+        ternary_names, matrix_shape = export.ternary_names, export.matrix_shape
+        rest_names, rest, trits = export.rest_names, export.rest, export.trits
+
+        def alphas(self, name):
+            rows = self.matrix_shape(name)[0]
+            return export.alphas(name).expand(rows) if name.endswith("w1") else export.alphas(name)
+
+    write_tdt(Lying(), tmp_path / "m.tdt", "t2", "fp32")
+    with pytest.raises(InputFileError, match=r"do not fit the model's conf.*w1\.alphas.*Fix: pack"):
+        load(tmp_path / "m.tdt")
+
+
+def test_a_matrix_too_wide_for_the_kernels(tmp_path, native, make_ckpt, random_inputs):
+    config = DiTConfig(
+        input_size=2, patch_size=2, in_channels=1, dim=4, n_layers=1, n_heads=1,
+        multiple_of=65_001, num_classes=2,
+    )  # fmt: skip
+    export = CheckpointExport(load_ckpt(make_ckpt(tmp_path / "ckpt.pt", config)))
+    write_tdt(export, tmp_path / "m.tdt", "t2", "fp32")
+    with pytest.raises(EnvironmentProblem, match=r"w2 of shape \[4, 65001\].*--backend reference"):
+        load(tmp_path / "m.tdt")
+    with torch.inference_mode():
+        out = load(tmp_path / "m.tdt", backend="reference").network(*random_inputs(config))
+    assert out.isfinite().all()
+
+
+def test_misaligned_tensors_of_a_foreign_file(packed, native, tiny_config, random_inputs):
+    """Every float of the file at an odd address: the header is one byte longer."""
+    path = packed()
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    shifted = path.with_name("shifted.tdt")
+    shifted.write_bytes(
+        (length + 1).to_bytes(8, "little") + data[8 : 8 + length] + b" " + data[8 + length :]
+    )
+    inputs = random_inputs(tiny_config)
+    with torch.inference_mode():
+        for backend in ("cpu", "reference"):
+            expected = load(path, backend=backend).network(*inputs)
+            assert torch.equal(load(shifted, backend=backend).network(*inputs), expected)
 
 
 def test_mapped_file_survives_its_deletion(run_folder, tiny_config, random_inputs):

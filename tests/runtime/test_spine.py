@@ -82,10 +82,13 @@ def test_packing_again_changes_nothing(tmp_path, tiny_config, make_ckpt, source,
         assert all(torch.equal(one.rest(key), two.rest(key)) for key in one.rest_names())
 
 
-def test_packed_network_holds_packed_bytes_only(tmp_path, tiny_config, make_ckpt):
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_packed_network_holds_packed_bytes_only(tmp_path, tiny_config, make_ckpt, request, backend):
+    if backend == "cpu":
+        request.getfixturevalue("native")
     export = CheckpointExport(load_ckpt(make_ckpt(tmp_path / "ckpt.pt", tiny_config)))
     write_tdt(export, tmp_path / "m.tdt", "t2", "bf16")
-    network = load(tmp_path / "m.tdt").network
+    network = load(tmp_path / "m.tdt", backend=backend, activations="bf16").network
     layers = [m for m in network.modules() if isinstance(m, PackedTernaryLinear)]
     assert len(layers) == 8 * tiny_config.n_layers
     assert all(layer.weight.dtype == torch.uint8 for layer in layers)
@@ -93,4 +96,4 @@ def test_packed_network_holds_packed_bytes_only(tmp_path, tiny_config, make_ckpt
     assert all(value.dtype == torch.float32 for value in floats)
     assert not network.training
     assert not any(p.requires_grad for p in network.parameters())
-    assert "backend=reference" in repr(layers[0])
+    assert f"backend={backend}, precision=bf16" in repr(layers[0])

@@ -1,0 +1,1 @@
+"""Benchmarks: terdit and its rivals take turns on the same work."""

@@ -1,0 +1,212 @@
+"""What a benchmark found.
+
+Every figure is the median of interleaved repeats (A B C A B C ...) with its extremes; a ratio is
+that of two medians of one run, its spread the extremes of the ratios repeat by repeat.
+
+    GOPS  = 2 M K N / time        share = operations / time / measured peak of the same arithmetic
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from terdit_cli.bench.rivals import GGML, GGML_LABEL, RIVALS
+
+OURS = "terdit"
+GEMM_SHAPES = ((512, 1536, 1536), (512, 1536, 4096), (512, 4096, 1536), (512, 3072, 8192))  # M K N
+SMALL_SHAPE = (2, 1024, 9216)
+SAMPLE_STEPS = 20  # of the images a second, with guidance: two rows an image and step
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Seconds of each repeat; empty if it was not run."""
+
+    samples: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the three tables share; `why_not` says why there is no figure."""
+
+    who: str  # "terdit" or a rival's name
+    threads: int
+    isa: str
+    activations: str  # of terdit; a rival's arithmetic
+    figure: Figure
+    why_not: str | None
+
+    @property
+    def label(self) -> str:
+        if self.who == OURS:
+            return f"terdit {self.activations}"
+        return GGML_LABEL if self.who == GGML else RIVALS[self.who].label
+
+
+@dataclass(frozen=True)
+class GemmRow(Row):
+    """One way to multiply [M, K] by [K, N]."""
+
+    m: int
+    k: int
+    n: int
+    granularity: str
+    error: float | None  # |y - y64| / |y64| over some rows, y64 computed in float64
+    share: float | None  # of the measured peak
+
+    @property
+    def operations(self) -> float:
+        return 2.0 * self.m * self.k * self.n
+
+    @property
+    def label(self) -> str:
+        grouped = self.granularity != "tensor"
+        return super().label + (", scales per group of 128" if grouped else "")
+
+
+@dataclass(frozen=True)
+class ForwardRow(Row):
+    """One network f(x, t, y) in a process of its own; memory in bytes."""
+
+    size: int
+    batch: int
+    tokens: int
+    backend: str
+    operations: float  # of the large matrices
+    error: float | None  # against torch fp32 in the same run
+    share: float | None
+    resident: int | None
+    peak_resident: int | None
+
+    @property
+    def images_per_second(self) -> float:
+        """Images a second at 20 steps with guidance (two rows an image)."""
+        return self.batch / 2 / (SAMPLE_STEPS * self.figure.median)
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One `terdit sample` process: seconds of the sampling alone, peak memory in bytes."""
+
+    codec: str
+    backend: str
+    activations: str
+    threads: int
+    steps: int
+    seconds: float
+    peak_resident: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and with what it ran."""
+
+    cpu: str
+    cores: int
+    flags: list[str]
+    memory_bytes: int
+    load: float | None  # processes that wanted a core in the minute before
+    python: str
+    torch: str
+    terdit: str
+    date: str
+
+
+@dataclass(frozen=True)
+class PeakRow:
+    """Measured peaks in operations a second, by thread count and instruction set."""
+
+    threads: int
+    isa: str
+    int8: float
+    bf16: float
+    fp32: float
+
+
+class Spread(NamedTuple):
+    """A figure of medians, its extremes turn by turn, and the same figure of the best times.
+
+    Other work on the machine adds to times and never takes away: what the best times say is
+    disturbed least.
+    """
+
+    measured: float
+    low: float
+    high: float
+    best: float
+
+
+def certain(value: float) -> Spread:
+    """Return a figure that has no spread."""
+    return Spread(value, value, value, value)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure that was set beforehand; `found` is None if this run did not measure it."""
+
+    text: str
+    wanted: float
+    found: Spread | None
+    at_most: bool = False
+    unit: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        if self.found is None:
+            return None
+        return self.found[0] <= self.wanted if self.at_most else self.found[0] >= self.wanted
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """All of one run."""
+
+    model: str
+    command: str
+    seed: int
+    repeats: int
+    machine: Machine
+    peaks: list[PeakRow]
+    gemm: list[GemmRow]
+    forward: list[ForwardRow]
+    sample: list[SampleRow]
+
+    @property
+    def threads(self) -> int:
+        """The largest thread count: the one at which rivals ran."""
+        rows: list[Row] = [*self.gemm, *self.forward]
+        return max((row.threads for row in rows), default=1)
+
+
+def note_peaks(known: list[PeakRow], threads: int, isa: str, peaks: dict[str, float]) -> None:
+    """Add the peaks of a thread count and instruction set, the first time they are measured."""
+    if len(peaks) == 3 and (threads, isa) not in {(row.threads, row.isa) for row in known}:
+        known.append(PeakRow(threads, isa, **peaks))
+
+
+def share_of_peak(
+    figure: Figure, operations: float, peaks: dict[str, float], arithmetic: str
+) -> float | None:
+    """Return operations / time / peak; int16 is two int8 products."""
+    peak = peaks["int8"] / 2 if arithmetic == "int16" and peaks else peaks.get(arithmetic)
+    if peak is None or not figure.samples:
+        return None
+    return operations / figure.median / peak
+
+
+def ratio(ours: Row, other: Row) -> Spread | None:
+    """Return how many times faster `ours` is, or None where one of them was not run."""
+    if not (ours.figure.samples and other.figure.samples):
+        return None
+    pairs = list(zip(other.figure.samples, ours.figure.samples, strict=False))
+    each = [theirs / mine for theirs, mine in pairs]
+    measured = other.figure.median / ours.figure.median
+    best = min(other.figure.samples) / min(ours.figure.samples)
+    return Spread(measured, min(each), max(each), best)

@@ -1,0 +1,215 @@
+"""`terdit bench` from the command line: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from terdit_cli.bench import gemm, network, results, worker
+from terdit_cli.bench.random_model import RandomModel
+from terdit_cli.pack.tdt import write_tdt
+from terdit_cli.runtime import cpu
+
+Terdit = Callable[..., Any]
+QUICK = ("--threads", 1, "--repeats", 3, "--backend", "reference")
+
+
+class InProcess:
+    """A worker in this process: a second torch would take longer than all the rest."""
+
+    def __init__(self, threads: int, environment: dict[str, str] | None = None) -> None:
+        self.worker = worker.Worker(threads)
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def ask(self, task: str, **job: Any) -> dict[str, Any]:
+        answer = self.worker.answer(task, **json.loads(json.dumps(job)))
+        return json.loads(json.dumps(answer))  # type: ignore[no-any-return]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices, no waiting, no processes."""
+    shapes = ((3, 16, 20), (5, 100, 64), (16, 256, 68), (7, 130, 128))
+    monkeypatch.setattr(results, "GEMM_SHAPES", shapes)
+    monkeypatch.setattr(results, "SMALL_SHAPE", (2, 24, 96))
+    monkeypatch.setattr(worker, "SAMPLE_SECONDS", 1e-9)
+    for module in (gemm, network):
+        monkeypatch.setattr(module, "Process", InProcess)
+    for module in (network, worker):
+        monkeypatch.setattr(module, "SETTLE_SECONDS", 0.0)
+
+
+def test_matrix_products_as_json(terdit: Terdit) -> None:
+    done = terdit("bench", "nano", "--what", "gemm", "--rivals", "bf16,unpack", "--json", *QUICK)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["model"] == "nano"
+    assert found["command"].startswith("terdit bench nano --what gemm")
+    assert found["machine"]["cores"] == os.cpu_count()
+    assert found["forward"] == found["sample"] == []
+    # Five shapes; four activations, one group scale, two rivals.
+    assert len(found["gemm"]) == 5 * 7
+    for row in found["gemm"]:
+        samples = sorted(row["figure"]["samples"])
+        assert len(samples) == 3
+        assert row["ms"] == pytest.approx(1e3 * samples[1])
+        assert (row["ms_min"], row["ms_max"]) == pytest.approx((1e3 * samples[0], 1e3 * samples[2]))
+        operations = 2 * row["m"] * row["k"] * row["n"]
+        assert row["gops"] == pytest.approx(operations / samples[1] / 1e9)
+        assert row["error"] is not None
+    errors = {(row["who"], row["activations"]): row["error"] for row in found["gemm"][:7]}
+    assert errors["terdit", "fp32"] < 1e-6 < errors["terdit", "int16"] < errors["terdit", "int8"]
+    met = {goal["text"]: goal["met"] for goal in found["goals"]}
+    assert met["GEMM int16: relative error"] is True
+    assert met["GEMM int8 against ggml TQ2_0"] is None
+
+
+def test_networks_on_a_page(terdit: Terdit, tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "bench.md"
+    done = terdit(
+        "bench", "nano", "--what", "forward", "--size", "32,48", "--batch", 4, "--rivals",
+        "fp32,unpack", "--activations", "int8,fp32", "--out", page, *QUICK,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    text = page.read_text()
+    assert "| terdit int8 | 4 x 4 | 1 | reference | " in text
+    assert "| terdit fp32 | 4 x 4 | 1 | reference | " in text
+    assert "| terdit int8 | 4 x 9 | 1 | reference | " in text  # further sizes: the first only
+    assert "| terdit fp32 | 4 x 9 |" not in text
+    assert "| upstream: unpack, fp32 | 4 x 4 | 1 | torch | " in text
+    exact = re.search(r"\| terdit fp32 \| 4 x 4 .* (\S+) \|\n", text)
+    rounded = re.search(r"\| terdit int8 \| 4 x 4 .* (\S+) \|\n", text)
+    assert exact is not None
+    assert rounded is not None
+    assert float(exact[1]) < 1e-5 < float(rounded[1])
+    assert "The whole network" in done.out
+    assert "MiB" in done.out
+    assert list(page.parent.iterdir()) == [page]
+
+
+def test_a_model_file_is_measured_as_it_is(terdit: Terdit, small_tdt: Path) -> None:
+    done = terdit(
+        "bench", small_tdt, "--what", "forward", "--rivals", "none", "--activations", "fp32",
+        "--json", *QUICK,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    (row,) = json.loads(done.out)["forward"]
+    assert row["tokens"] == 16
+    assert row["resident"] > 0
+    assert row["images_per_second"] == pytest.approx(1e3 / (20 * row["ms"]))
+
+
+def test_what_does_not_fit_in_memory_is_not_run(
+    terdit: Terdit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "available_bytes", lambda: 700_000_000)
+    words = ("--what", "forward", "--size", 32, "--activations", "fp32", "--rivals", "fp32")
+    done = terdit("bench", "nano", *words, "--json", *QUICK)
+    assert done.code == 0, done.err
+    ours, rival = json.loads(done.out)["forward"]
+    assert ours["why_not"] is None
+    assert rival["why_not"] == "needs 0.4 GB of memory, 0.3 GB are free"
+    assert rival["figure"]["samples"] == []
+    assert "ms" not in rival
+
+
+def test_whole_processes(terdit: Terdit) -> None:
+    done = terdit("bench", "nano", "--what", "sample", "--size", 32, "--json", *QUICK)
+    assert done.code == 0, done.err
+    rows = json.loads(done.out)["sample"]
+    assert [(row["codec"], row["backend"], row["steps"]) for row in rows] == [
+        ("t2", "reference", 20),
+        ("t5", "reference", 20),
+    ]
+    assert all(row["seconds"] > 0 and row["peak_resident"] > 50 << 20 for row in rows)
+
+
+def test_shares_of_measured_peaks(terdit: Terdit, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cpu.available(torch.device("cpu")) is not None:
+        pytest.skip("no native library")
+    monkeypatch.setattr(worker, "PEAK_SECONDS", 0.001)
+    monkeypatch.delenv("TERDIT_ISA", raising=False)
+    words = ("--what", "gemm", "--activations", "int8,fp32", "--rivals", "fp32", "--json")
+    done = terdit("bench", "nano", *words, "--threads", 1, "--repeats", 1, "--backend", "cpu")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert {"int8", "bf16", "fp32"} < set(found["peaks"][0])
+    assert found["peaks"][0]["isa"] == cpu.isa()
+    for row in found["gemm"]:
+        peak = found["peaks"][0][row["activations"]]
+        assert row["isa"] == cpu.isa()
+        # Peaks are measured anew for each shape: of a size, not equal.
+        assert row["share"] is None or row["share"] == pytest.approx(
+            row["gops"] * 1e9 / peak, rel=10
+        )
+    assert any(row["share"] for row in found["gemm"]) == (cpu.isa() != "generic")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--what", "gem"], "wrong --what: got 'gem' (did you mean 'gemm'?)"),
+        (["--activations", "int8,int4"], "wrong --activations: got 'int4'"),
+        (["--rivals", "bf61"], "wrong --rivals: got 'bf61' (did you mean 'bf16'?)"),
+        (["--threads", "0"], "wrong --threads: got 0, expected 1 to"),
+        (["--threads", "two"], "wrong --threads: got 'two', expected numbers"),
+        (["--threads", "100000"], "wrong --threads: got 100000"),
+        (["--batch", "0"], "wrong --batch: got 0"),
+        (["--repeats", "0"], "wrong --repeats: got 0"),
+        (["--size", "100"], "wrong --size: got 100, expected a multiple of 16"),
+        (["--size", "-16"], "wrong --size: got '-16'"),
+        (["--size", "99999"], "wrong --size: got 99999, expected 16 to 1024"),
+        (["--out", "page.html"], "unknown kind of page: got .html, expected .md (page.html)"),
+        (["--backend", "refrence"], "unknown backend: got 'refrence'"),
+    ],
+)
+def test_wrong_options(terdit: Terdit, words: list[str], message: str) -> None:
+    done = terdit("bench", "nano", *words)
+    assert done.code == 2
+    assert message in done.err
+    assert done.out == ""
+    assert "Traceback" not in done.err
+
+
+def test_wrong_models(terdit: Terdit, tmp_path: Path, small_tdt: Path) -> None:
+    missing = tmp_path / "none.tdt"
+    done = terdit("bench", missing)
+    assert (done.code, done.out) == (3, "")
+    assert f"no such model file ({missing})" in done.err
+    done = terdit("bench", small_tdt, "--size", "256")
+    assert done.code == 2
+    assert f"a model file has its own image size: got --size for {small_tdt}" in done.err
+    done = terdit("bench", "660m", "--size", "256")
+    assert done.code == 2
+    assert "did you mean '600m'?" in done.err
+
+
+def test_a_model_trained_with_int8_runs_as_trained(terdit: Terdit, tmp_path: Path) -> None:
+    model, path = RandomModel("nano", input_size=4, seed=0), tmp_path / "int8.tdt"
+    object.__setattr__(model.info.ternary, "activations", "int8")
+    write_tdt(model, path, "t2", "fp32")
+    done = terdit("bench", path, "--what", "forward", "--rivals", "none", "--json", *QUICK)
+    assert done.code == 0, done.err
+    assert [row["activations"] for row in json.loads(done.out)["forward"]] == ["int8"]
+    done = terdit("bench", path, "--activations", "fp32", *QUICK)
+    assert done.code == 2
+    assert "trained with int8 activations" in done.err
+
+
+def test_a_wrong_ggml(terdit: Terdit, tmp_path: Path) -> None:
+    library = tmp_path / "libggml-cpu.so"
+    done = terdit("bench", "nano", "--ggml", library)
+    assert (done.code, done.out) == (4, "")
+    assert f"({library}). Fix: build ggml" in done.err
