@@ -353,8 +353,10 @@ def t5_to_t2(blob: Tensor, rows: int, columns: int) -> Tensor:
     """
     out = torch.empty(t2_shape(rows, columns), dtype=torch.uint8)
     source = address("blob", blob, (t5_length(rows, columns),), torch.uint8)
-    if library().terdit_t5_to_t2(source, rows, columns, out.data_ptr(), thread_count()):
+    status = library().terdit_t5_to_t2(source, rows, columns, out.data_ptr(), thread_count())
+    if status == 1:
         raise ValueError("the blob holds a byte above 242, which no trits have")
+    check_status(status)
     return out
 
 

@@ -26,8 +26,7 @@ from terdit_cli.pack.exported import MATRICES
 from terdit_cli.runtime import cpu
 from terdit_cli.runtime.reference import Precision
 
-CACHE_BYTES = 32 << 20  # of modulations, for each network
-ATTENTION: Precision = "fp32"  # queries, keys and values: as in the composable network
+CACHE_BYTES = 16 << 20  # of modulations, for each network
 
 # terdit_block: its matrices in this order, then its norms.
 _NORMS = (
@@ -143,8 +142,13 @@ class _Native:
         # One call runs all blocks, with one memory plan.
         if len(grouped) > 1 or any(len(each) > 1 for each in precisions.values()):
             raise ValueError("the layers have scales or precisions of several kinds")
-        self.precision = cpu.PRECISION_CODES[precisions["blocks"].pop()]
-        self.adaln_precision = cpu.PRECISION_CODES[precisions["adaLN"].pop()]
+        blocks, adaln = precisions["blocks"].pop(), precisions["adaLN"].pop()
+        self.precision = cpu.PRECISION_CODES[blocks]
+        self.adaln_precision = cpu.PRECISION_CODES[adaln]
+        # int8 throughout is how a model was trained, with its attention in float; int8 with a
+        # finer adaLN is an approximation, and attention may take part in it.
+        approximate = blocks == "int8" and adaln != "int8"
+        attention: Precision = "int8" if approximate else "fp32"
         rope = (config.tokens, config.head_dim // 2)
         tables = [self._tensor(network, key) for key in ("rope_cos", "rope_sin")]
         q_norm = network.get_submodule("layers.0.attention.q_norm")
@@ -160,7 +164,7 @@ class _Native:
             *(cpu.address("rope", table, rope) for table in tables if table is not None),
             config.n_layers,
             self.blocks,
-            cpu.PRECISION_CODES[ATTENTION],
+            cpu.PRECISION_CODES[attention],
         )
 
     def _tensor(self, module: nn.Module, key: str) -> Tensor | None:

@@ -114,7 +114,10 @@ def assert_agree(network: FusedDiT, exact: DiT, inputs: tuple[Tensor, ...]) -> N
         assert (got - expected).abs().max() <= allowed
     else:
         cost = (expected - exact(*inputs)).norm()
-        assert (got - expected).norm() <= cost + allowed * got.numel() ** 0.5
+        # In int8 the fused step quantises queries, keys and values too: three more inputs of
+        # products beside the four of a block, so less than as much again if errors add up.
+        most = 2 * cost if layer.precision == "int8" else cost
+        assert (got - expected).norm() <= most + allowed * got.numel() ** 0.5
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -402,28 +402,45 @@ int32_t terdit_blocks(const terdit_model *model, float *hidden, const float *con
 }
 
 int32_t terdit_t5_to_t2(const uint8_t *t5, int64_t n, int64_t k, uint8_t *codes, int32_t threads) {
+    constexpr int64_t slack = 8;  // a row begins up to 4 codes into a byte and is copied by eights
     const Call call(threads);
-    const int64_t vectors = (k + 3) / 4, used = (n * k + 4) / 5;
-    // The five codes of each byte.
-    uint8_t digits[256][5];
-    for (int byte = 0; byte < 256; byte++)
-        for (int i = 0, rest = byte; i < 5; i++, rest /= 3) digits[byte][i] = uint8_t(rest % 3);
-    int32_t bad = 0;
-    parallel((n + kPanel - 1) / kPanel, [&](int64_t panel, int) {
-        uint8_t *to = codes + panel * vectors * 64;
-        memset(to, 0x55, size_t(vectors * 64));  // four codes of 1: weight 0
+    const int64_t vectors = (k + 3) / 4, used = (n * k + 4) / 5, stride = 4 * vectors + 3 * slack;
+    Scratch scratch;
+    scratch.need(size_t(kPanel * stride));
+    Layout layout = {nullptr, 0};
+    scratch.place(&layout, call.threads);
+    if (!arena.reserve(layout.used)) return 2;
+    layout = {arena.base, 0};
+    scratch.place(&layout, call.threads);
+    uint64_t digits[256];  // the five codes of a byte, one a byte
+    for (int byte = 0; byte < 256; byte++) {
+        digits[byte] = 0;
+        for (int i = 0, rest = byte; i < 5; i++, rest /= 3)
+            digits[byte] |= uint64_t(rest % 3) << (8 * i);
+    }
+    parallel((n + kPanel - 1) / kPanel, [&](int64_t panel, int thread) {
+        uint8_t *rows = static_cast<uint8_t *>(scratch.of(thread));
+        memset(rows, 1, size_t(kPanel * stride));  // code 1: weight 0
         const int64_t last = (panel + 1) * kPanel < n ? (panel + 1) * kPanel : n;
         for (int64_t row = panel * kPanel; row < last; row++) {
-            const int place = int(row % 16) * 4, shift = int(row % 64 / 16) * 2;
-            int64_t at = row * k / 5;
-            int digit = int(row * k % 5);
-            for (int64_t i = 0; i < k; i++) {
-                uint8_t *byte = to + i / 4 * 64 + place + i % 4;
-                *byte = uint8_t((*byte & ~(3 << shift)) | digits[t5[at]][digit] << shift);
-                if (++digit == 5) digit = 0, at++;
-            }
+            const int64_t first = row * k / 5, end = ((row + 1) * k + 4) / 5;
+            uint8_t *to = rows + row % kPanel * stride + slack;
+            uint8_t *place = to - row * k % 5;
+            for (int64_t i = first; i < end; i++, place += 5) memcpy(place, &digits[t5[i]], 8);
+            memset(to + k, 1, size_t(4 * vectors - k));
         }
+        for (int64_t i = 0; i < vectors; i++)
+            for (int64_t place = 0; place < 16; place++) {
+                uint32_t word = 0;
+                for (int64_t group = 0; group < 4; group++) {
+                    uint32_t four;
+                    memcpy(&four, rows + (16 * group + place) * stride + slack + 4 * i, 4);
+                    word |= four << (2 * group);
+                }
+                memcpy(codes + (panel * vectors + i) * kPanel + 4 * place, &word, 4);
+            }
     });
+    int32_t bad = 0;
     for (int64_t i = 0; i < used; i++) bad |= t5[i] > 242;
     return bad;
 }

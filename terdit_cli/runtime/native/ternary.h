@@ -90,7 +90,8 @@ TERDIT_API int32_t terdit_blocks(const terdit_model *model, float *hidden,
                                  const float *const *modulations, int64_t batch,
                                  int32_t activations, int32_t threads);
 
-// Codecs: t5 bytes (row by row, 5 codes a byte) -> t2 codes; returns 0, or 1 if a byte is > 242.
+// Codecs: t5 bytes (row by row, 5 codes a byte) -> t2 codes. Returns 0, 1 if a byte is > 242, 2 when
+// memory ran out.
 TERDIT_API int32_t terdit_t5_to_t2(const uint8_t *t5, int64_t n, int64_t k, uint8_t *codes,
                                    int32_t threads);
 
