@@ -137,7 +137,6 @@ void set_chunks(Multiply *jobs, int count, int threads) {
     for (int i = 0; i < count; i++) {
         const int64_t possible = most(1, jobs[i].x->m / (8 * kBlockRows));
         jobs[i].row_chunks = wanted < possible ? wanted : possible;
-        jobs[i].ahead = most(1, threads / jobs[i].row_chunks);
     }
 }
 

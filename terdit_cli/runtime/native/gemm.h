@@ -329,6 +329,7 @@ void halves_rows(const Panel &panel, const Activations &x, int64_t m0, int64_t m
 // What a block of rows leaves to the epilogue: sums of integers or of floats, [rows][64].
 template <int kPlanes>
 struct IntegerSums {
+    static constexpr bool kMayBeGrouped = false;
     const int32_t *sums;
     TERDIT_INLINE vf at(int64_t r, int n) const {
         const int32_t *high = sums + kPlanes * r * kPanel + n;
@@ -337,20 +338,24 @@ struct IntegerSums {
 };
 
 struct FloatSums {
+    static constexpr bool kMayBeGrouped = true;
     const float *sums;
     TERDIT_INLINE vf at(int64_t r, int n) const { return load(sums + r * kPanel + n); }
 };
 
-// (sum * step) * alpha + bias: the order of model/ternary.py.
-TERDIT_INLINE vf scaled(const Panel &panel, vf sum, float step, int n) {
-    const vf y = panel.group_alphas ? sum * step : sum * step * load(panel.alpha + n);
+// (sum * step) * alpha + bias: the order of model/ternary.py. Scales of groups are in the sums.
+template <class Sums>
+TERDIT_INLINE vf scaled(const Panel &panel, const Sums &sums, int64_t r, float step, int n) {
+    vf y = sums.at(r, n) * step;
+    if (!Sums::kMayBeGrouped || !panel.group_alphas) y = y * load(panel.alpha + n);
     return y + load(panel.bias + n);
 }
 
 // Writes rows m .. m + rows - 1 of the columns from n0 on, in the last panel as far as N goes.
-template <int kKind, class Sums>
+template <int kKind, bool kWhole, class Sums>
 TERDIT_INLINE void finish_rows(const Multiply *job, const Panel *panels, int64_t n0, int64_t m,
-                               int64_t rows, const float *steps, Sums sums, Sums sums2) {
+                               int64_t rows, const float *steps, const Sums &sums,
+                               const Sums &sums2) {
     const int64_t left = job->matrix->rows - n0;
     for (int64_t r = 0; r < rows; r++) {
         const float step = steps ? steps[r] : 1.0f;
@@ -358,10 +363,11 @@ TERDIT_INLINE void finish_rows(const Multiply *job, const Panel *panels, int64_t
         const float *gate = kKind == kGatedAdd
                                 ? job->modulations[(m + r) / job->tokens] + job->gate_at + n0
                                 : nullptr;
-        for (int n = 0; n < kPanel && n < left; n += kLanes) {
-            vf y = scaled(panels[0], sums.at(r, n), step, n);
-            if (kKind == kSwiGlu) y = silu(y) * scaled(panels[1], sums2.at(r, n), step, n);
-            if (n + kLanes <= left) {
+#pragma GCC unroll 4
+        for (int n = 0; n < kPanel && (kWhole || n < left); n += kLanes) {
+            vf y = scaled(panels[0], sums, r, step, n);
+            if (kKind == kSwiGlu) y = silu(y) * scaled(panels[1], sums2, r, step, n);
+            if (kWhole || n + kLanes <= left) {
                 if (kKind == kGatedAdd) y = load(out + n) + load(gate + n) * y;
                 store(out + n, y);
             } else {
@@ -374,15 +380,25 @@ TERDIT_INLINE void finish_rows(const Multiply *job, const Panel *panels, int64_t
     }
 }
 
+template <int kKind, class Sums>
+TERDIT_INLINE void finish_kind(const Multiply *job, const Panel *panels, int64_t n0, int64_t m,
+                               int64_t rows, const float *steps, const Sums &sums,
+                               const Sums &sums2) {
+    if (job->matrix->rows - n0 >= kPanel)
+        finish_rows<kKind, true>(job, panels, n0, m, rows, steps, sums, sums2);
+    else
+        finish_rows<kKind, false>(job, panels, n0, m, rows, steps, sums, sums2);
+}
+
 template <class Sums>
 void finish(const Multiply *job, const Panel *panels, int64_t n0, int64_t m, int64_t rows,
             const float *steps, Sums sums, Sums sums2) {
     if (job->epilogue == kSwiGlu)
-        finish_rows<kSwiGlu>(job, panels, n0, m, rows, steps, sums, sums2);
+        finish_kind<kSwiGlu>(job, panels, n0, m, rows, steps, sums, sums2);
     else if (job->epilogue == kGatedAdd)
-        finish_rows<kGatedAdd>(job, panels, n0, m, rows, steps, sums, sums2);
+        finish_kind<kGatedAdd>(job, panels, n0, m, rows, steps, sums, sums2);
     else
-        finish_rows<kStore>(job, panels, n0, m, rows, steps, sums, sums2);
+        finish_kind<kStore>(job, panels, n0, m, rows, steps, sums, sums2);
 }
 
 size_t tile_bytes(const Multiply *job) {
@@ -408,25 +424,6 @@ size_t multiply_scratch(const Multiply *job) {
     return 2 * (tile_bytes(job) + group_alpha_bytes(job) + sums_bytes(job));
 }
 
-// Asks for what a block of rows will need after its dot products: the places it writes to, and a
-// share of the codes that this thread will spread next. Both come from far away, the dot products
-// take long enough to hide that, and nothing is fetched twice.
-TERDIT_INLINE void fetch_ahead(const Multiply *job, int64_t n0, int64_t m, int64_t rows,
-                               int64_t vectors, int64_t blocks) {
-    constexpr int64_t line = 64, floats = line / int64_t(sizeof(float));
-    const int64_t n = job->matrix->rows, left = n - n0 < kPanel ? n - n0 : kPanel;
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < left; i += floats)
-            __builtin_prefetch(job->out + (m + r) * n + n0 + i, 1);
-    const int64_t next = n0 / kPanel + job->ahead;
-    if (next * kPanel >= n) return;
-    const int64_t share = (vectors + blocks - 1) / blocks, first = m / rows % blocks * share;
-    const terdit_matrix *const matrices[2] = {job->matrix, job->second};
-    for (const terdit_matrix *matrix : matrices)
-        for (int64_t i = first; matrix && i < first + share && i < vectors; i++)
-            __builtin_prefetch(matrix->codes + (next * vectors + i) * line);
-}
-
 template <int kPlanes>
 void integer_rows(const Multiply *job, const Panel *panels, int matrices, int64_t n0, int64_t m0,
                   int64_t m1) {
@@ -439,8 +436,6 @@ void integer_rows(const Multiply *job, const Panel *panels, int matrices, int64_
         spread_bytes(panels[i].codes, panels[i].vectors, panels[i].tile);
     for (int64_t m = m0; m < m1; m += block) {
         const int64_t rows = m1 - m < block ? m1 - m : block;
-        if (spread)
-            fetch_ahead(job, n0, m, rows, panels[0].vectors, (m1 - m0 + block - 1) / block);
         for (int i = 0; i < matrices; i++) {
             if (x.grouped)
                 grouped_block<kPlanes>(panels[i], x, m, rows, spread, y[i]);

@@ -65,7 +65,6 @@ struct Multiply {
     const float *const *modulations;  // per image: gate at +gate_at
     int64_t gate_at, tokens;
     int64_t row_chunks;  // the rows are cut into so many tasks a panel
-    int64_t ahead;       // this thread's next panel is about so many further on
 };
 
 struct Rotate {
