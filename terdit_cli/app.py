@@ -396,6 +396,7 @@ def eval_fid(
     epilog=_example(
         "terdit bench",
         "terdit bench 4.2b --what gemm --threads 1,2 --rivals bf16,int8-ao",
+        "terdit bench model.tdt --what images",
         "terdit bench model.tdt --what forward --rivals none --json",
         "terdit bench 600m --size 256,512 --threads 1,2 --out docs/bench.md",
     )
@@ -404,7 +405,9 @@ def bench(
     model: Annotated[
         str, typer.Argument(help="A size, for random weights (600m, 4.2b, ...), or a .tdt.")
     ] = "600m",
-    what: Annotated[str, typer.Option(help="gemm, forward, sample or all.")] = "all",
+    what: Annotated[
+        str, typer.Option(help="gemm, forward, sample, images (of a .tdt) or all.")
+    ] = "all",
     size: Annotated[str, typer.Option(help="Image sizes in pixels, as 256,512.")] = "",
     batch: Annotated[int, typer.Option(help="Rows of a forward; a guided image is two.")] = 2,
     threads: Annotated[str, typer.Option(help="Thread counts, as 1,2.  [default: torch's]")] = "",

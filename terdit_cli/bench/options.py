@@ -13,7 +13,7 @@ from terdit_cli.errors import UsageError, did_you_mean
 from terdit_cli.model.dit import SIZES
 from terdit_cli.runtime.reference import Precision
 
-What = Literal["gemm", "forward", "sample", "all"]
+What = Literal["gemm", "forward", "sample", "images", "all"]
 ACTIVATIONS: tuple[Precision, ...] = ("int8", "int16", "bf16", "fp32")  # by speed
 DOWNSAMPLE = 8  # an image's pixels to a latent's
 IMAGE_MULTIPLE = 2 * DOWNSAMPLE  # patches are 2 wide
@@ -45,6 +45,13 @@ class Options:
         _one_of("--what", (self.what,), get_args(What))
         _one_of("--activations", self.activations, ACTIVATIONS)
         _one_of("--rivals", self.rivals, tuple(rivals.RIVALS))
+        if self.what == "images" and self.model in SIZES:
+            raise UsageError(
+                "images are compared of trained models",
+                got=f"random weights of {self.model}",
+                expected="a .tdt",
+                fix="terdit bench model.tdt --what images",
+            )
         _within("--threads", self.threads, 1, os.cpu_count() or 1)
         _within("--batch", (self.batch,), 1, 256)
         _within("--repeats", (self.repeats,), 1, 1000)

@@ -65,11 +65,13 @@ def page(result: BenchResult) -> str:
 
 def tables(result: BenchResult) -> list[Table]:
     """Return all tables: goals, peaks, matrix products, networks, processes."""
-    found = [goal_table(result)]
+    known = any(goal.found is not None for goal in goals(result))
+    found = [goal_table(result)] if known else []
     found += [peak_table(result.peaks)] if result.peaks else []
     found += gemm_tables(result)
     found += [forward_table(result)] if result.forward else []
     found += [sample_table(result)] if result.sample else []
+    found += [images_table(result)] if result.images else []
     return found
 
 
@@ -214,6 +216,23 @@ def sample_table(result: BenchResult) -> Table:
         f"seconds an image at {SAMPLE_STEPS} steps", "peak resident",
     )  # fmt: skip
     return Table("`terdit sample`, one guided image, no VAE, loading not counted", header, rows)
+
+
+def images_table(result: BenchResult) -> Table:
+    """Return the table of images beside those of fp32 activations."""
+    rows = [
+        (
+            row.activations,
+            str(row.images),
+            "equal" if row.psnr is None else f"{row.psnr:.1f} dB",
+            "equal" if row.worst_psnr is None else f"{row.worst_psnr:.1f} dB",
+            f"{row.equal:.1%}",
+            str(row.largest),
+        )
+        for row in result.images
+    ]
+    header = ("activations", "images", "PSNR", "of the worst image", "equal values", "largest")
+    return Table("Images beside those of fp32, same noise, dpmpp-2m, 20 steps", header, rows)
 
 
 def _threads(count: int) -> str:

@@ -104,6 +104,18 @@ class SampleRow:
 
 
 @dataclass(frozen=True)
+class ImagesRow:
+    """Images of one kind of activations beside those of fp32 from the same noise, in uint8."""
+
+    activations: str
+    images: int
+    psnr: float | None  # dB over all values; None where all are equal
+    worst_psnr: float | None  # of the image that differs most
+    largest: int  # difference of a value
+    equal: float  # share of the values
+
+
+@dataclass(frozen=True)
 class Machine:
     """Where and with what it ran."""
 
@@ -177,6 +189,7 @@ class BenchResult:
     gemm: list[GemmRow]
     forward: list[ForwardRow]
     sample: list[SampleRow]
+    images: list[ImagesRow]
 
     @property
     def threads(self) -> int:

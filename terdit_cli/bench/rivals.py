@@ -271,6 +271,7 @@ def open_ggml(library: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
     Raises:
         EnvironmentProblem: no such library, or one without ggml's C API.
     """
+    library = library.absolute()  # a bare name would be looked for elsewhere
     base = library.with_name("libggml-base.so")
     try:
         opened = ctypes.CDLL(str(base), ctypes.RTLD_GLOBAL), ctypes.CDLL(str(library))

@@ -48,7 +48,7 @@ ARITHMETICS: tuple[rivals.Peak, ...] = ("int8", "bf16", "fp32")
 # Idle workers of one library's thread pool spin for some milliseconds: a contender must not be
 # timed while another's threads still do.
 SETTLE_SECONDS = 0.02
-SAMPLE_SECONDS = 0.004  # a sample repeats calls that are shorter than this
+SAMPLE_SECONDS = 0.02  # a sample repeats calls that are shorter than this
 PEAK_SECONDS = 0.03
 ERROR_ROWS = 8
 DIFFUSION_STEPS = 1000

@@ -26,6 +26,7 @@ from terdit_cli.bench.options import Options, What, numbers, words
 from terdit_cli.bench.page import page, tables
 from terdit_cli.bench.random_model import RandomModel
 from terdit_cli.bench.results import BenchResult, ForwardRow, GemmRow, Goal, Machine, PeakRow
+from terdit_cli.commands import bench_images
 from terdit_cli.errors import UsageError
 from terdit_cli.model.dit import SIZES
 from terdit_cli.pack.tdt import TdtFile, write_tdt
@@ -60,7 +61,7 @@ def run(
 
     Args:
         model: a named size, for random weights, or a .tdt.
-        what: "gemm", "forward", "sample" or "all".
+        what: "gemm", "forward", "sample", "images" (of a .tdt) or "all".
         size, threads, activations, others: comma separated; "" is the default of each; `others`
             are the rivals, "all" or "none".
         batch: rows of a forward; an image with guidance is two.
@@ -128,6 +129,9 @@ def _measure(options: Options, machine: Machine) -> BenchResult:
             forwards = network.measure(options, path, folder, peaks)
         if options.what in ("sample", "all"):
             samples = network.sample(options, path, folder)
+        images = []
+        if options.what in ("images", "all") and options.model not in SIZES:
+            images = bench_images.compare(path, options.backend, options.activations, options.seed)
     return BenchResult(
         model=options.model,
         command=options.command,
@@ -138,6 +142,7 @@ def _measure(options: Options, machine: Machine) -> BenchResult:
         gemm=products,
         forward=forwards,
         sample=samples,
+        images=images,
     )
 
 

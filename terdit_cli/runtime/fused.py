@@ -26,7 +26,7 @@ from terdit_cli.pack.exported import MATRICES
 from terdit_cli.runtime import cpu
 from terdit_cli.runtime.reference import Precision
 
-CACHE_BYTES = 16 << 20  # of modulations, for each network
+CACHE_BYTES = 8 << 20  # of modulations, for each network
 
 # terdit_block: its matrices in this order, then its norms.
 _NORMS = (

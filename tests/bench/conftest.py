@@ -38,6 +38,7 @@ def bench_result(**fields: Any) -> BenchResult:
     values: dict[str, Any] = {
         "model": "600m", "command": "terdit bench", "seed": 0, "repeats": 3, "machine": MACHINE,
         "peaks": [PeakRow(2, "avx512", 2e12, 1e12, 5e11)], "gemm": [], "forward": [], "sample": [],
+        "images": [],
     }  # fmt: skip
     return BenchResult(**(values | fields))
 

@@ -14,6 +14,8 @@ import torch
 
 from terdit_cli.bench import gemm, network, results, worker
 from terdit_cli.bench.random_model import RandomModel
+from terdit_cli.commands import bench_images
+from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.pack.tdt import write_tdt
 from terdit_cli.runtime import cpu
 
@@ -213,3 +215,31 @@ def test_a_wrong_ggml(terdit: Terdit, tmp_path: Path) -> None:
     done = terdit("bench", "nano", "--ggml", library)
     assert (done.code, done.out) == (4, "")
     assert f"({library}). Fix: build ggml" in done.err
+
+
+@pytest.mark.skipif(cpu.available(torch.device("cpu")) is not None, reason="no native library")
+def test_images_of_other_activations(
+    terdit: Terdit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_images, "IMAGES", 3)
+    monkeypatch.setattr(bench_images, "SAMPLER", SamplerConfig("dpmpp-2m", 2, cfg_scale=2.0))
+    model = tmp_path / "m.tdt"
+    write_tdt(RandomModel("nano", 8, 0), model, "t2", "fp32")
+    page = tmp_path / "page.md"
+    done = terdit("bench", model, "--what", "images", "--json", "--threads", 1, "-o", page)
+    assert done.code == 0, done.err
+    rows = {row["activations"]: row for row in json.loads(done.out)["images"]}
+    assert set(rows) == {"int8", "int16", "bf16"}
+    for row in rows.values():
+        assert row["images"] == 3
+        assert row["worst_psnr"] is None or row["worst_psnr"] <= row["psnr"]
+        assert 0 <= row["equal"] <= 1
+    assert rows["int16"]["equal"] >= rows["int8"]["equal"]
+    assert "Images beside those of fp32" in page.read_text()
+
+
+def test_images_of_random_weights_say_nothing(terdit: Terdit) -> None:
+    done = terdit("bench", "nano", "--what", "images")
+    assert done.code == 2
+    assert "images are compared of trained models" in done.err
+    assert "terdit bench model.tdt --what images" in done.err

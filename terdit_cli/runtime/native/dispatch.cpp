@@ -100,14 +100,6 @@ int32_t terdit_abi(void) { return TERDIT_ABI; }
 
 const char *terdit_version(void) { return TERDIT_VERSION; }
 
-const char *terdit_isas_built(void) {
-    static char text[128];
-    char made[128] = "";
-    for (const Isa &isa : kIsas) append(made, isa.name);
-    strcpy(text, made);  // always the same bytes, so two threads do no harm
-    return text;
-}
-
 const char *terdit_isas_usable(void) {
     static char text[128];
     char made[128] = "";

@@ -69,10 +69,8 @@ typedef struct {
 TERDIT_API int32_t terdit_abi(void);
 TERDIT_API const char *terdit_version(void);
 
-// Instruction sets: the names built in, those this CPU can run (first what auto takes), the one in
-// use.
+// Instruction sets: those built in that this CPU can run (first what auto takes), the one in use.
 // terdit_set_isa("auto" or a name) returns 0; 1 for an unknown name; 2 for one the CPU lacks.
-TERDIT_API const char *terdit_isas_built(void);
 TERDIT_API const char *terdit_isas_usable(void);
 TERDIT_API const char *terdit_isa(void);
 TERDIT_API int32_t terdit_set_isa(const char *name);
