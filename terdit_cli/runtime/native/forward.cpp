@@ -129,11 +129,13 @@ void prepare(const Call &call, const Prepare &job, const Scratch &scratch) {
 
 int64_t panels_of(const Multiply &job) { return (job.matrix->rows + kPanel - 1) / kPanel; }
 
-// Cuts rows where there are too few panels to keep all threads busy to the end.
+// Cuts the rows into chunks, as many for each thread, so that a thread keeps to its rows; into more
+// where there are too few panels to keep all threads busy to the end.
 void set_chunks(Multiply *jobs, int count, int threads) {
     int64_t panels = 0;
     for (int i = 0; i < count; i++) panels += panels_of(jobs[i]);
-    const int64_t wanted = (8 * threads + panels - 1) / panels;
+    int64_t wanted = (8 * threads + panels - 1) / panels;
+    wanted = (wanted + threads - 1) / threads * threads;
     for (int i = 0; i < count; i++) {
         const int64_t possible = most(1, jobs[i].x->m / (8 * kBlockRows));
         jobs[i].row_chunks = wanted < possible ? wanted : possible;
@@ -141,15 +143,14 @@ void set_chunks(Multiply *jobs, int count, int threads) {
 }
 
 void multiply(const Call &call, const Multiply *jobs, int count, const Scratch &scratch) {
-    int64_t tasks = 0;
-    for (int i = 0; i < count; i++) tasks += panels_of(jobs[i]) * jobs[i].row_chunks;
-    parallel(tasks, [&](int64_t task, int thread) {
+    int64_t panels = 0;
+    for (int i = 0; i < count; i++) panels += panels_of(jobs[i]);
+    parallel(panels * jobs[0].row_chunks, [&](int64_t task, int thread) {
+        const int64_t chunk = task / panels;
+        int64_t panel = task % panels;
         const Multiply *job = jobs;
-        while (task >= panels_of(*job) * job->row_chunks) {
-            task -= panels_of(*job) * job->row_chunks;
-            job++;
-        }
-        call.kernels->multiply(job, task, scratch.of(thread));
+        for (; panel >= panels_of(*job); job++) panel -= panels_of(*job);
+        call.kernels->multiply(job, chunk * panels_of(*job) + panel, scratch.of(thread));
     });
 }
 
@@ -172,11 +173,13 @@ struct Step {
     const terdit_model &model;
     int64_t images, m, dim, kv_width;
     int32_t kind;
+    bool quantised = false;  // the attention
     Scratch scratch;
     float *wide;             // [M][max(3 dim, ffn)]: q, k, v, and later the SwiGLU's output
     float *attended, *rows;  // [M][dim]; rows as prepared, where they stay float
     float *ffn_rows;         // [M][ffn], likewise
     Activations to_dim, to_ffn;
+    HeadBytes q_bytes = {}, k_bytes = {}, v_bytes = {};
 
     Step(const Call &a_call, const terdit_model &a_model, int64_t batch, int32_t activations)
         : call(a_call), model(a_model), images(batch), m(batch * a_model.tokens),
@@ -187,11 +190,18 @@ struct Step {
         const bool floats = kind == TERDIT_FP32 || kind == TERDIT_BF16;
         const bool grouped = is_grouped(model.blocks[0].wq);
         wide = layout->take<float>(m * most(dim + 2 * kv_width, model.ffn_width));
-        attended = layout->take<float>(m * dim);
+        quantised = model.attention == TERDIT_INT8 && call.kernels->dots_any_bytes;
+        // Attention that reads the bytes of the heads may write where q was.
+        attended = quantised ? wide : layout->take<float>(m * dim);
         rows = floats ? layout->take<float>(m * dim) : nullptr;
         ffn_rows = kind == TERDIT_BF16 ? layout->take<float>(m * model.ffn_width) : nullptr;
         to_dim = take_activations(layout, call.kernels, kind, grouped, m, dim);
         to_ffn = take_activations(layout, call.kernels, kind, grouped, m, model.ffn_width);
+        if (quantised) {
+            q_bytes = take_heads(layout, model.heads);
+            k_bytes = take_heads(layout, model.kv_heads);
+            v_bytes = take_heads(layout, model.kv_heads);
+        }
         const terdit_block &block = model.blocks[0];
         Multiply widest = multiply_job(&block.w1, &to_dim, wide);
         Multiply deepest = multiply_job(&block.w2, &to_ffn, wide);
@@ -201,6 +211,16 @@ struct Step {
         const Attention attention = attention_job();
         scratch.need(call.kernels->attend_scratch(&attention));
         scratch.place(layout, call.threads);
+    }
+
+    HeadBytes take_heads(Layout *layout, int64_t heads) const {
+        HeadBytes place;
+        // Blocks of rows may reach beyond the last token.
+        place.bytes = layout->take<int8_t>((m * heads + kBlockRows) *
+                                           rounded_up(dim / model.heads, kPanel));
+        place.steps = layout->take<float>(m * heads);
+        place.minus_sums = layout->take<int32_t>(m * heads);
+        return place;
     }
 
     Attention attention_job() const {
@@ -213,7 +233,10 @@ struct Step {
         job.heads = model.heads;
         job.kv_heads = model.kv_heads;
         job.head_dim = dim / model.heads;
-        job.quantised = model.attention == TERDIT_INT8 && call.kernels->dots_any_bytes;
+        job.quantised = quantised;
+        job.q_bytes = q_bytes;
+        job.k_bytes = k_bytes;
+        job.v_bytes = v_bytes;
         const int64_t wanted = (4 * call.threads + images * model.heads - 1) / (images * model.heads);
         job.row_chunks = wanted < model.tokens / 48 ? wanted : most(1, model.tokens / 48);
         return job;
@@ -265,6 +288,7 @@ struct Step {
         multiply(call, jobs, 3, scratch);
         const Rotate rotation = {q,
                                  k,
+                                 v,
                                  block.q_norm_weight,
                                  block.q_norm_bias,
                                  block.k_norm_weight,
@@ -275,7 +299,11 @@ struct Step {
                                  model.tokens,
                                  model.heads,
                                  model.kv_heads,
-                                 dim / model.heads};
+                                 dim / model.heads,
+                                 quantised,
+                                 q_bytes,
+                                 k_bytes,
+                                 v_bytes};
         parallel((m + kRowsATask - 1) / kRowsATask, [&](int64_t task, int) {
             const int64_t end = (task + 1) * kRowsATask < m ? (task + 1) * kRowsATask : m;
             for (int64_t row = task * kRowsATask; row < end; row++)

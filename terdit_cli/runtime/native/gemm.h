@@ -19,7 +19,8 @@
 //     `vectors` 4-k vectors of the byte tile [vectors][256]; start(r, v) gives the accumulators'
 //     first values, finish(totals [R][V]) takes the last ones; V vectors of columns, at most
 //     kDotColumns / kLanes
-//   constexpr bool kDotsAnyBytes;  dot_block takes tiles of any u8, not of codes 0..2 only
+//   constexpr bool kDotsAnyBytes;  dot_block takes tiles of any u8, not of codes 0..2 only, and
+//     u8 rows with s8 tiles as well
 //   constexpr int kFmaVectors;   vectors of columns that fma_block handles at once
 //   fma(a, b, c)
 // and, where TERDIT_HALVES is defined, spread_halves(codes, vectors, tile) and
@@ -452,35 +453,36 @@ void integer_rows(const Multiply *job, const Panel *panels, int matrices, int64_
 
 void multiply(const Multiply *job, int64_t task, void *scratch) {
     const Activations &x = *job->x;
-    const int64_t index = task / job->row_chunks, chunk = rows_a_chunk(job);
-    const int64_t m0 = task % job->row_chunks * chunk;
+    const int64_t panels = (job->matrix->rows + kPanel - 1) / kPanel;
+    const int64_t index = task % panels, chunk = rows_a_chunk(job);
+    const int64_t m0 = task / panels * chunk;
     const int64_t m1 = m0 + chunk < x.m ? m0 + chunk : x.m;
     if (m0 >= m1) return;
     const int matrices = job->second ? 2 : 1;
     const terdit_matrix *matrix[2] = {job->matrix, job->second};
     uint8_t *place = static_cast<uint8_t *>(scratch);
-    Panel panels[2];
+    Panel opened[2];
     float *sums[2] = {};
     for (int i = 0; i < matrices; i++) {
         uint8_t *tile = place;
         float *group_alphas = reinterpret_cast<float *>(place + tile_bytes(job));
         sums[i] = reinterpret_cast<float *>(place + tile_bytes(job) + group_alpha_bytes(job));
         place += tile_bytes(job) + group_alpha_bytes(job) + sums_bytes(job);
-        open_panel(matrix[i], index, group_alphas, tile, &panels[i]);
+        open_panel(matrix[i], index, group_alphas, tile, &opened[i]);
     }
     const int64_t n0 = index * kPanel;
-    if (x.kind == TERDIT_INT8) return integer_rows<1>(job, panels, matrices, n0, m0, m1);
-    if (x.kind == TERDIT_INT16) return integer_rows<2>(job, panels, matrices, n0, m0, m1);
+    if (x.kind == TERDIT_INT8) return integer_rows<1>(job, opened, matrices, n0, m0, m1);
+    if (x.kind == TERDIT_INT16) return integer_rows<2>(job, opened, matrices, n0, m0, m1);
     for (int i = 0; i < matrices; i++) {
 #ifdef TERDIT_HALVES
         if (x.halves_in_use) {
-            halves_rows(panels[i], x, m0, m1, sums[i]);
+            halves_rows(opened[i], x, m0, m1, sums[i]);
             continue;
         }
 #endif
-        float_rows(panels[i], x, m0, m1, sums[i]);
+        float_rows(opened[i], x, m0, m1, sums[i]);
     }
-    finish(job, panels, n0, m0, m1 - m0, nullptr, FloatSums{sums[0]}, FloatSums{sums[1]});
+    finish(job, opened, n0, m0, m1 - m0, nullptr, FloatSums{sums[0]}, FloatSums{sums[1]});
 }
 
 }  // namespace

@@ -23,8 +23,8 @@ constexpr bool kDotsAnyBytes = true;
 
 // 24 accumulators, 4 vectors of codes and the broadcast bytes: 29 of 32 registers. Broadcasting
 // from memory costs a load port only, so the two dot units are what limits the loop.
-template <int R, int V, class Start, class Finish>
-TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_t *tile,
+template <int R, int V, class Byte, class Code, class Start, class Finish>
+TERDIT_INLINE void dot_block(const Byte *bytes, ptrdiff_t stride, const Code *tile,
                              int64_t vectors, const Start &start, const Finish &finish) {
     vi total[R][V];
 #pragma GCC unroll 8
@@ -42,7 +42,9 @@ TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_
             const __m512i value = _mm512_set1_epi32(four);
 #pragma GCC unroll 8
             for (int v = 0; v < V; v++)
-                total[r][v] = (vi)_mm512_dpbusd_epi32((__m512i)total[r][v], codes[v], value);
+                total[r][v] = (vi)(Code(-1) > 0  // the unsigned operand comes first
+                                       ? _mm512_dpbusd_epi32((__m512i)total[r][v], codes[v], value)
+                                       : _mm512_dpbusd_epi32((__m512i)total[r][v], value, codes[v]));
         }
     }
     finish(total);

@@ -13,8 +13,8 @@ double peak(const char *what, int64_t rounds) {
     return double(rounds) * 12 * 64;
 }
 
-template <int R, int V, class Start, class Finish>
-TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_t *tile,
+template <int R, int V, class Byte, class Code, class Start, class Finish>
+TERDIT_INLINE void dot_block(const Byte *bytes, ptrdiff_t stride, const Code *tile,
                              int64_t vectors, const Start &start, const Finish &finish) {
     vi total[R][V];
 #pragma GCC unroll 8
@@ -34,7 +34,9 @@ TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_
 #pragma GCC unroll 8
             for (int v = 0; v < V; v++)
                 total[r][v] =
-                    (vi)_mm256_dpbusd_avx_epi32((__m256i)total[r][v], columns[v], value);
+                    (vi)(Code(-1) > 0  // the unsigned operand comes first
+                             ? _mm256_dpbusd_avx_epi32((__m256i)total[r][v], columns[v], value)
+                             : _mm256_dpbusd_avx_epi32((__m256i)total[r][v], value, columns[v]));
         }
     }
     finish(total);

@@ -15,9 +15,8 @@ constexpr int kFmaVectors = 2;
 constexpr int kDotColumns = 16;
 constexpr bool kDotsAnyBytes = true;
 
-template <int R, int V, class Start, class Finish>
-TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_t *tile,
-                             int64_t vectors, const Start &start, const Finish &finish) {
+template <int R, int V, class Byte, class Code, class Start, class Finish>
+TERDIT_INLINE void dot_block(const Byte *bytes, ptrdiff_t stride, const Code *tile, int64_t vectors, const Start &start, const Finish &finish) {
     vi total[R][V];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) {

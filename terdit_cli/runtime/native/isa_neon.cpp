@@ -42,8 +42,8 @@ double peak(const char *what, int64_t rounds) {
     return double(rounds) * 24 * 8;
 }
 
-template <int R, int V, class Start, class Finish>
-TERDIT_INLINE void dot_block(const int8_t *bytes, ptrdiff_t stride, const uint8_t *tile,
+template <int R, int V, class Byte, class Code, class Start, class Finish>
+TERDIT_INLINE void dot_block(const Byte *bytes, ptrdiff_t stride, const Code *tile,
                              int64_t vectors, const Start &start, const Finish &finish) {
     vi total[R][V];
 #pragma GCC unroll 8

@@ -67,16 +67,28 @@ struct Multiply {
     int64_t row_chunks;  // the rows are cut into so many tasks a panel
 };
 
+// The heads of one of q, k, v in int8: a row of ceil(head_dim / 64) * 64 bytes, a step and
+// minus the bytes' sum for each [image][head][token]; the step of a row that is not finite is NaN.
+struct HeadBytes {
+    int8_t *bytes;
+    float *steps;
+    int32_t *minus_sums;
+};
+
 struct Rotate {
-    float *q, *k;  // [M][heads * head_dim], [M][kv_heads * head_dim]
+    float *q, *k;    // [M][heads * head_dim], [M][kv_heads * head_dim]
+    const float *v;  // [M][kv_heads * head_dim]
     const float *q_weight, *q_bias, *k_weight, *k_bias;  // of the LayerNorm, or NULL
     float eps;
     const float *cos, *sin;  // [T][head_dim / 2]
     int64_t tokens, heads, kv_heads, head_dim;
+    bool quantised;  // fills the bytes of the heads
+    HeadBytes q_bytes, k_bytes, v_bytes;
 };
 
 struct Attention {
     const float *q, *k, *v;  // [B * T][heads * head_dim], twice [B * T][kv_heads * head_dim]
+    HeadBytes q_bytes, k_bytes, v_bytes;  // instead of them, if quantised
     float *out;              // [B * T][heads * head_dim]
     int64_t tokens, heads, kv_heads, head_dim;
     int64_t row_chunks;  // the queries of a head are cut into so many tasks
@@ -92,11 +104,11 @@ struct Kernels {
     void (*prepare)(const Prepare *job, int64_t m, void *scratch);
     size_t (*prepare_scratch)(int64_t k);
 
-    // Task i of panels * row_chunks.
+    // Task i of row_chunks * panels: the panels of the first chunk of rows come first.
     void (*multiply)(const Multiply *job, int64_t task, void *scratch);
     size_t (*multiply_scratch)(const Multiply *job);
 
-    // LayerNorm (if any) and rotary embedding of row m of q and k, in place.
+    // LayerNorm (if any) and rotary embedding of row m of q and k, in place; the heads' bytes.
     void (*rotate)(const Rotate *job, int64_t m);
 
     // Task i of B * heads * row_chunks.

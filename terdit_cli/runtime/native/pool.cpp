@@ -1,6 +1,8 @@
-// Workers wait for a generation number to change, take tasks from a shared counter, and report
-// back. Between the jobs of one call they spin for some microseconds, because the next job is
-// near; after that they sleep, so nothing spins once a call has returned.
+// Workers wait for a generation number to change, take their own stretch of the tasks, then what
+// others have left of theirs, and report back. Where the tasks of every job go by rows, a thread
+// so meets the rows again that are in its cache. Between the jobs of one call they spin for some
+// microseconds, because the next job is near; after that they sleep, so nothing spins once a call
+// has returned.
 #include "pool.h"
 
 #include <atomic>
@@ -28,7 +30,12 @@ pthread_once_t fork_handler = PTHREAD_ONCE_INIT;
 
 Job job;
 std::atomic<uint64_t> generation{0};
-std::atomic<int64_t> next_task{0};
+// Each thread's own stretch of the tasks; another takes from it when it has none left.
+struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+};
+Share shares[TERDIT_MAX_THREADS];
 std::atomic<int> still_working{0};
 std::atomic<int> sleepers{0};
 int workers = 0;  // started
@@ -43,10 +50,14 @@ void pause_cpu() {
 }
 
 void take_tasks(int thread) {
-    for (;;) {
-        const int64_t task = next_task.fetch_add(1, std::memory_order_relaxed);
-        if (task >= job.tasks) return;
-        job.run(job.context, task, thread);
+    const int threads = job.workers + 1;
+    for (int i = 0; i < threads; i++) {
+        Share &share = shares[(thread + i) % threads];
+        for (;;) {
+            const int64_t task = share.next.fetch_add(1, std::memory_order_relaxed);
+            if (task >= share.end) break;
+            job.run(job.context, task, thread);
+        }
     }
 }
 
@@ -124,7 +135,10 @@ void pool_run(int64_t tasks, PoolTask run, void *context) {
         return;
     }
     job = {run, context, tasks, taking_part};
-    next_task.store(0, std::memory_order_relaxed);
+    for (int i = 0; i <= taking_part; i++) {
+        shares[i].next.store(tasks * i / (taking_part + 1), std::memory_order_relaxed);
+        shares[i].end = tasks * (i + 1) / (taking_part + 1);
+    }
     still_working.store(workers, std::memory_order_relaxed);
     generation.fetch_add(1);
     if (sleepers.load() > 0) {

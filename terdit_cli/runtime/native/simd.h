@@ -52,7 +52,14 @@ TERDIT_INLINE vi splat_int(int32_t x) { return x - vi{}; }
 
 TERDIT_INLINE vi bits(vf v) { return (vi)v; }
 TERDIT_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
+// The lowest byte of each lane, and back. gcc 12 takes some conversions to 16 bytes apart.
+#if TERDIT_LANES == 16
+TERDIT_INLINE vb to_bytes(vi v) { return (vb)_mm512_cvtepi32_epi8((__m512i)v); }
+TERDIT_INLINE vi from_bytes(vb v) { return (vi)_mm512_cvtepi8_epi32((__m128i)v); }
+#else
 TERDIT_INLINE vb to_bytes(vi v) { return __builtin_convertvector(v, vb); }
+TERDIT_INLINE vi from_bytes(vb v) { return __builtin_convertvector(v, vi); }
+#endif
 
 TERDIT_INLINE vi max(vi a, vi b) { return a > b ? a : b; }
 
