@@ -12,10 +12,11 @@ from terdit_cli.errors import UsageError
 from terdit_cli.recipe import Recipe, load_recipe
 from terdit_cli.train import build
 from terdit_cli.train.checkpoint import RECIPE, Saved, check_checkpoint, latest_checkpoint
-from terdit_cli.train.loop import CKPT, Trainer, loss_summary, run_training
+from terdit_cli.train.loop import loss_summary, run_training
 from terdit_cli.train.memory import Plan, plan_run
 from terdit_cli.train.parallel import join_world
 from terdit_cli.train.preview import preview_sampler
+from terdit_cli.train.trainer import CKPT, Trainer
 
 # Changing these on resume would give another network than the one that was saved.
 _FIXED_SECTIONS = ("model", "ternary")

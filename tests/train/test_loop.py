@@ -20,8 +20,8 @@ from terdit_cli.errors import EnvironmentProblem, GateFailed, InputFileError, Us
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.recipe import load_recipe
 from terdit_cli.train import build
-from terdit_cli.train.loop import Trainer
 from terdit_cli.train.parallel import grad_accum_steps, join_world, seed_step
+from terdit_cli.train.trainer import Trainer
 
 Train = Callable[..., Any]
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"

@@ -33,7 +33,7 @@ def test_twenty_and_twenty_steps_are_forty(
     tmp_path: Path, train: Train, whole_run: Path, assert_same_run: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from terdit_cli.train.loop import Trainer
+    from terdit_cli.train.trainer import Trainer
 
     class Stop(Exception):
         pass
