@@ -28,7 +28,8 @@ demo: install  ## train, pack, sample and score a small ternary DiT (minutes on 
 	$(BIN)/python -m terdit_cli.commands.demo
 
 test: install lint  ## lint, types and all tests
-	$(BIN)/pytest -q --cov=terdit_cli --cov-report=term:skip-covered
+	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile \
+		--cov=terdit_cli --cov-report=term:skip-covered
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -37,6 +38,12 @@ lint: install  ## ruff and mypy
 
 bench: install  ## docs/bench.md: terdit and its rivals on this CPU (minutes; GGML=libggml-cpu.so)
 	$(BIN)/terdit bench 600m --size 256,512 --threads 1,$$(nproc) $(GGML:%=--ggml %) --out docs/bench.md
+
+bench-metrics: install  ## docs/metrics.md: eval-fid's scores and times beside recorded values and other libraries
+	$(BIN)/terdit bench --what metrics --threads $$(nproc) --recorded tests/golden/metrics.json --out docs/metrics.md
+
+add-model: install  ## package a run: make add-model RUN=runs/x NAME=x EVAL=result.json WORDS='--data ...'
+	$(BIN)/python -m terdit_cli.commands.add_model $(RUN) $(NAME) --eval $(EVAL) $(WORDS)
 
 native-sanitize: install  ## the native code under the address, undefined and thread sanitizers
 	$(BIN)/pytest -q -k sanitizer tests/runtime/test_native_builds.py
@@ -52,4 +59,4 @@ clean:  ## remove everything that the other targets made
 	rm -rf .venv build dist demo runs $(NATIVE)/*.so .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test lint bench native-sanitize wheel clean
+.PHONY: help install demo test lint bench bench-metrics add-model native-sanitize wheel clean

@@ -21,8 +21,24 @@ from typing import Annotated, Any, Literal
 import typer
 
 import terdit_cli
-from terdit_cli import console, tables
-from terdit_cli.errors import GateFailed, Interrupted, TerditError, UsageError
+from terdit_cli import app_eval, app_models, app_prepare, app_train, console, tables
+from terdit_cli.errors import Interrupted, TerditError, UsageError
+from terdit_cli.options import (
+    Activations,
+    BackendName,
+    BatchSize,
+    CfgChannels,
+    CfgScale,
+    Device,
+    GuidedChannels,
+    Json,
+    RawWeights,
+    Sampler,
+    Seed,
+    Steps,
+    Threads,
+    Vae,
+)
 
 EXIT_CODES = """Exit codes: 0 ok, 1 bug (with traceback), 2 usage or recipe, 3 bad input file,
 4 environment (backend or extra missing, disk full), 5 quality gate failed or training diverged,
@@ -62,41 +78,6 @@ class ScaleGranularity(StrEnum):
     group128 = "group128"
 
 
-class CfgChannels(StrEnum):
-    """Which channels classifier-free guidance changes."""
-
-    three = "3"
-    all = "all"
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
-# What sample and eval-fid share.
-Steps = Annotated[int, typer.Option(help="Sampling steps.")]
-Sampler = Annotated[str, typer.Option(help="ddpm, ddim, dpmpp-2m, unipc or euler.")]
-CfgScale = Annotated[float, typer.Option(help="Guidance; 1 is off.")]
-GuidedChannels = Annotated[
-    CfgChannels, typer.Option(help="Guided channels: 3 as published, or all.")
-]
-Seed = Annotated[int, typer.Option(help="Image i is a function of (seed, i).")]
-BatchSize = Annotated[int, typer.Option(help="Images drawn at once.")]
-BackendName = Annotated[str, typer.Option(help="auto, gpu, cpu or reference.")]
-Activations = Annotated[
-    str, typer.Option(help="Of packed models: auto, int8, int16, bf16 or fp32.")
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(envvar="TERDIT_THREADS", help="CPU threads.  [default: torch's]"),
-]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
-]
-Vae = Annotated[str | None, typer.Option(help="VAE folder or hub id instead of the model's.")]
-RawWeights = Annotated[
-    bool,
-    typer.Option("--ema/--raw", help="The averaged weights of a checkpoint, or the raw ones."),
-]
-
-
 def _weights(ema: bool) -> Literal["ema", "raw"]:
     return "ema" if ema else "raw"
 
@@ -125,51 +106,8 @@ def _example(*lines: str) -> str:
     return "Examples:\n\n" + "\n\n".join(lines)
 
 
-@app.command(
-    epilog=_example(
-        "terdit train recipes/quickstart.yaml",
-        "terdit train recipes/quickstart.yaml optim.lr=1e-3 train.steps=200 --out runs/try",
-        "terdit train recipes/quickstart.yaml --resume auto",
-        "terdit train recipes/4.2b.yaml --dry-run",
-    )
-)
-def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe fields to change.")
-    ] = None,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            metavar="auto|PATH",
-            help="Continue from the newest checkpoint of the run, or from PATH.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Run folder.  [default: runs/<name of the recipe>]")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print sizes and memory, train nothing.")
-    ] = False,
-    json: Json = False,
-) -> None:
-    """Train a recipe with the quantiser in the forward (QAT) into a run folder."""
-    from terdit_cli.commands import train as command
-
-    if dry_run:
-        resolved, plan = command.plan(recipe, overrides or ())
-        tables.print_plan(resolved, plan, json)
-        return
-    result = command.run(recipe, overrides or (), resume, out)
-    if json:
-        console.result_json(dataclasses.asdict(result))
-        return
-    losses = (
-        f"loss {result.first_loss:.4f} -> {result.last_loss:.4f}, "
-        if result.first_loss is not None and result.last_loss is not None
-        else ""
-    )
-    console.result(f"trained {result.steps} steps, {losses}{result.checkpoint}")
+app.command(epilog=_example(*app_train.EXAMPLES))(app_train.train)
+app.command(epilog=_example(*app_prepare.EXAMPLES))(app_prepare.prepare)
 
 
 @app.command(
@@ -260,6 +198,7 @@ def _parse_fields(words: list[str]) -> dict[str, Any]:
 
 @app.command(
     epilog=_example(
+        "terdit sample --prompt-class sneaker",
         'terdit sample --prompt-class "Ankle boot" -n 4',
         "terdit sample --model model.tdt --prompt-class 207 --steps 50 --sampler dpmpp-2m",
         "terdit sample --model runs/quickstart --prompt-class all -n 8 -o samples.npz",
@@ -272,13 +211,14 @@ def sample(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="Model file or folder.  [default: TERDIT_MODEL, the only .tdt here, newest run]"
+            help="File, folder or packaged model.  [default: TERDIT_MODEL, the only .tdt here, "
+            "newest run, packaged model of that class]"
         ),
     ] = None,
     n: Annotated[int, typer.Option("-n", help="Images of each class.")] = 1,
-    steps: Steps = 250,
-    sampler: Sampler = "ddpm",
-    cfg_scale: CfgScale = 4.0,
+    steps: Steps = None,
+    sampler: Sampler = None,
+    cfg_scale: CfgScale = None,
     cfg_channels: GuidedChannels = CfgChannels.three,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
@@ -309,87 +249,8 @@ def sample(
     )
 
 
-@app.command(
-    name="eval-fid",
-    epilog=_example(
-        "terdit eval-fid --model model.tdt --reference imagenet_val/ -n 50000 --max-fid 10",
-        "terdit eval-fid --images samples.npz --reference stats.npz",
-        "terdit eval-fid --model quickstart.tdt --reference embedded:heldout -n 500 "
-        "--features efficientnet-lite0 --sampler dpmpp-2m --steps 20",
-        "terdit eval-fid --images train/ --save-reference stats.npz",
-    ),
-)
-def eval_fid(
-    model: Annotated[Path | None, typer.Option(help="Draw the images with this model.")] = None,
-    images: Annotated[
-        str | None,
-        typer.Option(help="Score these: folder, zip, .npz, or embedded[:train|:heldout]."),
-    ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(help="Folder, zip, .npz of images or statistics, or embedded[:split]."),
-    ] = None,
-    n: Annotated[
-        int | None,
-        typer.Option(
-            "-n",
-            help="Images, and at most so many of a reference of images.  "
-            "[default: all; 1000 of a model]",
-        ),
-    ] = None,
-    features: Annotated[
-        str, typer.Option(help="inception (FID), efficientnet-lite0 or torchscript:FILE.")
-    ] = "inception",
-    weights: Annotated[
-        Path | None, typer.Option(help="Weights file of the feature extractor.")
-    ] = None,
-    max_fid: Annotated[
-        float | None, typer.Option(help="Exit with 5 if the distance is larger.")
-    ] = None,
-    save_reference: Annotated[
-        Path | None, typer.Option(help="Write the images' statistics as a reference .npz.")
-    ] = None,
-    sampler: Sampler = "ddpm",
-    steps: Steps = 250,
-    cfg_scale: CfgScale = 4.0,
-    cfg_channels: GuidedChannels = CfgChannels.three,
-    seed: Seed = 0,
-    batch_size: BatchSize = 8,
-    backend: BackendName = "auto",
-    activations: Activations = "auto",
-    threads: Threads = None,
-    device: Device = None,
-    vae: Vae = None,
-    json: Json = False,
-) -> None:
-    """Score a model or images against a reference; exit with 5 if the gate is missed."""
-    from terdit_cli.commands import eval_fid as command
-
-    result = command.run(
-        reference, model, images, n, features, weights, max_fid, save_reference, sampler, steps,
-        cfg_scale, cfg_channels.value, seed, batch_size, backend, device, vae, activations, threads,
-    )  # fmt: skip
-    if result is None:
-        console.result(f"{save_reference}: reference written")
-        return
-    for text in result.warnings:
-        console.warn(text)
-    if json:
-        console.result_json(dataclasses.asdict(result) | {"passed": result.passed})
-    else:
-        kid = "" if result.kid is None else f", KID {result.kid:.6f}"
-        console.result(
-            f"{result.distance_name} {result.distance:.4f}{kid} "
-            f"({result.n} images, reference {result.n_reference or 'of unknown n'}; "
-            f"{result.pipeline})"
-        )
-    if not result.passed:
-        raise GateFailed(
-            f"{result.distance_name} is above the gate",
-            got=f"{result.distance:.4f}",
-            expected=f"at most {max_fid}",
-            where=model or images,
-        )
+app.command(name="eval-fid", epilog=_example(*app_eval.EXAMPLES))(app_eval.eval_fid)
+app.command(epilog=_example(*app_models.EXAMPLES))(app_models.models)
 
 
 @app.command(
@@ -399,6 +260,7 @@ def eval_fid(
         "terdit bench model.tdt --what images",
         "terdit bench model.tdt --what forward --rivals none --json",
         "terdit bench 600m --size 256,512 --threads 1,2 --out docs/bench.md",
+        "terdit bench --what metrics --threads 1 --recorded tests/golden/metrics.json",
     )
 )
 def bench(
@@ -406,7 +268,8 @@ def bench(
         str, typer.Argument(help="A size, for random weights (600m, 4.2b, ...), or a .tdt.")
     ] = "600m",
     what: Annotated[
-        str, typer.Option(help="gemm, forward, sample, images (of a .tdt) or all.")
+        str,
+        typer.Option(help="gemm, forward, sample, images (of a .tdt), all of these, or metrics."),
     ] = "all",
     size: Annotated[str, typer.Option(help="Image sizes in pixels, as 256,512.")] = "",
     batch: Annotated[int, typer.Option(help="Rows of a forward; a guided image is two.")] = 2,
@@ -425,6 +288,9 @@ def bench(
     ggml: Annotated[
         Path | None, typer.Option(help="A libggml-cpu.so: its TQ2_0 is a rival too.")
     ] = None,
+    recorded: Annotated[
+        Path | None, typer.Option(help="A .json of recorded metrics, an .npz beside it.")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved repeats; medians are shown.")] = 7,
     seed: Annotated[int, typer.Option(help="Of weights and inputs.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Page to write, .md.")] = None,
@@ -435,7 +301,7 @@ def bench(
 
     result = command.run(
         model, what, size, batch, threads, activations, backend, rivals, repeats, seed, ggml, out,
-        shlex.join(["terdit", *sys.argv[1:]]),
+        shlex.join(["terdit", *sys.argv[1:]]), recorded,
     )  # fmt: skip
     if json:
         console.result_json(command.as_json(result))

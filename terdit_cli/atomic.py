@@ -51,6 +51,18 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink()
 
 
+def check_writable(target: Path) -> None:
+    """Raise the EnvironmentProblem that `atomic_path` would raise, as far as can be told now."""
+    if target.is_dir():
+        raise write_problem(target, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    number = 0 if os.access(folder, os.W_OK | os.X_OK) else errno.EACCES
+    if not folder.is_dir():
+        number = errno.ENOTDIR
+    if number:
+        raise write_problem(target, OSError(number, os.strerror(number)))
+
+
 def write_problem(target: Path, error: OSError) -> EnvironmentProblem:
     """Turn the operating system's refusal to write `target` into a sentence with a way out."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -65,7 +65,7 @@ def result(text: str) -> None:
 def result_json(value: dict[str, Any]) -> None:
     """Print exactly one JSON object to stdout."""
     if is_main():
-        print(json.dumps(value, indent=2, sort_keys=True, default=str))
+        print(json.dumps(value, indent=2, default=str))
 
 
 def result_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

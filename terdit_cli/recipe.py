@@ -33,9 +33,12 @@ from terdit_cli.errors import InputFileError, UsageError, did_you_mean
 VAE_DOWNSAMPLE = 8  # of Stable Diffusion's VAE, which all published recipes use
 VAE_CHANNELS = 4
 LARGEST_FILE = 1 << 20  # bytes of a recipe
+_PLURALS = {"recipe": "recipes", "study": "studies"}
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-DataSource = Literal["embedded", "folder", "zip", "cifar10", "fashion-mnist"]
+DataSource = Literal[
+    "embedded", "folder", "zip", "tars", "parquet", "cifar10", "fashion-mnist", "latents"
+]
 
 
 class Section(BaseModel):
@@ -74,15 +77,43 @@ class ModelSection(Section):
     qk_norm: bool = True
 
 
+# Sets of fields of `ternary`; those that a set does not name have their defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "best": {},
+    "paper": {
+        "scale": "learned",
+        "alpha_init": "randn",
+        "adaln_norm": True,
+        "granularity": "tensor",
+        "activations": "none",
+    },
+}
+
+
 class TernarySection(Section):
     """The quantiser; see the README for what each option does to training."""
 
+    # The published TerDiT's fields below, or the defaults. Fields given beside it win; a word
+    # ternary.preset=NAME comes after the file and replaces them. A resolved recipe has no preset
+    # any more: it spells the fields out.
+    preset: Annotated[Literal["best", "paper"] | None, Field(exclude=True)] = None
     enabled: bool = True
     scale: Literal["learned", "absmean"] = "learned"
     alpha_init: Literal["randn", "absmean"] = "randn"
     adaln_norm: bool | None = None  # None: as `enabled` (the full-precision parent has none)
     granularity: Literal["tensor", "row", "group128"] = "tensor"
     activations: Literal["none", "int8"] = "none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out_preset(cls, values: Any) -> Any:
+        """Put a preset's fields in its place; unknown presets are left to the field's check."""
+        if not isinstance(values, dict) or not isinstance(values.get("preset"), str):
+            return values
+        fields = PRESETS.get(values["preset"])
+        if fields is None:
+            return values
+        return fields | {key: value for key, value in values.items() if key != "preset"}
 
 
 class DataSection(Section):
@@ -103,6 +134,10 @@ class DataSection(Section):
     def _check(self) -> DataSection:
         if self.source != "embedded" and self.path is None:
             raise ValueError(f"data.path is needed for source {self.source!r}")
+        if self.source == "latents" and self.vae is None:
+            raise ValueError("data.vae is needed for source 'latents': the VAE that prepared them")
+        if self.source == "latents" and self.split is not None:
+            raise ValueError("data.split is chosen when latents are prepared: set data.split=null")
         if self.vae is not None and self.image_size % VAE_DOWNSAMPLE:
             raise ValueError(
                 f"data.image_size {self.image_size} must be a multiple of {VAE_DOWNSAMPLE}, "
@@ -119,7 +154,8 @@ class TrainSection(Section):
     micro_batch_size: PositiveInt = 32  # images a forward pass of one process
     precision: Literal["fp32", "bf16"] = "bf16"
     compile: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | PositiveInt = False  # every block, or every k-th
+    max_skipped: NonNegativeInt = 10  # steps in a row without finite gradients; one more stops
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:
@@ -131,9 +167,31 @@ class TrainSection(Section):
         return self
 
 
+class ParallelSection(Section):
+    """How several processes share the work; one process alone takes no notice of it."""
+
+    mode: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    shard_size: PositiveInt | None = None  # hsdp: processes that share one copy; None: a node's
+    reshard_after_forward: bool = True  # fsdp, hsdp: free a block's gathered weights in between
+    reduce: Literal["fp32", "bf16"] = "fp32"  # arithmetic of the gradients' sum over processes
+    cpu_offload: bool = False  # fsdp, hsdp on GPUs: masters and moments in the host's memory
+    hang_seconds: PositiveFloat = 600  # without a step on any process: the job is ended
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelSection:
+        if self.shard_size is not None and self.mode != "hsdp":
+            raise ValueError(
+                f"parallel.shard_size is for mode 'hsdp', not {self.mode!r}: set parallel.mode=hsdp"
+            )
+        if self.cpu_offload and self.mode == "ddp":
+            raise ValueError("parallel.cpu_offload needs parallel.mode=fsdp or hsdp")
+        return self
+
+
 class OptimSection(Section):
     """AdamW and its learning-rate schedule."""
 
+    kind: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bit: moments of a byte each, by torchao
     lr: PositiveFloat = 1e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
@@ -163,10 +221,20 @@ class SampleSection(Section):
     cfg_scale: NonNegativeFloat = 4.0
 
 
+class WandbSection(Section):
+    """Where Weights & Biases keeps the run."""
+
+    project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")]
+    entity: str | None = None  # a user or team; None: the default of the account
+    mode: Literal["online", "offline"] = "online"
+
+
 class LoggingSection(Section):
-    """metrics.jsonl and loss.png."""
+    """metrics.jsonl and loss.png always; TensorBoard and Weights & Biases where wanted."""
 
     every: PositiveInt = 100  # steps
+    tensorboard: bool = False  # also into RUN/tensorboard
+    wandb: WandbSection | None = None
 
 
 class CheckpointSection(Section):
@@ -174,6 +242,7 @@ class CheckpointSection(Section):
 
     every: PositiveInt = 10_000  # steps
     keep_last: PositiveInt = 2
+    keep_every_hours: PositiveFloat | None = None  # one of so many hours is never deleted
 
 
 class Recipe(Section):
@@ -185,6 +254,7 @@ class Recipe(Section):
     ternary: TernarySection = TernarySection()
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
     optim: OptimSection = OptimSection()
     ema: EmaSection = EmaSection()
     sample: SampleSection = SampleSection()
@@ -254,6 +324,21 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         InputFileError: the file is missing or not YAML.
         UsageError: one sentence for each unknown key, wrong type or impossible value.
     """
+    values = read_mapping(path, "recipe")
+    for word in overrides:
+        _apply_override(values, word)
+    return parse_recipe(values, where=path)
+
+
+def read_mapping(path: Path, kind: Literal["recipe", "study"]) -> dict[str, Any]:
+    """Read a YAML file of sections, strictly: no repeated keys, no aliases.
+
+    Args:
+        kind: what messages call it.
+
+    Raises:
+        InputFileError: missing, too large, or not YAML with a mapping at the top.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST_FILE + 1)
@@ -261,33 +346,33 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise InputFileError(
-            "cannot read the recipe",
+            f"cannot read the {kind}",
             got=getattr(error, "strerror", None) or error,
             where=path,
-            fix="recipes here: " + ", ".join(near) if near else "give the path of a .yaml file",
+            fix=f"{_PLURALS[kind]} here: " + ", ".join(near)
+            if near
+            else "give the path of a .yaml file",
         ) from error
     if len(data) > LARGEST_FILE:
         raise InputFileError(
-            "the recipe is too large", expected=f"at most {LARGEST_FILE} bytes", where=path,
-            fix="give the path of a recipe",
+            f"the {kind} is too large", expected=f"at most {LARGEST_FILE} bytes", where=path,
+            fix=f"give the path of a {kind}",
         )  # fmt: skip
     try:
         values = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputFileError(
-            "the recipe is not valid YAML", got=" ".join(str(error).split()), where=path,
+            f"the {kind} is not valid YAML", got=" ".join(str(error).split()), where=path,
             fix="correct it at that place",
         ) from error  # fmt: skip
     if not isinstance(values, dict):
         got = "an empty file" if values is None else f"a {type(values).__name__}"
         raise InputFileError(
-            "the recipe is not a mapping", got=got, where=path,
+            f"the {kind} is not a mapping", got=got, where=path,
             expected="sections such as `model:` and `train:`",
-            fix="start from a copy of a shipped recipe",
+            fix=f"start from a copy of a shipped {kind}",
         )  # fmt: skip
-    for word in overrides:
-        _apply_override(values, word)
-    return parse_recipe(values, where=path)
+    return values
 
 
 def parse_recipe(values: Any, where: object) -> Recipe:
@@ -295,13 +380,20 @@ def parse_recipe(values: Any, where: object) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors(include_url=False)]
-        count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
-        raise UsageError(
-            f"the recipe has {count}:\n  " + "\n  ".join(lines) + "\n",
-            where=where,
-            fix="correct the recipe or pass key=value words",
+        raise mistakes(
+            error, "recipe", where, "correct the recipe or pass key=value words"
         ) from error
+
+
+def mistakes(
+    error: ValidationError, kind: str, where: object, fix: str, root: type[BaseModel] | None = None
+) -> UsageError:
+    """Return one error that lists everything pydantic found; `root` is what was validated."""
+    lines = [_explain(problem, root or Recipe) for problem in error.errors(include_url=False)]
+    count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
+    return UsageError(
+        f"the {kind} has {count}:\n  " + "\n  ".join(lines) + "\n", where=where, fix=fix
+    )
 
 
 def _apply_override(values: dict[str, Any], word: str) -> None:
@@ -328,15 +420,18 @@ def _apply_override(values: dict[str, Any], word: str) -> None:
                 "an override names a field inside a plain value", got=repr(word),
                 fix=f"{section} has no fields",
             )  # fmt: skip
+    if key == "ternary.preset":  # said after the file, so instead of what the file says
+        for name in PRESETS["paper"]:
+            values.pop(name, None)
     values[last] = value
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, root: type[BaseModel]) -> str:
     """Turn one pydantic error into "train.stepz: unknown key (did you mean 'steps'?)"."""
     location = [str(part) for part in problem["loc"]]
     path = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        siblings = _fields_at(location[:-1])
+        siblings = _fields_at(location[:-1], root)
         hint = did_you_mean(location[-1], siblings)
         return f"{path}: unknown key{hint or ', known are ' + ', '.join(siblings)}"
     if problem["type"] == "value_error":
@@ -350,12 +445,18 @@ def _explain(problem: Any) -> str:
     return message
 
 
-def _fields_at(location: list[str]) -> list[str]:
-    """Return the field names of the section at a path of section names."""
-    section: type[BaseModel] = Recipe
+def _fields_at(location: list[str], section: type[BaseModel]) -> list[str]:
+    """Return the field names of the section at a path of section names below another."""
     for name in location:
+        if name.isdecimal():  # the place in a list of sections
+            continue
         annotation = section.model_fields[name].annotation if name in section.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        inner = [
+            part
+            for part in (annotation, *get_args(annotation))
+            if isinstance(part, type) and issubclass(part, BaseModel)
+        ]
+        if not inner:
             return []
-        section = annotation
+        section = inner[0]
     return list(section.model_fields)

@@ -11,37 +11,55 @@ if TYPE_CHECKING:
     from terdit_cli.commands.pack import PackResult
     from terdit_cli.commands.ternarize import TernarizeResult
     from terdit_cli.commands.train import Plan
+    from terdit_cli.evaluate.result import EvalResult
     from terdit_cli.recipe import Recipe
 
 
 def print_plan(recipe: Recipe, plan: Plan, json: bool) -> None:
-    """Print sizes, memory and work of a training run."""
+    """Print memory, work and time of a training run."""
     if json:
         values = dataclasses.asdict(plan)
-        values |= {"ternary_share": plan.ternary_share, "total_bytes": plan.total_bytes}
+        values |= {"ternary_share": plan.ternary_share}
         console.result_json(values)
         return
     size = console.byte_size
-    checkpointing = "with" if recipe.train.activation_checkpointing else "without"
+    train = recipe.train
+    chosen = "chosen" if train.activation_checkpointing else "not chosen"
+    moments = "8 bit" if recipe.optim.kind == "adamw8bit" else "fp32"
+    processes = "one process" if plan.gpus == 1 else f"{plan.gpus} processes, {plan.mode}"
     rows = [
         ("parameters", f"{plan.parameters:,}"),
         ("ternary", f"{plan.ternary:,} ({100 * plan.ternary_share:.3f} %)"),
         ("weights, fp32", size(plan.weight_bytes)),
-        ("gradients, fp32", size(plan.gradient_bytes)),
-        ("optimizer, two moments", size(plan.optimizer_bytes)),
+        (f"optimizer, two moments, {moments}", size(plan.optimizer_bytes)),
         ("EMA, fp32", size(plan.ema_bytes)),
+        ("record of codes, to count flips", size(plan.record_bytes)),
         (
-            f"activations, {recipe.train.micro_batch_size} images, {recipe.train.precision}, "
-            f"{checkpointing} checkpointing",
+            f"activations, {train.micro_batch_size} images, {train.precision}",
             size(plan.activation_bytes),
         ),
+        (f"  with checkpointing ({chosen})", size(plan.checkpointed_bytes)),
+        ("gradients, fp32", size(plan.gradient_bytes)),
+        ("ternarized weights of a step", size(plan.codes_bytes)),
+        ("a step's peak: the last three, gathered weights, temporaries", size(plan.step_bytes)),
         ("memory of one process", size(plan.total_bytes)),
+    ]
+    if plan.host_bytes:
+        rows.append(("offloaded to the host, a process", size(plan.host_bytes)))
+    if plan.gpu_bytes is not None:
+        largest = plan.largest_micro_batch
+        fits = f"{largest} images" if largest else "none: shard over more GPUs, or checkpoint"
+        rows.append((f"largest micro-batch that fits {size(plan.gpu_bytes)}", fits))
+    rows += [
         ("steps", f"{plan.steps:,}"),
         ("images", f"{plan.images:,}"),
         ("micro-batches a step (one process)", f"{plan.grad_accum_steps:,}"),
         ("operations a step", f"{plan.flops_per_step / 1e12:,.2f} TFLOP"),
     ]
-    console.result_table(f"{recipe.name}: plan, nothing trained", ("", ""), rows)
+    if plan.days is not None and plan.peak_flops is not None:
+        speed = f"{plan.gpus} x {plan.peak_flops / 1e12:,.0f} TFLOP/s at {plan.mfu:.0%} MFU"
+        rows.append((speed, f"{plan.days:,.1f} days"))
+    console.result_table(f"{recipe.name}: plan of {processes}, nothing trained", ("", ""), rows)
 
 
 def print_ternarized(result: TernarizeResult) -> None:
@@ -80,3 +98,24 @@ def print_packed(result: PackResult) -> None:
         ("packed and verified in", console.duration(result.seconds)),
     ]
     console.result_table(str(result.output), ("", ""), rows)
+
+
+def print_evaluation(result: EvalResult) -> None:
+    """Print every metric with its interval, and the verdicts."""
+    from terdit_cli.evaluate.result import format_interval, format_value
+
+    rows = [
+        (
+            name,
+            format_value(name, value),
+            format_interval(name, result.intervals[name]) if name in result.intervals else "",
+        )
+        for name, value in result.metrics.items()
+    ]
+    rows += [(name, format_value("", value), "") for name, value in result.per_class.items()]
+    reference = "of unknown n" if result.n_reference is None else result.n_reference
+    title = f"{result.n} images, reference {reference}; {result.pipeline}"
+    header = ("", "", "95 %" if result.intervals else "")
+    console.result_table(title, header, rows)
+    for gate in result.gates:
+        console.result(f"{'passed' if gate.passed else 'FAILED'} {gate.name}: {gate.reason}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from terdit_cli.atomic import atomic_path
+from terdit_cli.atomic import atomic_path, check_writable
 from terdit_cli.errors import EnvironmentProblem
 
 
@@ -75,3 +75,15 @@ def test_a_file_where_a_folder_is_needed_and_the_reverse(tmp_path: Path) -> None
 def test_errors_about_other_files_pass_through(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "file"):
         (tmp_path / "other").read_text()
+
+
+def test_what_cannot_be_written_is_told_beforehand(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for fine in ("new", "file", "new/folder/new"):
+        check_writable(tmp_path / fine)
+    with pytest.raises(EnvironmentProblem, match=r"cannot write: got Is a directory.*Fix: "):
+        check_writable(tmp_path)
+    for below in ("file/new", "file/folder/new"):
+        with pytest.raises(EnvironmentProblem, match=r"file where a folder is needed.*file/.*new"):
+            check_writable(tmp_path / below)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

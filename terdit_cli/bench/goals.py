@@ -23,10 +23,12 @@ MEMORY_GOAL_MIB = 480
 
 
 def goals(result: BenchResult) -> list[Goal]:
-    """Return the goals of the CPU runtime, each with what this run measured.
+    """Return the goals of the CPU runtime or of the metrics, each with what this run measured.
 
     Those for a whole network are set for the size 600m.
     """
+    if result.agreement or result.scores:
+        return _score_goals(result)
     whole = [*_forward_goals(result), *_memory_goals(result)] if result.model == "600m" else []
     return [*_gemm_goals(result), *whole, *_isa_goals(result)]
 
@@ -168,6 +170,30 @@ def _isa_goals(result: BenchResult) -> list[Goal]:
     return [
         Goal('AVX2: GEMM int8 against torch fp32 "medium"', 2.0, times, unit="times"),
         Goal("generic C: relative error of fp32", 1e-6, spread, at_most=True),
+    ]
+
+
+def _score_goals(result: BenchResult) -> list[Goal]:
+    distances = [row for row in result.scores if row.clean_fid.samples]
+    faster, apart = None, None
+    if distances:
+        row = distances[0]
+        ours, theirs = row.figure.samples, row.clean_fid.samples
+        # Ours runs once more, before all others.
+        each = [other / mine for other, mine in zip(theirs, ours[1:], strict=True)]
+        measured = row.clean_fid.median / row.figure.median
+        faster = Spread(measured, min(each), max(each), min(theirs) / min(ours))
+        apart = certain(row.difference) if row.difference is not None else None
+    errors = [
+        (row.difference(row.recorded) or 0.0) / abs(row.recorded)
+        for row in result.agreement
+        if row.recorded
+    ]
+    error = certain(max(errors)) if errors else None
+    return [
+        Goal("Frechet distance against clean-fid's", 5.0, faster, unit="times"),
+        Goal("Frechet distance: difference from clean-fid's", 1e-6, apart, at_most=True),
+        Goal("Metrics: relative difference from the recorded", 1e-9, error, at_most=True),
     ]
 
 

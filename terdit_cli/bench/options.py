@@ -13,7 +13,7 @@ from terdit_cli.errors import UsageError, did_you_mean
 from terdit_cli.model.dit import SIZES
 from terdit_cli.runtime.reference import Precision
 
-What = Literal["gemm", "forward", "sample", "images", "all"]
+What = Literal["gemm", "forward", "sample", "images", "metrics", "all"]
 ACTIVATIONS: tuple[Precision, ...] = ("int8", "int16", "bf16", "fp32")  # by speed
 DOWNSAMPLE = 8  # an image's pixels to a latent's
 IMAGE_MULTIPLE = 2 * DOWNSAMPLE  # patches are 2 wide
@@ -39,6 +39,7 @@ class Options:
     repeats: int = 7
     seed: int = 0
     ggml: Path | None = None
+    recorded: Path | None = None  # metrics that others computed, a .json with an .npz beside it
     command: str = ""  # the line that asked for it, for the page
 
     def __post_init__(self) -> None:
@@ -51,6 +52,12 @@ class Options:
                 got=f"random weights of {self.model}",
                 expected="a .tdt",
                 fix="terdit bench model.tdt --what images",
+            )
+        if self.recorded is not None and self.what != "metrics":
+            raise UsageError(
+                "recorded values are of metrics",
+                got=f"--recorded {self.recorded} with --what {self.what}",
+                fix=f"--what metrics --recorded {self.recorded}",
             )
         _within("--threads", self.threads, 1, os.cpu_count() or 1)
         _within("--batch", (self.batch,), 1, 256)

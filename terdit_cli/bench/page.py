@@ -29,6 +29,11 @@ same rounds for the same arithmetic (int16: half of int8's). terdit's times incl
 quantisation of the activations; it takes and gives float32. The bf16 rivals are given bfloat16.
 Errors are relative (L2): of a product against float64, of a network against torch fp32."""
 
+METRIC_NOTES = """\
+All metrics are computed in float64 from the same features. Costs are of synthetic features (seed
+{seed}), each metric in a process of its own; making the features is not counted. The Frechet
+distance takes turns with clean-fid's `frechet_distance` (scipy's `sqrtm`) in one process."""
+
 
 class Table(NamedTuple):
     """A titled table of texts, for a terminal or a page."""
@@ -54,8 +59,12 @@ def page(result: BenchResult) -> str:
         f"{machine.date}{load}.\n",
         f"```\n{result.command}\n```\n",
         "Every number and every verdict on this page was computed by that command.\n",
-        NOTES.format(repeats=result.repeats, threads=result.threads, seed=result.seed) + "\n",
     ]
+    if result.gemm or result.forward:
+        notes = NOTES.format(repeats=result.repeats, threads=result.threads, seed=result.seed)
+        parts.append(notes + "\n")
+    if result.scores:
+        parts.append(METRIC_NOTES.format(seed=result.seed) + "\n")
     if result.peaks:
         parts += ["## The roofline in words\n", roofline(result)]
     for found in tables(result):
@@ -72,6 +81,8 @@ def tables(result: BenchResult) -> list[Table]:
     found += [forward_table(result)] if result.forward else []
     found += [sample_table(result)] if result.sample else []
     found += [images_table(result)] if result.images else []
+    found += [agreement_table(result)] if result.agreement else []
+    found += [score_table(result)] if result.scores else []
     return found
 
 
@@ -233,6 +244,50 @@ def images_table(result: BenchResult) -> Table:
     ]
     header = ("activations", "images", "PSNR", "of the worst image", "equal values", "largest")
     return Table("Images beside those of fp32, same noise, dpmpp-2m, 20 steps", header, rows)
+
+
+def agreement_table(result: BenchResult) -> Table:
+    """Return the table of metrics by terdit and by others."""
+    found = []
+    for row in result.agreement:
+        cells = [row.metric, row.case, f"{row.ours:.10g}"]
+        for other in (row.recorded, row.clean_fid, row.torch_fidelity):
+            apart = row.difference(other)
+            cells += ["", ""] if other is None else [f"{other:.10g}", f"{apart:.1e}"]
+        found.append(cells)
+    header = ["metric", "features", "terdit"]
+    for who in ("recorded", "clean-fid", "torch-fidelity"):
+        header += [who, "difference"]
+    return Table("Metrics of the same features", header, found)
+
+
+def score_table(result: BenchResult) -> Table:
+    """Return the table of what metrics cost."""
+    found = []
+    for row in result.scores:
+        theirs = row.clean_fid.samples
+        extra = None
+        if row.resident is not None and row.peak_resident is not None:
+            extra = row.peak_resident - row.resident
+        found.append(
+            (
+                row.name,
+                f"{row.n} x {row.dim}",
+                str(row.threads),
+                f"{row.figure.median:.2f}",
+                f"{min(row.figure.samples):.2f} .. {max(row.figure.samples):.2f}",
+                "" if row.peak_resident is None else f"{row.peak_resident / 2**20:.0f} MiB",
+                "" if extra is None else f"{extra / 2**20:.0f} MiB",
+                f"{row.clean_fid.median:.2f}" if theirs else "",
+                f"{row.clean_fid.median / row.figure.median:.1f}" if theirs else "",
+                "" if row.difference is None else f"{row.difference:.1e}",
+            )
+        )
+    header = (
+        "", "samples x features", "threads", "s", "spread", "peak resident",
+        "above torch and features", "clean-fid s", "times faster", "difference",
+    )  # fmt: skip
+    return Table("What metrics cost, synthetic features", header, found)
 
 
 def _threads(count: int) -> str:

@@ -116,6 +116,37 @@ class ImagesRow:
 
 
 @dataclass(frozen=True)
+class AgreementRow:
+    """One metric of the same features, by terdit and by others; None: no such value."""
+
+    metric: str
+    case: str
+    ours: float
+    recorded: float | None
+    clean_fid: float | None
+    torch_fidelity: float | None
+
+    def difference(self, other: float | None) -> float | None:
+        """Return the absolute difference from another value of the row."""
+        return None if other is None else abs(self.ours - other)
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """The cost of one metric of synthetic features, in a process of its own; memory in bytes."""
+
+    name: str
+    n: int  # samples of each side
+    dim: int
+    threads: int
+    figure: Figure
+    clean_fid: Figure  # its Frechet distance, in turns with ours
+    difference: float | None  # of the two distances
+    resident: int | None  # before, with torch and the features
+    peak_resident: int | None
+
+
+@dataclass(frozen=True)
 class Machine:
     """Where and with what it ran."""
 
@@ -190,11 +221,13 @@ class BenchResult:
     forward: list[ForwardRow]
     sample: list[SampleRow]
     images: list[ImagesRow]
+    agreement: list[AgreementRow] = field(default_factory=list)
+    scores: list[ScoreRow] = field(default_factory=list)
 
     @property
     def threads(self) -> int:
         """The largest thread count: the one at which rivals ran."""
-        rows: list[Row] = [*self.gemm, *self.forward]
+        rows: list[Row | ScoreRow] = [*self.gemm, *self.forward, *self.scores]
         return max((row.threads for row in rows), default=1)
 
 

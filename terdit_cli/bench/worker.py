@@ -72,6 +72,7 @@ class Worker:
             "load": self.load,
             "run": self.run,
             "finish": self.finish,
+            "score": self.score,
         }
         return tasks[task](**job)
 
@@ -161,12 +162,12 @@ class Worker:
             self.inputs = _inputs(file.info, batch, seed)
             if who == OURS:
                 self.network, used = our_network(file, backend, activations)
-                _release_freed()
+                release_freed()
                 self.network(*self.inputs)
                 return {"backend": used, "isa": native_isa() if used == "cpu" else ""}
             try:
                 self.network = rivals.RIVALS[who].network(file)
-                _release_freed()
+                release_freed()
                 self.network(*self.inputs)
             except Exception as error:  # as in `gemm`
                 return {"why_not": _reason(error)}
@@ -192,6 +193,12 @@ class Worker:
         with torch.inference_mode():
             np.save(output, self.network(*self.inputs).numpy())
         return {"resident": memory[0], "peak_resident": memory[1]}
+
+    def score(self, **job: Any) -> Answer:
+        """Time a metric -> see `bench.metrics.score`."""
+        from terdit_cli.bench.metrics import score  # which imports this file
+
+        return score(**job)
 
 
 CPU = torch.device("cpu")
@@ -248,7 +255,7 @@ def resident_bytes(process: str) -> tuple[int | None, int | None]:
     return (found[0], found[1]) if len(found) == 2 else (None, None)
 
 
-def _release_freed() -> None:
+def release_freed() -> None:
     """Give what building a network has freed back to the system: it is not the network's."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
     if trim is not None:

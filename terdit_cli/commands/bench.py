@@ -20,7 +20,7 @@ import torch
 import terdit_cli
 from terdit_cli import console
 from terdit_cli.atomic import atomic_path
-from terdit_cli.bench import gemm, network, rivals
+from terdit_cli.bench import gemm, metrics, network, rivals
 from terdit_cli.bench.goals import goals
 from terdit_cli.bench.options import Options, What, numbers, words
 from terdit_cli.bench.page import page, tables
@@ -56,18 +56,21 @@ def run(
     ggml: Path | None = None,
     output: Path | None = None,
     command: str = "terdit bench",
+    recorded: Path | None = None,
 ) -> BenchResult:
     """Measure, and write the page to `output`.
 
     Args:
         model: a named size, for random weights, or a .tdt.
-        what: "gemm", "forward", "sample", "images" (of a .tdt) or "all".
+        what: "gemm", "forward", "sample", "images" (of a .tdt), "all" of these, or "metrics" (of
+            `terdit eval-fid`, no model).
         size, threads, activations, others: comma separated; "" is the default of each; `others`
             are the rivals, "all" or "none".
         batch: rows of a forward; an image with guidance is two.
         ggml: the libggml-cpu.so of a build of the user's.
         output: the .md file to write.
         command: how it was called, for the page.
+        recorded: a .json of metrics that others computed, for "metrics".
 
     Raises:
         UsageError, InputFileError, EnvironmentProblem.
@@ -85,6 +88,7 @@ def run(
         repeats=repeats,
         seed=seed,
         ggml=ggml,
+        recorded=recorded,
         command=command,
     )
     if output is not None and output.suffix != ".md":
@@ -114,6 +118,22 @@ def run(
 
 
 def _measure(options: Options, machine: Machine) -> BenchResult:
+    if options.what == "metrics":
+        agreement, scores = metrics.measure(options)
+        return BenchResult(
+            model="metrics",
+            command=options.command,
+            seed=options.seed,
+            repeats=options.repeats,
+            machine=machine,
+            peaks=[],
+            gemm=[],
+            forward=[],
+            sample=[],
+            images=[],
+            agreement=agreement,
+            scores=scores,
+        )
     peaks: list[PeakRow] = []
     products = gemm.measure(options, peaks) if options.what in ("gemm", "all") else []
     forwards, samples = [], []

@@ -11,12 +11,15 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from terdit_cli import console
 from terdit_cli.commands import eval_fid, pack, sample, ternarize, train
+from terdit_cli.commands.eval_options import EvalOptions
 from terdit_cli.errors import TerditError
+from terdit_cli.evaluate.result import EvalResult
 from terdit_cli.train.loggers import read_metrics
 
 RECIPE = Path("recipes/quickstart.yaml")
@@ -73,22 +76,23 @@ def _packed(result: pack.PackResult) -> str:
 def _distances(folder: Path, model: Path) -> list[tuple[str, str]]:
     """Score noise, the model and held-out images against the same training images."""
     reference = folder / "reference.npz"
-    eval_fid.run(images="embedded:train", n=SCORED, features=FEATURES, save_reference_to=reference)
+    _score(images="embedded:train", n=SCORED, make_reference=reference)
     noise = folder / "noise.npz"
     pixels = np.random.default_rng(SEED).integers(0, 256, (SCORED, 28, 28, 3), dtype=np.uint8)
     np.savez(noise, arr_0=pixels)
+    against = str(reference)
     scores = [
-        ("uniform noise", eval_fid.run(str(reference), images=str(noise), features=FEATURES)),
+        ("uniform noise", _score(reference=against, images=str(noise))),
         (
             "this model",
-            eval_fid.run(
-                str(reference), model=model, n=SCORED, features=FEATURES, sampler=SAMPLER,
-                steps=STEPS, cfg_scale=CFG_SCALE, seed=SEED, batch_size=50,
+            _score(
+                reference=against, model=model, n=SCORED, sampler=SAMPLER, steps=STEPS,
+                cfg_scale=CFG_SCALE, seed=SEED, batch_size=50,
             ),
         ),
         (
             "held-out real images",
-            eval_fid.run(str(reference), images="embedded:heldout", n=SCORED, features=FEATURES),
+            _score(reference=against, images="embedded:heldout", n=SCORED),
         ),
     ]  # fmt: skip
     return [
@@ -96,6 +100,10 @@ def _distances(folder: Path, model: Path) -> list[tuple[str, str]]:
         for name, score in scores
         if score is not None
     ]
+
+
+def _score(**options: Any) -> EvalResult | None:
+    return eval_fid.run(EvalOptions(features=FEATURES, **options))
 
 
 def main() -> None:

@@ -1,303 +1,277 @@
-"""`terdit eval-fid`: a model or a set of images against a reference, with a gate for CI.
+"""`terdit eval-fid`: a model or a set of images against a reference, with gates for CI.
 
-Only the Inception pipeline's distance is called FID. Features are summarised as they come, so
-50,000 images never lie in memory; KID uses at most `KID_SAMPLES` features of each side.
+One pass of the images through the extractor, block by block into a work folder; then every metric
+from there. Only the two Inception pipelines' distances are called FID.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
-import itertools
-import math
+import os
 import platform
+import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 import terdit_cli
-from terdit_cli import console
-from terdit_cli.commands.generate import ImageGenerator, model_sha256, open_generator
-from terdit_cli.data.collection import count_images, read_images, spread
-from terdit_cli.data.images import open_images
-from terdit_cli.diffusion.sampler import SamplerConfig
-from terdit_cli.errors import InputFileError, UsageError
-from terdit_cli.evaluate.features import FeatureExtractor, make_extractor
-from terdit_cli.evaluate.metrics import frechet_distance, kernel_inception_distance
-from terdit_cli.evaluate.statistics import (
-    FeatureStatistics,
-    Reference,
-    is_statistics_file,
-    load_reference,
-    save_reference,
+from terdit_cli.commands import eval_outputs
+from terdit_cli.commands.eval_features import (
+    ModelSource,
+    SetSource,
+    Source,
+    conversions,
+    make_features,
+    open_set,
 )
+from terdit_cli.commands.eval_options import EvalOptions, check_options
+from terdit_cli.commands.eval_reference import (
+    KEPT_FEATURES,
+    OpenReference,
+    open_reference,
+    reference_of,
+)
+from terdit_cli.commands.eval_scores import (
+    Asked,
+    ClassMembers,
+    class_members,
+    effect_of_bf16,
+    score,
+    score_classes,
+)
+from terdit_cli.commands.generate import (
+    model_sha256,
+    open_generator,
+    sampler_for,
+    usable_device,
+)
+from terdit_cli.commands.processes import Processes, join_processes
+from terdit_cli.data.classes import find_classes
+from terdit_cli.errors import UsageError
+from terdit_cli.evaluate.features import FeatureExtractor, make_extractor
+from terdit_cli.evaluate.gate import apply_limits, check_limits, failure, make_limits
+from terdit_cli.evaluate.reference import save_reference
+from terdit_cli.evaluate.result import EvalResult
+from terdit_cli.evaluate.shards import FeatureShards
+from terdit_cli.models import catalogue
 from terdit_cli.runtime.cpu import set_threads
 
-KID_SAMPLES = 10_000
-FEATURE_BATCH = {"cpu": 8, "cuda": 64}  # images; a CPU's caches hold no more
-EMBEDDED = "embedded"  # the packaged images as a reference or as images
-_EMBEDDED_SIZE = 28
-
-Image = NDArray[np.uint8]
+DEFAULT_IMAGES = 1000  # of a model
 
 
-@dataclass(frozen=True)
-class EvalResult:
-    """The distance under its right name, and all that is needed to repeat it."""
-
-    distance_name: str
-    distance: float
-    kid: float | None  # None: the reference has no features, only mean and covariance
-    n: int
-    n_reference: int | None
-    pipeline: str
-    max_distance: float | None
-    provenance: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        """Return whether the gate holds; a distance that is no number never does."""
-        if not math.isfinite(self.distance):
-            return False
-        return self.max_distance is None or self.distance <= self.max_distance
-
-
-@dataclass(frozen=True)
-class _Images:
-    """Images to come: how many, and from where."""
-
-    count: int
-    images: Iterator[Image]
-    where: str
-
-
-def run(
-    reference: str | None = None,
-    model: Path | None = None,
-    images: str | None = None,
-    n: int | None = None,
-    features: str = "inception",
-    weights: Path | None = None,
-    max_distance: float | None = None,
-    save_reference_to: Path | None = None,
-    sampler: str = "ddpm",
-    steps: int = 250,
-    cfg_scale: float = 4.0,
-    cfg_channels: str = "3",
-    seed: int = 0,
-    batch_size: int = 8,
-    backend: str = "auto",
-    device: str | None = None,
-    vae: str | None = None,
-    activations: str = "auto",
-    threads: int | None = None,
-) -> EvalResult | None:
-    """Score a model's or given images against a reference.
-
-    Args:
-        reference: folder, zip, .npz of images or of statistics, or "embedded[:train|:heldout]".
-        model: draw the images with it (class-balanced); or
-        images: folder, zip, .npz, or "embedded[:split]".
-        n: how many images (default: all given; 1,000 of a model) and, of a reference made of
-            images, at most how many; a part of a set is spread evenly over it.
-        max_distance: the gate.
-        save_reference_to: write the images' statistics as a reference .npz; with no reference
-            that is all that is done, and the result is None.
-        activations: of the model, see `open_generator`.
-        threads: of this process from now on, torch's too; None leaves them as they are.
+def run(options: EvalOptions) -> EvalResult | None:
+    """Evaluate; returns None where there was nothing to compare, and in all but the main process.
 
     Raises:
-        UsageError, InputFileError, EnvironmentProblem. A missed gate is not raised here.
+        UsageError, InputFileError, EnvironmentProblem. A missed gate is not raised here: see
+        `require_passed`.
     """
-    if (model is None) == (images is None):
-        raise UsageError(
-            "what to score is not clear",
-            got="both --model and --images" if model else "neither --model nor --images",
-            expected="one of them",
-        )
-    if reference is None and save_reference_to is None:
-        raise UsageError("nothing to compare with", fix="give --reference")
-    if n is not None and n < 2:
-        raise UsageError("wrong -n", got=n, expected="at least 2 images")
-    if seed < 0:
-        raise UsageError("wrong --seed", got=seed, expected="an integer from 0 up", fix="--seed 0")
-    if save_reference_to is not None and save_reference_to.suffix.lower() != ".npz":
-        raise UsageError(
-            "wrong name for reference statistics",
-            got=save_reference_to.name,
-            expected="a name that ends in .npz",
-            where="--save-reference",
-            fix=f"--save-reference {save_reference_to}.npz",
-        )
-    asked = SamplerConfig(sampler, steps, cfg_scale, cfg_channels)  # type: ignore[arg-type]
-    if threads is not None:
-        set_threads(threads)
+    check_options(options)
+    limits = make_limits(
+        options.max_distance, options.min_score, options.max_regression, options.tolerance
+    )
+    baseline = None if limits.baseline is None else limits.baseline.result
+    if options.threads is not None:
+        set_threads(options.threads)
     started = time.monotonic()
-    extractor = make_extractor(features, weights, _extractor_device(device))
-    provenance: dict[str, Any] = {
-        "terdit": terdit_cli.__version__,
-        "torch": torch.__version__,
-        "machine": platform.platform(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "reference": reference,
-    }
-    if model is not None:
-        generator = open_generator(model, backend, device, vae, activations)
-        source = _from_model(
-            generator, n or 1000, generator.fit(asked), seed, batch_size, provenance
+    with join_processes() as processes, _work_folder(options.work, processes) as work:
+        device = str(usable_device(processes.device(options.device)))
+        extractor = make_extractor(
+            options.features,
+            options.weights,
+            device,
+            options.precision,
         )
+        source = _open(options, device)
+        provenance = _provenance(options, source, extractor)
+        warnings = list(extractor.warnings)
+        reference = None
+        # The reference first: what is wrong with it shows before hours of sampling.
+        if options.reference is not None:
+            reference = open_reference(
+                options.reference, options.n, options.on_bad_image, extractor, work, processes
+            )
+            provenance |= reference.facts()
+            warnings += check_limits(
+                limits,
+                pipeline=extractor.pipeline,
+                n=source.count,
+                n_reference=reference.statistics.count,
+                provenance=provenance,
+                has_score=extractor.classes is not None,
+            )
+        members = _classes(options.per_class, source, reference)
+        keep = eval_outputs.pictures_to_keep(source, options.grid, options.html)
+        shards = make_features(
+            source, extractor, work / "images", processes, keep, options.save_images
+        )
+        if not processes.is_main:
+            return None
+        pictures = eval_outputs.Pictures(source, shards)
+        if options.make_reference is not None:
+            kept = KEPT_FEATURES if options.reference_features else 0
+            save_reference(options.make_reference, reference_of(shards, extractor, source, kept))
+        if options.grid is not None:
+            eval_outputs.write_grid(options.grid, pictures)
+        if reference is None:
+            return None
+        reference.require_dim(shards)
+        per_class = {}
+        if reference.shards is not None:
+            per_class = score_classes(shards, reference.shards, members)
+        asked = Asked(options.pr_samples, options.bootstrap, options.over_n, options.seed)
+        scores = score(extractor.distance_name, shards, reference.statistics, asked)
+        warnings += [*_warnings(source, shards), *reference.warnings(source, extractor)]
+        if options.precision == "bf16":
+            provenance["bf16"] = effect_of_bf16(shards, reference.statistics)
+        provenance["seconds"] = round(time.monotonic() - started, 1)
+        result = EvalResult(
+            distance_name=extractor.distance_name,
+            metrics=scores.metrics,
+            n=source.count,
+            n_reference=reference.statistics.count,
+            pipeline=extractor.pipeline,
+            intervals=scores.intervals,
+            per_class=per_class,
+            curve=scores.curve,
+            provenance=provenance,
+            warnings=[*warnings, *scores.warnings],
+        )
+        result = apply_limits(result, limits)
+        eval_outputs.write_summaries(options.junit, options.markdown, result, baseline)
+        if options.html is not None:
+            reals = None if reference.source is None else eval_outputs.Pictures(reference.source)
+            features = reference.statistics.features
+            eval_outputs.write_page(
+                options.html, result, baseline, shards, pictures, features, reals
+            )
+        return result
+
+
+def require_passed(result: EvalResult) -> None:
+    """Raise GateFailed unless every gate of a result holds."""
+    where = result.provenance.get("model") or result.provenance.get("images")
+    if error := failure(result, where):
+        raise error
+
+
+@contextmanager
+def _work_folder(named: Path | None, processes: Processes) -> Iterator[Path]:
+    """Yield the folder of features: the user's, which stays, or a temporary one."""
+    if named is not None:
+        yield named
+    elif processes.is_main:
+        with tempfile.TemporaryDirectory(prefix="terdit-") as folder:
+            yield Path(processes.tell(folder))
+            processes.wait()
     else:
-        source = _from_path(str(images), n)
-        provenance["images"] = images
-    # The reference first: what is wrong with it shows before hours of sampling.
-    theirs, kept = _open_reference(reference, n, extractor) if reference else (None, None)
-    ours = _collect(source, extractor, "images")
-    if save_reference_to is not None:
-        save_reference(save_reference_to, ours, extractor.pipeline)
-    if reference is None or theirs is None:
-        return None
-    distance = _distance(ours, theirs, reference)
-    kid = None
-    if kept is not None and min(len(kept), len(ours.kept)) >= 2:
-        kid = kernel_inception_distance(kept, ours.kept, seed=seed % 2**32)
-    provenance["seconds"] = round(time.monotonic() - started, 1)
-    return EvalResult(
-        distance_name=extractor.distance_name,
-        distance=distance,
-        kid=kid,
-        n=ours.count,
-        n_reference=theirs.count,
-        pipeline=extractor.pipeline,
-        max_distance=max_distance,
-        provenance=provenance,
-        warnings=_warnings(ours, theirs, extractor),
+        yield Path(processes.tell(None))
+        processes.wait()
+
+
+def _open(options: EvalOptions, device: str) -> Source:
+    """Open what is scored."""
+    if options.model is None:
+        return open_set(str(options.images), options.n, options.on_bad_image)
+    path = catalogue.resolve(options.model)
+    asked = sampler_for(
+        path, options.sampler, options.steps, options.cfg_scale, options.cfg_channels
+    )
+    generator = open_generator(path, options.backend, device, options.vae, options.activations)
+    return ModelSource(
+        generator,
+        generator.fit(asked),
+        options.n or DEFAULT_IMAGES,
+        options.seed,
+        options.labels,
+        options.batch_size,
+        model_sha256(path),
     )
 
 
-def _extractor_device(device: str | None) -> str:
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _from_model(
-    generator: ImageGenerator,
-    n: int,
-    config: SamplerConfig,
-    seed: int,
-    batch_size: int,
-    provenance: dict[str, Any],
-) -> _Images:
-    model = generator.path
-    provenance |= {
-        "model": str(model),
-        "model_sha256": model_sha256(model),
-        "recipe_sha256": generator.model.info.recipe_sha256,
-        "step": generator.model.info.step,
-        "sampler": config.name,
-        "steps": config.steps,
-        "cfg_scale": config.cfg_scale,
-        "cfg_channels": config.cfg_channels,
-        "nfe": config.nfe,
-        "seed": seed,
-        **generator.model.facts(),
+def _provenance(
+    options: EvalOptions, source: Source, extractor: FeatureExtractor
+) -> dict[str, Any]:
+    """Return all that is needed to repeat the run; `gate.ALIKE` are keys of it."""
+    facts: dict[str, Any] = {
+        "command": options.command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.platform()}, {os.cpu_count()} CPUs, {extractor.device.type}",
+        "terdit": terdit_cli.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "precision": extractor.precision,
+        "seed": options.seed,
     }
-    batches = generator.images(range(n), config, seed, batch_size)
-    return _Images(n, (image for batch, _ in batches for image in batch), str(model))
+    if isinstance(source, SetSource):
+        return facts | {"images": source.where, "images_sha256": source.sha256}
+    assert isinstance(source, ModelSource)
+    info, sampler = source.generator.model.info, source.sampler
+    return facts | {
+        "model": source.where,
+        "model_sha256": source.model_sha256,
+        "recipe_sha256": info.recipe_sha256,
+        "config": dataclasses.asdict(info.config),
+        "step": info.step,
+        "image_size": info.image_size,
+        "vae": source.generator.vae or info.space.vae,
+        "sampler": sampler.name,
+        "steps": sampler.steps,
+        "cfg_scale": sampler.cfg_scale,
+        "cfg_channels": sampler.cfg_channels,
+        "nfe": sampler.nfe,
+        "labels": source.labels,
+        **source.generator.model.facts(),
+    }
 
 
-def _from_path(path: str, n: int | None) -> _Images:
-    """Open a folder, zip or .npz of images, or the packaged ones."""
-    if path == EMBEDDED or path.startswith(EMBEDDED + ":"):
-        split = path.partition(":")[2] or "all"
-        source = open_images(EMBEDDED, None, _EMBEDDED_SIZE, split=split)
-        count = _enough(len(source), n, path)
-        return _Images(count, (source.read(index) for index in spread(len(source), count)), path)
-    count = _enough(count_images(Path(path)), n, path)
-    return _Images(count, (image for _, image in read_images(Path(path), n=count)), path)
-
-
-def _enough(found: int, n: int | None, path: str) -> int:
-    if n is not None and n > found:
-        raise InputFileError(
-            "too few images", got=found, expected=f"-n {n}", where=path, fix=f"-n {found}"
-        )
-    return n or found
-
-
-def _collect(source: _Images, extractor: FeatureExtractor, what: str) -> FeatureStatistics:
-    """Run all images of a source through the extractor.
-
-    Raises:
-        InputFileError: fewer than two images.
-    """
-    if source.count < 2:
-        raise InputFileError(
-            "too few images", got=source.count, expected="at least 2", where=source.where
-        )
-    statistics: FeatureStatistics | None = None
-    size = FEATURE_BATCH[extractor.device.type]
-    started = time.monotonic()
-    with console.progress(f"{what} {source.where}", source.count) as meter:
-        while batch := list(itertools.islice(source.images, size)):
-            features = _by_size(extractor, batch)
-            if statistics is None:
-                statistics = FeatureStatistics(features.shape[1], KID_SAMPLES)
-            statistics.update(features)
-            rate = statistics.count / (time.monotonic() - started)
-            meter.update(statistics.count, f"{rate:.1f} img/s")
-    assert statistics is not None, "a source of at least two images gave none"
-    return statistics
-
-
-def _by_size(extractor: FeatureExtractor, batch: list[Image]) -> NDArray[np.float32]:
-    """Extract features; an extractor that keeps native sizes cannot stack differing ones."""
-    if len({image.shape for image in batch}) == 1:
-        return extractor(batch)
-    return np.concatenate([extractor([image]) for image in batch])
-
-
-def _open_reference(
-    reference: str, n: int | None, extractor: FeatureExtractor
-) -> tuple[Reference, NDArray[np.float32] | None]:
-    """Return the reference's statistics and, where it is made of images, features for KID."""
-    if is_statistics_file(Path(reference)):
-        loaded = load_reference(Path(reference))
-        loaded.require_pipeline(extractor.pipeline, reference)
-        return loaded, None
-    found = _from_path(reference, None)
-    source = found if n is None or n >= found.count else _from_path(reference, n)
-    statistics = _collect(source, extractor, "reference")
-    made = Reference(statistics.mean, statistics.covariance, statistics.count, extractor.pipeline)
-    return made, statistics.kept
-
-
-def _distance(ours: FeatureStatistics, theirs: Reference, reference: str) -> float:
-    if theirs.mean.shape != ours.mean.shape:
-        raise UsageError(
-            "the reference has another number of features",
-            got=theirs.mean.shape[0],
-            expected=ours.dim,
-            where=reference,
-            fix="make a reference with these features",
-        )
-    return frechet_distance(theirs.mean, theirs.covariance, ours.mean, ours.covariance)
-
-
-def _warnings(ours: FeatureStatistics, theirs: Reference, extractor: FeatureExtractor) -> list[str]:
-    found = []
-    if ours.count <= ours.dim:
+def _warnings(source: Source, shards: FeatureShards) -> list[str]:
+    """Return what the user should know of the images."""
+    found = conversions(shards)
+    if isinstance(source, SetSource) and source.skipped:
         found.append(
-            f"{ours.count} images for {ours.dim} features: the distance is biased upwards; "
-            "compare it only with distances of the same n"
-        )
-    if theirs.pipeline is None:
-        found.append(
-            "the reference does not say which features made it; that they are those of "
-            f"{extractor.pipeline} is assumed"
+            f"{len(source.skipped)} unreadable images were skipped, the first: {source.skipped[0]}"
         )
     return found
+
+
+def _classes(asked: str | None, source: Source, reference: OpenReference | None) -> ClassMembers:
+    """Return the images of the classes that --per-class asks for.
+
+    Raises:
+        UsageError: an unknown class, too few images of one, or a side without classes.
+    """
+    if asked is None or reference is None:
+        return {}
+    real = reference.source
+    for side, where, images in (
+        ("images", source.where, source),
+        ("a reference", reference.where, real),
+    ):
+        if images is None or not images.class_names:
+            raise UsageError(
+                "--per-class needs classes on both sides",
+                got=f"{side} without classes",
+                expected="images in class folders, an .npz of images with labels, or a model",
+                where=where,
+                fix="leave --per-class out",
+            )
+    assert real is not None, "it has classes"
+    known = source.class_names
+    wanted = [known[index] for index in find_classes(asked, [[name] for name in known])]
+    return class_members(_names(source, known), _names(real, known), wanted)
+
+
+def _names(source: Source, known: list[str]) -> list[str]:
+    """Return the class of each image by name; labels that are numbers are indices of `known`."""
+    names = source.class_names
+    if names != known and all(name.isdecimal() and int(name) < len(known) for name in names):
+        names = [known[int(name)] for name in names]
+    return [names[source.class_id(image)] for image in range(source.count)]

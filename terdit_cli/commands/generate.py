@@ -1,7 +1,8 @@
 """Images from a model: the part that `sample` and `eval-fid` share.
 
-Image i of a model with C classes is of class i mod C, and its noise is a function of (seed, i):
-so (class c, copy j) is image j * C + c, whoever asks for it and together with whatever else.
+Image i of a model with C classes is of class i mod C ("balanced": (class c, copy j) is image
+j * C + c) or of a class drawn for it ("uniform", as DiT's sample_ddp draws them); its noise is a
+function of (seed, i). So an image is the same whoever asks for it and together with whatever else.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,11 +25,22 @@ from terdit_cli.data.vae import PixelSpace, Space, VaeSpace
 from terdit_cli.diffusion.noise import ImageNoise
 from terdit_cli.diffusion.sampler import SamplerConfig, sample
 from terdit_cli.errors import UsageError
+from terdit_cli.models import catalogue
+from terdit_cli.models.card import read_card
 from terdit_cli.pack.convert import is_released_folder
 from terdit_cli.pack.sources import checkpoint_path
 from terdit_cli.runtime.load import LoadedModel, load
 
 OnStep = Callable[[int], None]
+Labels = Literal["balanced", "uniform"]
+
+
+def class_of(index: int, num_classes: int, labels: Labels, seed: int) -> int:
+    """Return the class of image `index`; a uniform one is a function of (seed, index)."""
+    if labels == "balanced":
+        return index % num_classes
+    digest = hashlib.sha256(f"terdit label 1:{seed}:{index}".encode()).digest()
+    return int.from_bytes(digest[:16], "little") % num_classes
 
 
 def default_device() -> torch.device:
@@ -94,6 +107,7 @@ class ImageGenerator:
         seed: int,
         batch_size: int,
         on_step: OnStep = lambda images: None,
+        labels: Labels = "balanced",
     ) -> Iterator[tuple[NDArray[np.uint8], list[int]]]:
         """Yield batches of images uint8 [B, H, W, 3] and their class ids, in order of `indices`.
 
@@ -104,7 +118,7 @@ class ImageGenerator:
         shape = (config.in_channels, config.input_size, config.input_size)
         for start in range(0, len(indices), batch_size):
             batch = indices[start : start + batch_size]
-            classes = [index % config.num_classes for index in batch]
+            classes = [class_of(index, config.num_classes, labels, seed) for index in batch]
             y = torch.tensor([rows[class_id] for class_id in classes], device=self.device)
             noise = ImageNoise(seed, batch, shape, self.device)
             latents = sample(
@@ -121,6 +135,38 @@ class ImageGenerator:
 
 def _count_images(on_step: OnStep, k: int, x: torch.Tensor) -> None:
     on_step(len(x))
+
+
+def sampler_for(
+    path: Path,
+    name: str | None = None,
+    steps: int | None = None,
+    cfg_scale: float | None = None,
+    cfg_channels: str = "3",
+) -> SamplerConfig:
+    """Return the sampler that was asked for; what was not (None) is `SamplerConfig`'s default.
+
+    For a packaged model it is what its card advises instead, and a line on stderr says so. The
+    advised steps are of the advised sampler: another sampler has its own default.
+
+    Raises:
+        UsageError: impossible values. InputFileError: a damaged card.
+    """
+    found: dict[str, Any] = {"name": name, "steps": steps, "cfg_scale": cfg_scale}
+    packaged = catalogue.name_of(path)
+    if packaged is not None and None in found.values():
+        advice = read_card(packaged).sampler
+        advised = {"name": advice.name, "cfg_scale": advice.cfg_scale}
+        if name in (None, advice.name):
+            advised["steps"] = advice.steps
+        taken = {field: value for field, value in advised.items() if found[field] is None}
+        found |= taken
+        options = {"name": "--sampler", "steps": "--steps", "cfg_scale": "--cfg-scale"}
+        words = [f"{options[field]} {taken[field]}" for field in options if field in taken]
+        if words:
+            console.note(f"{packaged}: {' '.join(words)}, as its card advises")
+    given = {field: value for field, value in found.items() if value is not None}
+    return SamplerConfig(**given, cfg_channels=cfg_channels)  # type: ignore[arg-type]
 
 
 def open_generator(
@@ -140,7 +186,7 @@ def open_generator(
     Raises:
         InputFileError, UsageError, EnvironmentProblem.
     """
-    place = _device(device)
+    place = usable_device(device)
     model = load(path, place, backend, activations=activations)
     info = model.info
     if info.space.kind == "pixel" and vae is not None:
@@ -151,7 +197,8 @@ def open_generator(
     return ImageGenerator(path, model, place, vae)
 
 
-def _device(name: str | None) -> torch.device:
+def usable_device(name: str | None) -> torch.device:
+    """Return a device by name, or the default one; raises UsageError."""
     if name is None:
         return default_device()
     try:
@@ -172,5 +219,10 @@ def model_sha256(path: Path) -> str:
         path = sorted(path.glob("consolidated*.pth"))[0]
     else:
         path = checkpoint_path(path) or path
+    return file_sha256(path)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

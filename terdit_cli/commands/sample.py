@@ -15,11 +15,12 @@ from PIL import Image
 import terdit_cli
 from terdit_cli import console
 from terdit_cli.atomic import atomic_path
-from terdit_cli.commands.generate import model_sha256, open_generator
+from terdit_cli.commands.generate import model_sha256, open_generator, sampler_for
+from terdit_cli.commands.models import model_for
 from terdit_cli.data.classes import find_classes
 from terdit_cli.data.grid import draw_grid, save_png
-from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.errors import UsageError
+from terdit_cli.models import catalogue
 from terdit_cli.runtime.cpu import set_threads
 
 GRID_LIMIT = 256  # images in one picture
@@ -32,6 +33,9 @@ class SampleResult:
     output: Path
     images: int
     classes: list[int]
+    sampler: str
+    steps: int
+    cfg_scale: float
     nfe: int
     seconds: float
     model: Path
@@ -42,16 +46,19 @@ class SampleResult:
     activations: str
 
 
-def find_model(named: Path | None) -> Path:
+def find_model(named: Path | None, prompt_class: str) -> Path:
     """Return the model to use: the named one, $TERDIT_MODEL, the only .tdt here, the newest run.
 
+    Where there is none of these, the packaged model that knows the classes of the prompt.
+
     Raises:
-        UsageError: none of these, or several .tdt files to choose from.
+        UsageError: none at all, or several .tdt files or packaged models to choose from.
+        InputFileError: nothing of that name.
     """
+    if named is None and os.environ.get("TERDIT_MODEL"):
+        named = Path(os.environ["TERDIT_MODEL"])
     if named is not None:
-        return named
-    if os.environ.get("TERDIT_MODEL"):
-        return Path(os.environ["TERDIT_MODEL"])
+        return catalogue.resolve(named)
     packed = sorted(Path().glob("*.tdt"))
     if len(packed) == 1:
         return packed[0]
@@ -64,9 +71,11 @@ def find_model(named: Path | None) -> Path:
     runs = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
     if runs:
         return runs[-1]
+    if catalogue.names():
+        return model_for(prompt_class)
     raise UsageError(
         "no model to sample from",
-        got="no --model, no TERDIT_MODEL, no .tdt here, no finished run in runs/",
+        got="no --model, no TERDIT_MODEL, no .tdt here, no finished run in runs/, none packaged",
         fix="--model FILE, or make one with `terdit train` and `terdit pack`",
     )
 
@@ -75,9 +84,9 @@ def run(
     prompt_class: str,
     model: Path | None = None,
     n: int = 1,
-    steps: int = 250,
-    sampler: str = "ddpm",
-    cfg_scale: float = 4.0,
+    steps: int | None = None,
+    sampler: str | None = None,
+    cfg_scale: float | None = None,
     cfg_channels: str = "3",
     seed: int = 0,
     batch_size: int = 8,
@@ -92,6 +101,8 @@ def run(
 
     Args:
         prompt_class: an id, a name, a comma separated list of either, or "all".
+        model: a path, the name of a packaged model, or None: see `find_model`.
+        steps, sampler, cfg_scale: None: see `sampler_for`.
         output: .png (a labelled grid), .npz (arr_0 uint8 [N, H, W, 3], labels int64 [N]) or a
             folder (one PNG an image).
         activations: see `open_generator`.
@@ -104,8 +115,8 @@ def run(
         if value < 1:
             raise UsageError(f"wrong {name}", got=value, expected="a positive number")
     _check_output(output)
-    asked = SamplerConfig(sampler, steps, cfg_scale, cfg_channels)  # type: ignore[arg-type]
-    path = find_model(model)
+    path = find_model(model, prompt_class)
+    asked = sampler_for(path, sampler, steps, cfg_scale, cfg_channels)
     if threads is not None:
         set_threads(threads)
     generator = open_generator(path, backend, device, vae, activations)
@@ -157,7 +168,8 @@ def run(
     labels = [index % len(names) for index in indices]
     if output.suffix == ".png":
         captions = [names[class_id][0] for class_id in labels]
-        title = f"{path.name}, {config.name} {config.steps} steps, cfg {cfg_scale:g}, seed {seed}"
+        how = f"{config.name} {config.steps} steps, cfg {config.cfg_scale:g}"
+        title = f"{path.name}, {how}, seed {seed}"
         columns = n * max(1, round(math.sqrt(len(indices)) / n))  # a class never wraps
         grid = draw_grid(np.concatenate(drawn), captions, title, columns)
         shown = dict.fromkeys(captions)
@@ -169,6 +181,9 @@ def run(
         output=output,
         images=len(indices),
         classes=classes,
+        sampler=config.name,
+        steps=config.steps,
+        cfg_scale=config.cfg_scale,
         nfe=config.nfe,
         seconds=seconds,
         model=path,

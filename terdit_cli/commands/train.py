@@ -8,15 +8,27 @@ from pathlib import Path
 
 from terdit_cli import console
 from terdit_cli.atomic import atomic_path
-from terdit_cli.errors import UsageError
+from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.recipe import Recipe, load_recipe
 from terdit_cli.train import build
-from terdit_cli.train.checkpoint import RECIPE, Saved, check_checkpoint, latest_checkpoint
-from terdit_cli.train.loop import loss_summary, run_training
+from terdit_cli.train.checkpoint import (
+    FOLDER,
+    MANIFEST,
+    RECIPE,
+    Saved,
+    check_checkpoint,
+    complete_checkpoints,
+    folder_of,
+    latest_checkpoint,
+    load_state,
+)
+from terdit_cli.train.curves import plot_runs
+from terdit_cli.train.export import CKPT, export_ckpt
+from terdit_cli.train.loop import loss_summary, lost_process, run_training
 from terdit_cli.train.memory import Plan, plan_run
-from terdit_cli.train.parallel import join_world
+from terdit_cli.train.parallel import World, join_world, leave_world
 from terdit_cli.train.preview import preview_sampler
-from terdit_cli.train.trainer import CKPT, Trainer
+from terdit_cli.train.trainer import Trainer
 
 # Changing these on resume would give another network than the one that was saved.
 _FIXED_SECTIONS = ("model", "ternary")
@@ -33,11 +45,55 @@ class TrainResult:
     last_loss: float | None
 
 
-def plan(recipe_path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Plan]:
-    """Return the resolved recipe and what its run needs; trains nothing, reads no data."""
+@dataclass(frozen=True)
+class ExportResult:
+    """What was made of which checkpoint."""
+
+    checkpoint: Path
+    out: Path
+    step: int
+
+
+@dataclass(frozen=True)
+class PlotResult:
+    """Which runs' curves lie where."""
+
+    runs: tuple[Path, ...]
+    out: Path
+
+
+def plan(
+    recipe_path: Path,
+    overrides: Sequence[str] = (),
+    gpus: int = 1,
+    gpu_memory: str | None = None,
+    mfu: float | None = None,
+) -> tuple[Recipe, Plan]:
+    """Return the resolved recipe and what its run needs; trains nothing, reads no data.
+
+    Args:
+        gpus: processes to plan for.
+        gpu_memory: a GPU's name ("h100") or memory ("80GB"): adds the largest micro-batch that
+            fits it and, for a name, the days.
+        mfu: share of the GPUs' peak that training is expected to reach; None: 0.4.
+
+    Raises:
+        UsageError: an unknown GPU, a share of an unknown peak, or a batch that does not divide
+            over the processes.
+    """
     recipe = load_recipe(recipe_path, overrides)
     preview_sampler(recipe)
-    return recipe, plan_run(recipe)
+    return recipe, plan_run(recipe, gpus, gpu_memory, mfu)
+
+
+def plot(runs: Sequence[Path], out: Path) -> PlotResult:
+    """Draw the curves of several runs on one picture, .png or .html.
+
+    Raises:
+        InputFileError: a folder without metrics.jsonl.
+        UsageError: no run, or another kind of picture.
+    """
+    return PlotResult(tuple(runs), plot_runs(runs, out))
 
 
 def run(
@@ -60,33 +116,72 @@ def run(
     recipe = load_recipe(recipe_path, overrides)
     preview_sampler(recipe)
     run_folder = out or build.default_run_folder(recipe)
-    saved = _find_checkpoint(resume, run_folder)
+    world = join_world(2 * recipe.parallel.hang_seconds)  # the watchdog speaks first
+    with lost_process(world, run_folder):
+        trainer, checkpoint = _train(recipe, resume, run_folder, world)
+    leave_world()
+    first, last = loss_summary(run_folder) or (None, None)
+    return TrainResult(run_folder, checkpoint, trainer.step, first, last)
+
+
+def export(source: Path, out: Path | None = None) -> ExportResult:
+    """Write ckpt.pt from a checkpoint, in one process and little memory.
+
+    Args:
+        source: a run folder, whose newest undamaged checkpoint is taken, or a checkpoint folder.
+        out: the file to write; default ckpt.pt in the run folder.
+
+    Raises:
+        InputFileError: no checkpoint there, or a damaged one.
+        EnvironmentProblem: disk full or not writable.
+    """
+    world = World()
+    if (source / MANIFEST).exists():
+        saved, folder = check_checkpoint(source, world), source.resolve().parent
+        run_folder = folder.parent if folder.name == FOLDER else source
+    else:
+        newest, run_folder = latest_checkpoint(source, world), source
+        if newest is None:
+            raise InputFileError(
+                "there is no complete checkpoint", where=source,
+                fix="name a run folder or one of its checkpoints/step-* folders",
+            )  # fmt: skip
+        saved = newest
+    path = out or run_folder / CKPT
+    export_ckpt(saved, path)
+    return ExportResult(saved.path, path, saved.step)
+
+
+def _train(
+    recipe: Recipe, resume: str | None, run_folder: Path, world: World
+) -> tuple[Trainer, Path]:
+    """Build or restore what is trained, train it, and return it with the path of ckpt.pt."""
+    saved = _find_checkpoint(resume, run_folder, world)
     if saved is not None:
         _check_same_network(recipe, saved)
-    world = join_world()
     source = build.open_data(recipe)
     space = build.open_space(recipe, world.device)
     trainer = Trainer(recipe, source, space, world, run_folder)
     if saved is not None:
-        trainer.restore(saved)
+        trainer.restore(load_state(saved, trainer.state()), saved.step)
         console.note(f"resuming {recipe.name} after step {saved.step} from {saved.path}")
-    with atomic_path(run_folder / RECIPE) as temporary:
-        temporary.write_text(recipe.to_yaml(), encoding="utf-8")
+    if world.is_main:
+        with atomic_path(run_folder / RECIPE) as temporary:
+            temporary.write_text(recipe.to_yaml(), encoding="utf-8")
     parameters = sum(p.numel() for p in trainer.network.parameters())
     console.note(
         f"training {recipe.name}: {parameters:,} parameters, {len(source):,} images, "
         f"{recipe.train.steps:,} steps of {recipe.train.global_batch_size} on {world.device}, "
         f"into {run_folder}"
     )
-    checkpoint = run_training(trainer)
-    first, last = loss_summary(run_folder) or (None, None)
-    return TrainResult(run_folder, checkpoint, trainer.step, first, last)
+    return trainer, run_training(trainer, _saved_here(saved, run_folder))
 
 
-def _find_checkpoint(resume: str | None, run_folder: Path) -> Saved | None:
+def _find_checkpoint(resume: str | None, run_folder: Path, world: World) -> Saved | None:
     """Return the checkpoint to continue from, or None for a new run."""
+    newest = world.agree(max(complete_checkpoints(run_folder), default=-1))
     if resume is None:
-        used = latest_checkpoint(run_folder) or (run_folder / CKPT).exists()
+        used = newest >= 0 or (run_folder / CKPT).exists()
         if used:
             raise UsageError(
                 "the run folder already holds a run",
@@ -95,20 +190,27 @@ def _find_checkpoint(resume: str | None, run_folder: Path) -> Saved | None:
             )
         return None
     if resume == "auto":
-        saved = latest_checkpoint(run_folder)
+        saved = latest_checkpoint(run_folder, world)
         if saved is None:
             console.note(f"no complete checkpoint in {run_folder}: starting a new run")
         return saved
-    saved, newest = check_checkpoint(Path(resume)), latest_checkpoint(run_folder)
-    if newest is not None and newest.step > saved.step:
+    saved = check_checkpoint(Path(resume), world)
+    here = _saved_here(saved, run_folder)
+    if newest > here:
         raise UsageError(
-            "the run folder holds a later checkpoint than the one to resume",
-            got=newest.path,
-            expected=f"none after step {saved.step}",
+            "the run folder holds a later checkpoint or another run",
+            got=folder_of(run_folder, int(newest)),
+            expected="the checkpoint to resume to be its newest, or an empty folder",
             where=saved.path,
             fix="continue the newest with --resume auto, or into a new folder with --out",
         )
     return saved
+
+
+def _saved_here(saved: Saved | None, run_folder: Path) -> int:
+    """Return the step of a checkpoint if it lies in the run folder, else -1."""
+    here = saved is not None and saved.path.resolve().parents[1] == run_folder.resolve()
+    return saved.step if here and saved else -1
 
 
 def _check_same_network(recipe: Recipe, saved: Saved) -> None:

@@ -1,42 +1,105 @@
-"""Images without labels, one after the other, for scoring: a folder tree, a zip or an .npz.
+"""Images for scoring, by number: a folder tree, a zip, tar shards, an .npz or the packaged set.
 
-An .npz (key `arr_0` or `images`) is streamed image by image: 50,000 images never lie in memory,
-and its declared size is checked before anything is read.
+Images keep their own sizes. What is not 8-bit RGB is converted as FID's reference code converts
+it, by Pillow's convert("RGB"): grey becomes three equal channels, an alpha channel is dropped,
+and orientation tags are not applied. `read` says which mode an image had, so that the caller can
+tell its user.
 
-Shapes: N images, H and W pixels.
+The classes of files are their top folders, if all files lie in one; folders that merely wrap all
+class folders do not count, nor does the tar that holds them. Those of an .npz are its integer
+labels, as are those of tars with a .cls beside each image.
 """
 
 from __future__ import annotations
 
-import math
-import zipfile
-import zlib
+import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from terdit_cli.data.decode import MAX_PIXELS, decode_image, to_pixels
+from terdit_cli.data.decode import UnreadableImage, decode_with_mode, to_pixels
 from terdit_cli.data.files import FolderFiles, ImageFiles, ZipFiles
+from terdit_cli.data.images import open_images
+from terdit_cli.data.npz_images import NpzImages
+from terdit_cli.data.tars import TarFiles, is_pattern, match_shards, shards_in
 from terdit_cli.errors import InputFileError
 
-NPZ_KEYS = ("arr_0", "images")
+EMBEDDED = "embedded"  # the packaged images, or "embedded:train", "embedded:heldout"
+_EMBEDDED_SIZE = 28
 
-NamedImage = tuple[str, NDArray[np.uint8]]
+Pixels = NDArray[np.uint8]
 
 
-def count_images(path: Path) -> int:
-    """Count the images in a folder tree, a zip or an .npz without decoding any.
+class ImageSet(ABC):
+    """N images; `classes` is the class of each, None where they have none."""
+
+    def __init__(
+        self, where: str, count: int, class_names: list[str], classes: NDArray[np.int64] | None
+    ) -> None:
+        self.where = where
+        self.count = count
+        self.class_names = class_names
+        self.classes = classes
+
+    @abstractmethod
+    def read(self, index: int) -> tuple[Pixels, str]:
+        """Return image `index`, uint8 [H, W, 3], and the mode it was stored in ("RGB", "L", ...).
+
+        Raises:
+            InputFileError: it cannot be read.
+        """
+
+    @abstractmethod
+    def describe(self, index: int) -> str:
+        """Return one line that changes when image `index` does, without decoding it."""
+
+    def sha256(self, indices: list[int]) -> str:
+        """Return the hash of a list of images: SHA-256 of their `describe` lines, in order.
+
+        A line is for a file its path in the set, its size and a CRC: in a zip of its content, in a
+        folder or tar of its last 4096 bytes; for an image of an .npz its number and a hash of the
+        array's shape and CRC. So it is quick to compute, and the same images in a folder of another
+        name have the same hash, but not those in a zip or in another order.
+        """
+        digest = hashlib.sha256()
+        for index in indices:
+            # File names that are not UTF-8 come with surrogates.
+            digest.update(self.describe(index).encode(errors="surrogatepass") + b"\n")
+        return digest.hexdigest()
+
+
+def open_image_set(where: str) -> ImageSet:
+    """Open images by what they are called on the command line.
 
     Raises:
-        InputFileError: missing, empty, corrupt or of another kind.
+        InputFileError: missing, empty, corrupt or of another kind. UsageError: a wrong split.
     """
+    if where == EMBEDDED or where.startswith(EMBEDDED + ":"):
+        return _PackagedSet(where)
+    path = Path(where)
+    if not path.exists() and is_pattern(where):
+        return _tar_set(where, match_shards(where))
+    if not path.exists():
+        raise InputFileError("images not found", where=path, fix="check the path")
     if path.suffix.lower() == ".npz":
-        return _npz_shape(path)[1][0]
-    return len(_open_files(path).names)
+        return _NpzSet(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix.lower() == ".tar":
+        return _tar_set(where, [path])
+    if path.suffix.lower() == ".zip":
+        zipped = ZipFiles(path)
+        return _FileSet(where, zipped, *_top_folders(zipped.names))
+    raise InputFileError(
+        "not a collection of images",
+        got=path.suffix or "a file without suffix",
+        expected="a folder, .zip, .tar or .npz",
+        where=path,
+        fix="put the images into a folder or a zip",
+    )
 
 
 def spread(total: int, n: int) -> list[int]:
@@ -52,120 +115,110 @@ def spread(total: int, n: int) -> list[int]:
     return draws
 
 
-def read_images(
-    path: Path, image_size: int | None = None, n: int | None = None
-) -> Iterator[NamedImage]:
-    """Iterate over (name, image uint8 [H, W, 3]) in a folder tree, a zip or an .npz.
-
-    Files come in the order of their relative paths. `image_size` in pixels applies the training
-    crop; None keeps each image's own size. `n` reads that many, evenly spread over the set.
+def unreadable_images(images: ImageSet, indices: list[int]) -> Iterator[tuple[int, str]]:
+    """Iterate over the images that cannot be read, with the reason; decodes all of them.
 
     Raises:
-        InputFileError: missing, empty, corrupt or of another kind (at the call); an unreadable
-            image (when its turn comes).
+        InputFileError: the file that holds all images is damaged.
     """
-    if path.suffix.lower() == ".npz":
-        return _iterate_npz(path, image_size, n, *_npz_shape(path))
-    return _iterate_files(_open_files(path), image_size, n)
+    for index in indices:
+        try:
+            images.read(index)
+        except UnreadableImage as error:
+            yield index, str(error)
 
 
-def _open_files(path: Path) -> ImageFiles:
-    if not path.exists():
-        raise InputFileError("images not found", where=path, fix="check the path")
-    if path.is_dir():
-        files: ImageFiles = FolderFiles(path)
-    elif path.suffix.lower() == ".zip":
-        files = ZipFiles(path)
-    else:
+class _FileSet(ImageSet):
+    def __init__(
+        self,
+        where: str,
+        files: ImageFiles,
+        class_names: list[str],
+        classes: NDArray[np.int64] | None,
+    ) -> None:
+        if not files.names:
+            raise InputFileError(
+                "no images found",
+                expected="JPEG, PNG, WebP, BMP, PPM or TIFF files",
+                where=where,
+                fix="give the folder, zip or tar that holds the images",
+            )
+        super().__init__(where, len(files.names), class_names, classes)
+        self._files = files
+
+    def read(self, index: int) -> tuple[Pixels, str]:
+        name = self._files.names[index]
+        image, mode = decode_with_mode(self._files.read(name), f"{self.where}: {name}")
+        return to_pixels(image), mode
+
+    def describe(self, index: int) -> str:
+        name = self._files.names[index]
+        return f"{name} {self._files.fingerprint(name)}"
+
+
+def _open_folder(path: Path) -> ImageSet:
+    """Open a folder of images, or of tar shards."""
+    files, shards = FolderFiles(path), shards_in(path)
+    if not shards:
+        return _FileSet(str(path), files, *_top_folders(files.names))
+    if files.names:
         raise InputFileError(
-            "not a collection of images",
-            got=path.suffix or "a file without suffix",
-            expected="a folder, .zip or .npz",
+            "a folder of both tars and images",
+            got=f"{shards[0].name} and {files.names[0]}",
+            expected="one or the other",
             where=path,
-            fix="put the images into a folder or a zip",
+            fix=f"move one of them away, or name the tars: '{path}/*.tar'",
         )
-    if not files.names:
-        raise InputFileError(
-            "no images found",
-            expected="JPEG, PNG, WebP, BMP, PPM or TIFF files",
-            where=path,
-            fix="give the folder or zip that holds the images",
-        )
-    return files
+    return _tar_set(str(path), shards)
 
 
-def _iterate_files(
-    files: ImageFiles, image_size: int | None, n: int | None
-) -> Iterator[NamedImage]:
-    for index in spread(len(files.names), n or len(files.names)):
-        name = files.names[index]
-        yield name, to_pixels(decode_image(files.read(name), name), image_size)
+def _tar_set(where: str, shards: list[Path]) -> ImageSet:
+    files = TarFiles(shards)
+    classes = _top_folders(files.members) if files.labels is None else _numbered(files.labels)
+    return _FileSet(where, files, *classes)
 
 
-def _npz_shape(path: Path) -> tuple[str, tuple[int, int, int]]:
-    """Return (member, (N, H, W)) of the images in an .npz after checking type and size."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = set(archive.namelist())
-            key = next((key for key in NPZ_KEYS if f"{key}.npy" in members), None)
-            if key is None:
-                raise _bad_npz(path, f"keys {', '.join(sorted(members)[:5]) or 'none'}")
-            with archive.open(f"{key}.npy") as stream:
-                shape, fortran_order, dtype = _npy_header(stream)
-                header_bytes = stream.tell()
-            declared = archive.getinfo(f"{key}.npy").file_size
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise _bad_npz(path, str(error) or type(error).__name__) from error
-    if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-        layout = " in Fortran order" if fortran_order else ""
-        raise _bad_npz(path, f"{dtype} {list(shape)}{layout}")
-    if shape[1] * shape[2] > MAX_PIXELS:
-        raise _bad_npz(path, f"images of {shape[1]} x {shape[2]} pixels, over {MAX_PIXELS}")
-    if declared != header_bytes + math.prod(shape):
-        raise _bad_npz(path, f"{declared - header_bytes} bytes for shape {list(shape)}")
-    return f"{key}.npy", (shape[0], shape[1], shape[2])
+def _top_folders(paths: list[str]) -> tuple[list[str], NDArray[np.int64] | None]:
+    """Return the names of the classes, and the class of each path; none if one has no folder."""
+    parts = [path.split("/") for path in paths]
+    depth = 0
+    while parts and min(map(len, parts)) >= depth + 3 and len({part[depth] for part in parts}) == 1:
+        depth += 1
+    if not parts or min(map(len, parts)) < depth + 2:
+        return [], None
+    names = sorted({part[depth] for part in parts})
+    places = {name: place for place, name in enumerate(names)}
+    return names, np.array([places[part[depth]] for part in parts])
 
 
-def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(stream)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(stream)
-    raise ValueError(f"npy format version {version}")
+def _numbered(labels: NDArray[np.int64] | list[int]) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the names of the classes, in the order of their numbers, and the class of each."""
+    numbers, classes = np.unique(np.asarray(labels), return_inverse=True)
+    return [str(number) for number in numbers], classes
 
 
-def _iterate_npz(
-    path: Path,
-    image_size: int | None,
-    n: int | None,
-    member: str,
-    shape: tuple[int, int, int],
-) -> Iterator[NamedImage]:
-    count, height, width = shape
-    size = height * width * 3
-    wanted = set(spread(count, n or count))
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
-            _npy_header(stream)
-            for index in range(count):
-                values = stream.read(size)
-                if len(values) != size:
-                    raise _bad_npz(path, f"the end of the file in image {index} of {count}")
-                if index not in wanted:
-                    continue
-                pixels = np.frombuffer(values, dtype=np.uint8).reshape(height, width, 3)
-                name = f"{path.name}[{index}]"
-                yield name, to_pixels(Image.fromarray(pixels), image_size)
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise _bad_npz(path, str(error) or type(error).__name__) from error
+class _NpzSet(ImageSet):
+    def __init__(self, path: Path) -> None:
+        self._images = NpzImages(path)
+        labels = self._images.labels
+        classes = ([], None) if labels is None else _numbered(labels)
+        super().__init__(str(path), self._images.count, *classes)
+
+    def read(self, index: int) -> tuple[Pixels, str]:
+        return self._images.read(index), "RGB"
+
+    def describe(self, index: int) -> str:
+        return f"{index} {self._images.sha256()}"
 
 
-def _bad_npz(path: Path, got: str) -> InputFileError:
-    return InputFileError(
-        "cannot read images from the .npz",
-        got=got,
-        expected="a uint8 array [N, H, W, 3] under the key arr_0 or images",
-        where=path,
-        fix="save them with numpy.savez(path, images)",
-    )
+class _PackagedSet(ImageSet):
+    def __init__(self, where: str) -> None:
+        split = where.partition(":")[2] or "all"
+        self._images = open_images(EMBEDDED, None, _EMBEDDED_SIZE, split=split)
+        super().__init__(where, len(self._images), self._images.class_names, self._images.labels)
+
+    def read(self, index: int) -> tuple[Pixels, str]:
+        return self._images.read(index), "RGB"
+
+    def describe(self, index: int) -> str:
+        return f"{self.where} {index}"

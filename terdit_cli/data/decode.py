@@ -10,12 +10,13 @@ Shapes: H, W height and width in pixels; S the side of the square.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 
 from terdit_cli.errors import InputFileError
 
@@ -48,36 +49,65 @@ def is_image_name(name: str) -> bool:
     return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
-def unreadable(name: str, reason: str) -> InputFileError:
+class UnreadableImage(InputFileError):
+    """One image of a set that may be left out, where the user allows it."""
+
+
+def unreadable(name: str, reason: str) -> UnreadableImage:
     """Return the error for one unreadable image."""
-    return InputFileError(
+    return UnreadableImage(
         "unreadable image",
         got=reason,
         expected="a whole 8-bit JPEG, PNG, WebP, BMP, PPM or TIFF file",
         where=name,
-        fix="repair or remove the file",
+        fix="repair or remove the file, or skip such files with on-bad-image",
     )
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode the bytes of one image file into an RGB image; `name` is for the message.
+    """Decode the bytes of one image file into an RGB image; see `decode_with_mode`."""
+    return decode_with_mode(data, name)[0]
+
+
+def decode_with_mode(data: bytes, name: str) -> tuple[Image.Image, str]:
+    """Decode the bytes of one image file into an RGB image, and say which mode it had.
+
+    Transparency is dropped, as Pillow's convert("RGB") does, and orientation tags do not turn the
+    image. `name` is for the message.
 
     Raises:
-        InputFileError: not an image, truncated, of a depth other than 8 bits, or larger than
+        UnreadableImage: not an image, truncated, of a depth other than 8 bits, or larger than
             MAX_PIXELS.
     """
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise unreadable(name, f"{image.width} x {image.height} pixels, over {MAX_PIXELS}")
-            if image.mode[0] in "IF":  # converting these to RGB would clip, not scale
+            if _is_deep(image):
                 raise unreadable(name, f"more than 8 bits a channel (mode {image.mode})")
-            return image.convert("RGB")
+            return image.convert("RGB"), image.mode
     except _DECODE_ERRORS as error:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         # Pillow's text for unknown data holds the address of a buffer: noise, new in every run.
         reason = "not an image" if "BytesIO" in first_line else first_line
         raise unreadable(name, reason) from error
+
+
+def _is_deep(image: ImageFile.ImageFile) -> bool:
+    """Say whether an image that is open but not loaded has more than 8 bits a channel.
+
+    Converting a deep grey image to RGB would clip it, not scale it. Deep colour Pillow reads as if
+    it had 8 bits; what it will decode, as "RGB;16B" or a PPM's largest value, tells.
+    """
+    if image.mode[0] in "IF":
+        return True
+    for codec, _, _, arguments in image.tile:
+        for part in arguments if isinstance(arguments, tuple) else (arguments,):
+            if isinstance(part, str) and re.search(r";16[BLNS]", part):
+                return True
+            if codec in ("ppm", "ppm_plain") and isinstance(part, int) and part > 255:
+                return True
+    return False
 
 
 def center_crop(image: Image.Image, image_size: int) -> Image.Image:

@@ -6,7 +6,9 @@ read is bounded. Names are relative paths with `/`, sorted.
 
 from __future__ import annotations
 
+import lzma
 import os
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,8 +17,21 @@ from typing import Protocol
 from terdit_cli.data.decode import MAX_FILE_BYTES, is_image_name, unreadable
 from terdit_cli.errors import InputFileError
 
-# What zipfile raises on a damaged, encrypted (RuntimeError) or exotic (NotImplementedError) member.
-_MEMBER_ERRORS = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+# What zipfile raises on an archive that is damaged, encrypted (RuntimeError) or exotic
+# (NotImplementedError, a RuntimeError too).
+ZIP_ERRORS = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    OverflowError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
+_TAIL = 4096  # bytes
 
 
 class ImageFiles(Protocol):
@@ -26,6 +41,9 @@ class ImageFiles(Protocol):
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one file; InputFileError names the file when it cannot be read."""
+
+    def fingerprint(self, name: str) -> str:
+        """Return what is known of a file's content without reading it."""
 
 
 class FolderFiles:
@@ -55,6 +73,16 @@ class FolderFiles:
         """
         return read_bounded(self.root / name, name)
 
+    def fingerprint(self, name: str) -> str:
+        """Return the size of one file, and the CRC of its last bytes (see `tail_crc`).
+
+        Raises:
+            InputFileError: the file is gone or not a regular file.
+        """
+        path = self.root / name
+        size = regular_size(path, name)
+        return f"{size} {tail_crc(path, 0, size, name):08x}"
+
 
 class ZipFiles:
     """All images in a zip; each process opens the archive when it first reads from it."""
@@ -64,10 +92,10 @@ class ZipFiles:
         try:
             with zipfile.ZipFile(path) as archive:
                 members = [member for member in archive.infolist() if not member.is_dir()]
-        except (OSError, zipfile.BadZipFile, ValueError) as error:
+        except ZIP_ERRORS as error:
             raise InputFileError(
                 "cannot open the zip of images",
-                got=str(error),
+                got=str(error) or type(error).__name__,
                 expected="a whole zip archive",
                 where=path,
                 fix="copy or download the file again",
@@ -78,6 +106,10 @@ class ZipFiles:
         self.names = list(self._members)
         self._archive: zipfile.ZipFile | None = None
         self._owner = -1
+
+    def fingerprint(self, name: str) -> str:
+        """Return the size and the CRC that the archive holds of one member."""
+        return f"{self._members[name].file_size} {self._members[name].CRC:08x}"
 
     def _open(self) -> zipfile.ZipFile:
         # A forked process shares the file position with its parent: it needs its own handle.
@@ -99,8 +131,22 @@ class ZipFiles:
         try:
             with self._open().open(member) as stream:
                 return stream.read(MAX_FILE_BYTES + 1)
-        except _MEMBER_ERRORS as error:
+        except ZIP_ERRORS as error:
             raise unreadable(name, str(error) or type(error).__name__) from error
+
+
+def regular_size(path: Path, name: str) -> int:
+    """Return the bytes of a regular file; `name` is for the message.
+
+    Raises:
+        InputFileError: the file is gone, or it is a folder, a broken link or a pipe (which blocks).
+    """
+    try:
+        if not path.is_file():
+            raise unreadable(name, "no regular file")
+        return path.stat().st_size
+    except OSError as error:
+        raise unreadable(name, error.strerror or str(error)) from error
 
 
 def read_bounded(path: Path, name: str) -> bytes:
@@ -109,14 +155,40 @@ def read_bounded(path: Path, name: str) -> bytes:
     Raises:
         InputFileError: the file is gone, not a regular file, too large or not readable.
     """
+    size = regular_size(path, name)
+    if size > MAX_FILE_BYTES:
+        raise unreadable(name, f"{size} bytes, over {MAX_FILE_BYTES}")
+    return read_part(path, 0, size, name)
+
+
+def read_part(path: Path, offset: int, size: int, name: str) -> bytes:
+    """Return `size` bytes of a file from `offset` on; `name` is for the message.
+
+    Raises:
+        InputFileError: the file is gone, not readable or too short.
+    """
     try:
-        if not path.is_file():  # also a broken link, and a pipe, which would block
-            raise unreadable(name, "no regular file")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise unreadable(name, f"{path.stat().st_size} bytes, over {MAX_FILE_BYTES}")
-        return path.read_bytes()
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(size)
     except OSError as error:
         raise unreadable(name, error.strerror or str(error)) from error
+    if len(content) != size:
+        raise unreadable(name, f"{len(content)} bytes of {size}")
+    return content
+
+
+def tail_crc(path: Path, offset: int, size: int, name: str) -> int:
+    """Return the CRC-32 of the last 4096 of `size` bytes: it tells apart files of equal size.
+
+    The end of a compressed image depends on what comes before; a PNG's even holds a checksum of
+    all its pixels.
+
+    Raises:
+        InputFileError: the file is gone, not readable or too short.
+    """
+    part = min(size, _TAIL)
+    return zlib.crc32(read_part(path, offset + size - part, part, name))
 
 
 def require_folder(path: Path, what: str, fix: str) -> None:

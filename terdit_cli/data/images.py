@@ -1,4 +1,4 @@
-"""Labelled training images of one size, from five kinds of sources.
+"""Labelled training images of one size, from seven kinds of sources.
 
 Every source is first listed (names, labels, how to open one image), then wrapped: a set that
 fits in memory is decoded once, in threads, which also finds every unreadable image before the
@@ -19,14 +19,23 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from terdit_cli.data.decode import to_pixels
 from terdit_cli.data.idx import FASHION_CLASSES, embedded_arrays, fashion_arrays
-from terdit_cli.data.listing import Listing, list_arrays, list_cifar10, list_folder, list_zip
+from terdit_cli.data.listing import (
+    Listing,
+    list_arrays,
+    list_cifar10,
+    list_folder,
+    list_tars,
+    list_zip,
+)
+from terdit_cli.data.parquet import list_parquet
 from terdit_cli.errors import InputFileError, UsageError, did_you_mean
 
-SOURCES = ("embedded", "folder", "zip", "cifar10", "fashion-mnist")
+SOURCES = ("embedded", "folder", "zip", "tars", "parquet", "cifar10", "fashion-mnist")
 SPLITS = ("train", "heldout", "all")
 MEMORY_LIMIT = 1 << 30  # bytes of decoded pixels up to which a set is kept in memory
 
@@ -59,6 +68,28 @@ class ImageSource(ABC):
     def name(self, index: int) -> str:
         """Return what to call image `index` in a message."""
 
+    @property
+    def rows_a_task(self) -> int:
+        """How many rows of a batch one thread should fill at once."""
+        return 1 if self.images is None else 1 << 16
+
+    def allocate(self, count: int) -> torch.Tensor:
+        """Return room for a batch: uint8 [count, S, S, 3]."""
+        return torch.empty((count, self.image_size, self.image_size, 3), dtype=torch.uint8)
+
+    def fill(
+        self, out: torch.Tensor, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]
+    ) -> None:
+        """Fill rows of a batch with images, some of them mirrored left to right."""
+        rows = out.numpy()
+        if self.images is not None:
+            np.take(self.images, indices, axis=0, out=rows)
+            rows[mirrored] = rows[mirrored, :, ::-1]
+            return
+        for row, index, mirror in zip(rows, indices.tolist(), mirrored.tolist(), strict=True):
+            image = self.read(index)
+            row[:] = image[:, ::-1] if mirror else image
+
 
 def open_images(
     source: str,
@@ -71,32 +102,46 @@ def open_images(
     """Open a set of labelled images, cropped and resized to `image_size` pixels.
 
     Args:
-        source: embedded (Fashion-MNIST, 10,000 images), folder or zip (of class folders),
-            cifar10 (torchvision's cifar-10-batches-py), fashion-mnist (the full set's idx files).
+        source: embedded (Fashion-MNIST, 10,000 images), folder or zip (of class folders), tars
+            (one .tar or a folder of them), parquet (of Hugging Face's datasets), cifar10
+            (torchvision's cifar-10-batches-py), fashion-mnist (the full set's idx files).
         path: the folder or zip; None for embedded.
         on_bad_image: stop at unreadable images, or leave them out.
-        split: train, heldout or all; None means train, and all for folder and zip, which have
-            no splits.
+        split: train, heldout or all; None means train, and all for a source that has no splits.
         on_progress: called with (images done, images in all) while a set is decoded.
 
     Raises:
         UsageError: an unknown source, split or policy, a missing or a superfluous path.
         InputFileError: missing, empty or corrupt data; unreadable images, counted and named.
     """
-    split = _check(source, path, image_size, on_bad_image, split)
-    if path is None:
-        listing = list_arrays(*embedded_arrays(split), FASHION_CLASSES, "Fashion-MNIST subset")
-    elif source == "folder":
-        listing = list_folder(path)
-    elif source == "zip":
-        listing = list_zip(path)
-    elif source == "cifar10":
-        listing = list_cifar10(path, split)
-    else:
-        listing = list_arrays(*fashion_arrays(path, split), FASHION_CLASSES, "Fashion-MNIST")
+    _check(image_size, on_bad_image)
+    listing = list_images(source, path, split)
     if len(listing.labels) * image_size * image_size * 3 <= MEMORY_LIMIT:
         return _MemoryImages(listing, image_size, on_bad_image, on_progress)
     return _LazyImages(listing, image_size, on_bad_image)
+
+
+def list_images(source: str, path: Path | None, split: str | None = None) -> Listing:
+    """List a set of labelled images without decoding any; see `open_images`.
+
+    Raises:
+        UsageError: an unknown source or split, a missing or a superfluous path.
+        InputFileError: missing or empty data.
+    """
+    split = _check_source(source, path, split)
+    if path is None:
+        return list_arrays(*embedded_arrays(split), FASHION_CLASSES, "Fashion-MNIST subset")
+    if source == "folder":
+        return list_folder(path)
+    if source == "zip":
+        return list_zip(path)
+    if source == "tars":
+        return list_tars(path)
+    if source == "parquet":
+        return list_parquet(path)
+    if source == "cifar10":
+        return list_cifar10(path, split)
+    return list_arrays(*fashion_arrays(path, split), FASHION_CLASSES, "Fashion-MNIST")
 
 
 class _MemoryImages(ImageSource):
@@ -212,17 +257,7 @@ class _LazyImages(ImageSource):
         return self._listing.names[index]
 
 
-def _check(
-    source: str, path: Path | None, image_size: int, on_bad_image: str, split: str | None
-) -> str:
-    """Check the plain arguments of `open_images` and return the split."""
-    if source not in SOURCES:
-        raise UsageError(
-            "unknown image source",
-            got=repr(source) + did_you_mean(source, SOURCES),
-            expected=f"one of {', '.join(SOURCES)}",
-            where="data.source",
-        )
+def _check(image_size: int, on_bad_image: str) -> None:
     if on_bad_image not in ("error", "skip"):
         raise UsageError(
             "unknown policy for unreadable images",
@@ -232,6 +267,17 @@ def _check(
         )
     if image_size < 1:
         raise UsageError("bad image size", got=image_size, expected="at least 1 pixel")
+
+
+def _check_source(source: str, path: Path | None, split: str | None) -> str:
+    """Check where images come from and return the split."""
+    if source not in SOURCES:
+        raise UsageError(
+            "unknown image source",
+            got=repr(source) + did_you_mean(source, SOURCES),
+            expected=f"one of {', '.join(SOURCES)}",
+            where="data.source",
+        )
     if (path is None) != (source == "embedded"):
         raise UsageError(
             f"image source {source!r} " + ("needs a path" if path is None else "takes no path"),
@@ -239,7 +285,7 @@ def _check(
             where="data.path",
             fix="set data.path" if path is None else "remove data.path or set data.source=folder",
         )
-    has_splits = source not in ("folder", "zip")
+    has_splits = source in ("embedded", "cifar10", "fashion-mnist")
     split = split or ("train" if has_splits else "all")
     if split not in (SPLITS if has_splits else ("all",)):
         raise UsageError(

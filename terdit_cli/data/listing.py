@@ -16,6 +16,7 @@ from PIL import Image
 
 from terdit_cli.data.decode import decode_image, is_image_name
 from terdit_cli.data.files import ZipFiles, read_bounded, require_folder
+from terdit_cli.data.tars import TarFiles, match_shards
 from terdit_cli.errors import InputFileError
 from terdit_cli.torchvision_shim import import_vision
 
@@ -52,7 +53,7 @@ def list_folder(root: Path) -> Listing:
     )
     files = [file[prefix:] for file, _ in samples]
     labels = np.array([label for _, label in samples], dtype=np.int64)
-    _check_classes(root, names, labels)
+    check_classes(root, names, labels)
 
     def load(index: int) -> Image.Image:
         name = files[index]
@@ -80,7 +81,36 @@ def list_zip(path: Path) -> Listing:
     classes = sorted({split[depth] for split in parts.values()})
     position = {name: label for label, name in enumerate(classes)}
     labels = np.array([position[parts[name][depth]] for name in files], dtype=np.int64)
-    _check_classes(path, classes, labels)
+    check_classes(path, classes, labels)
+
+    def load(index: int) -> Image.Image:
+        return decode_image(archive.read(files[index]), files[index])
+
+    return Listing(str(path), classes, labels, files, load)
+
+
+def list_tars(path: Path) -> Listing:
+    """List tar shards: one .tar, a folder of them or a pattern as "train-{000..009}.tar".
+
+    The class of an image is the number in its .cls file (webdataset), else its folder inside the
+    tar, else the tar's name (as ImageNet's own n01440764.tar).
+    """
+    archive = TarFiles(match_shards(str(path / "*.tar" if path.is_dir() else path)))
+    files, numbers = archive.names, archive.labels
+    if numbers and max(numbers) >= len(files):
+        raise InputFileError(
+            "classes without images", got=f"a class {max(numbers)} among {len(files)} images",
+            where=path, fix="number the classes from 0 on, and give all tars of the set",
+        )  # fmt: skip
+    if numbers:
+        labels = np.array(numbers, dtype=np.int64)
+        classes = [str(number) for number in range(max(numbers) + 1)]
+    else:
+        folders = [name.split("/")[-2].removesuffix(".tar") for name in files]
+        classes = sorted(set(folders))
+        position = {name: label for label, name in enumerate(classes)}
+        labels = np.array([position[folder] for folder in folders], dtype=np.int64)
+    check_classes(path, classes, labels)
 
     def load(index: int) -> Image.Image:
         return decode_image(archive.read(files[index]), files[index])
@@ -120,7 +150,8 @@ def list_arrays(
     )
 
 
-def _check_classes(path: Path, class_names: list[str], labels: NDArray[np.int64]) -> None:
+def check_classes(path: Path, class_names: list[str], labels: NDArray[np.int64]) -> None:
+    """Raise InputFileError when there is no image, or a class without one."""
     if len(labels) == 0:
         raise _no_images(path, "no images in class folders")
     counts = np.bincount(labels, minlength=len(class_names))

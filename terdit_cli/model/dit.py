@@ -191,18 +191,13 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """y [B] -> [B, A]; in training a label becomes the null class with `dropout_prob`."""
+    """y [B] -> [B, A]; where labels can be dropped, the last row is the null class."""
 
     def __init__(self, num_classes: int, width: int, dropout_prob: float) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.dropout_prob = dropout_prob
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), width)
 
     def forward(self, y: Tensor) -> Tensor:
-        if self.training and self.dropout_prob > 0:
-            dropped = torch.rand(y.shape, device=y.device) < self.dropout_prob
-            y = torch.where(dropped, self.num_classes, y)
         return self.embedding_table(y)
 
 
@@ -314,7 +309,8 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig, linear: LinearFactory = TernaryLinear) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        # In training, recompute every k-th block in the backward pass; 0: none, True: all.
+        self.activation_checkpointing: int = 0
         width = config.conditioning_width
         self.x_embedder = nn.Linear(config.patch_size**2 * config.in_channels, config.dim)
         self.t_embedder = TimestepEmbedder(width)
@@ -389,11 +385,14 @@ class DiT(nn.Module):
 
         `hidden` is given away: an override may overwrite it.
         """
-        for block in self.layers:
-            if self.activation_checkpointing and self.training:
+        every = self.activation_checkpointing if self.training else 0
+        for index, block in enumerate(self.layers):
+            if every and index % every == 0:
+                # Nothing in a block is random: no generator's state need be kept.
                 hidden = checkpoint(
-                    block, hidden, c, self.rope_cos, self.rope_sin, use_reentrant=False
-                )
+                    block, hidden, c, self.rope_cos, self.rope_sin,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
             else:
                 hidden = block(hidden, c, self.rope_cos, self.rope_sin)
         return hidden

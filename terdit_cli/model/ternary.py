@@ -9,6 +9,9 @@ gamma only decides the rounding threshold; alpha is the scale. Gradients are str
 d/dalpha = sum(dL/dWeff * trits). Source: TerDiT (arXiv 2405.14854, section 3.2) for the learned
 alpha; BitNet b1.58 (arXiv 2402.17764) for the absmean scale and the int8 activations.
 
+gamma's sum is one of integers, so it is exact: any order of summation, number of threads, device
+or sharding gives the same bits, and with them the same codes (`fixed_point_sums`).
+
 Shapes: B batch, T tokens, K in features, N out features, G = ceil(K / 128) groups.
 Scales (`alphas`, float32) have a granularity: [1] per tensor, [N] per output row, [N, G] per
 group of 128 inputs.
@@ -17,9 +20,9 @@ group of 128 inputs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +30,8 @@ from torch import Tensor, nn
 
 GROUP_SIZE = 128
 GAMMA_EPS = 1e-6
+FIXED_POINT_BITS = 30  # of gamma's terms
+CACHED_PIECE = 1 << 17  # weights summed at once on a CPU
 ACTIVATION_FLOOR = 1e-5  # smallest per-token absmax, as in BitNet b1.58: no division by zero
 
 Scale = Literal["learned", "absmean"]
@@ -59,17 +64,81 @@ class TernaryConfig:
         )
 
 
+def largest_magnitudes(weights: Sequence[Tensor]) -> Tensor:
+    """Return max |W| of each of L tensors, float32 [L]; 0 of an empty one, NaN where there is one.
+
+    L tensors at once, here and below: few operations on scalars, which cost as much as small
+    matrices do.
+    """
+    empty = torch.zeros(2, device=weights[0].device)
+    ranges = [torch.stack(torch.aminmax(w)) if w.numel() else empty for w in weights]
+    return torch.stack(ranges).float().abs().amax(dim=1)
+
+
+def fixed_point_sums(weights: Sequence[Tensor], largest: Tensor) -> Tensor:
+    """Return sum(rint(|W| * 2^(30 - e))) of each tensor, int64 [L]; 2^e > largest [L] >= max |W|.
+
+    Exact: each term is an integer of at most 2^30, and 2^33 of them fit. Shares of a tensor that
+    are summed with the `largest` of the whole add up to the sum of the whole. A weight within a
+    factor 64 of the largest keeps all of its float32 bits.
+    """
+    scales = torch.ldexp(torch.ones_like(largest), FIXED_POINT_BITS - _exponents(largest))
+    sums = []
+    for weight, scale in zip(weights, scales.unbind(), strict=True):
+        flat = weight.reshape(-1)
+        # In pieces that stay in the cache; compiled code and other devices make one pass anyway.
+        apart = flat.is_cpu and not torch.compiler.is_compiling()
+        pieces = flat.split(CACHED_PIECE) if apart else (flat,)
+        terms = [
+            torch.mul(piece.float(), scale).round_().to(torch.int32).abs_().sum()
+            for piece in pieces
+        ]
+        sums.append(terms[0] if len(terms) == 1 else torch.stack(terms).sum())
+    return torch.stack(sums)
+
+
+def gammas_of_sums(largest: Tensor, totals: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return gamma, float32 [L], of L tensors with these sums and numbers of weights.
+
+    A `largest` that is not finite comes back as it is.
+    """
+    numbers = torch.tensor(counts, dtype=torch.float64, device=totals.device)
+    exponents = _exponents(largest) - FIXED_POINT_BITS
+    means = torch.ldexp(totals.double() / numbers, exponents)
+    return torch.where(largest.isfinite(), means.float(), largest)
+
+
+def _exponents(largest: Tensor) -> Tensor:
+    """Return e with 2^e > largest; at least -60, for masters of 2^-90 are no more than zeros."""
+    return torch.frexp(largest).exponent.clamp(-60, 128)
+
+
+def gammas(weights: Sequence[Tensor]) -> Tensor:
+    """Return gamma of each of L whole tensors: float32 [L]."""
+    largest = largest_magnitudes(weights)
+    sums = fixed_point_sums(weights, largest)
+    return gammas_of_sums(largest, sums, [weight.numel() for weight in weights])
+
+
 def absmean(weight: Tensor) -> Tensor:
     """Return gamma, the mean absolute value of `weight`, as a 0-d tensor of its dtype."""
-    return weight.abs().mean()
+    return gammas([weight.detach()])[0].to(weight.dtype)
 
 
-def ternarize(weight: Tensor) -> Tensor:
+def ternarize(weight: Tensor, gamma: Tensor | None = None) -> Tensor:
     """Round `weight` [N, K] to trits in {-1, 0, 1}, same shape and dtype (TerDiT, eq. 2).
 
-    All arithmetic is in the tensor's own dtype, as upstream's; masters are float32.
+    All arithmetic is in the tensor's own dtype, as upstream's; masters are float32. A share of a
+    larger matrix needs the `gamma` of the whole.
     """
-    return (weight / (absmean(weight) + GAMMA_EPS)).round().clamp(-1, 1)
+    gamma = absmean(weight) if gamma is None else gamma
+    return (weight / (gamma + GAMMA_EPS)).round_().clamp_(-1, 1)
+
+
+def ternarize_all(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return the trits of L whole tensors; `torch.compile` makes three passes over each of it."""
+    pairs = zip(weights, gammas(weights).unbind(), strict=True)
+    return [ternarize(weight, gamma).to(dtype) for weight, gamma in pairs]
 
 
 def alpha_shape(out_features: int, in_features: int, granularity: Granularity) -> tuple[int, ...]:
@@ -101,9 +170,16 @@ def reduce_to_alphas(values: Tensor, granularity: Granularity) -> Tensor:
 
 def absmean_alphas(weight: Tensor, granularity: Granularity) -> Tensor:
     """Return BitNet's scale: mean |W| over each scale's own weights, at least 1e-5."""
+    if granularity == "tensor":
+        return absmean_scale(absmean(weight).reshape(1))
     total = reduce_to_alphas(weight.abs(), granularity)
     count = reduce_to_alphas(torch.ones_like(weight), granularity)
-    return (total / count).clamp_min(ACTIVATION_FLOOR)
+    return absmean_scale(total / count)
+
+
+def absmean_scale(mean: Tensor) -> Tensor:
+    """Return the scale of weights with this mean |W|: never 0."""
+    return mean.clamp_min(ACTIVATION_FLOOR)
 
 
 def least_squares_alphas(weight: Tensor, trits: Tensor, granularity: Granularity) -> Tensor:
@@ -131,6 +207,27 @@ class _StraightThrough(torch.autograd.Function):
 def straight_through(source: Tensor, value: Tensor) -> Tensor:
     """Return `value` exactly; its gradient flows to `source` as through the identity."""
     return _StraightThrough.apply(source, value.detach())
+
+
+class _EffectiveWeight(torch.autograd.Function):
+    """alpha * trits [N, K] with the straight-through gradient, in as few passes as possible."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, trits: Tensor, alphas: Tensor, granularity: Granularity
+    ) -> Tensor:
+        ctx.save_for_backward(trits, alphas)
+        ctx.granularity = granularity
+        return expand_alphas(alphas, trits.shape[1]) * trits
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        trits, alphas = ctx.saved_tensors
+        gradient = gradients[0]
+        if not ctx.needs_input_grad[2]:  # absmean: straight through the scale as well
+            return gradient, None, None, None
+        to_alphas = reduce_to_alphas(gradient * trits, ctx.granularity).to(alphas.dtype)
+        return gradient * expand_alphas(alphas, trits.shape[1]), None, to_alphas, None
 
 
 def quantise_activations(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,12 +274,22 @@ def ternary_linear(
     return y.to(x.dtype)
 
 
+class Codes(NamedTuple):
+    """What the forward needs of the masters, kept while they do not change."""
+
+    trits: Tensor | None  # [N, K]; None where `weight` itself holds trits (gathered from shards)
+    alphas: Tensor | None  # the absmean scales; None where they are learned
+
+
 class TernaryLinear(nn.Module):
     """A linear layer whose forward uses alpha * trits of its float32 master weight.
 
     State dict: `weight` [N, K] (masters), `alphas` ([1], [N] or [N, G]; only when learned),
-    `bias` [N]. `scale="absmean"` computes the scale from the masters at each forward and sends
-    the gradient of the effective weight to the masters unchanged (BitNet b1.58).
+    `bias` [N]. `scale="absmean"` computes the scale from the masters and sends the gradient of
+    the effective weight to the masters unchanged (BitNet b1.58).
+
+    Each forward ternarizes the masters, unless `codes` holds what came of it: whoever sets `codes`
+    clears it before the masters change.
     """
 
     def __init__(
@@ -210,6 +317,7 @@ class TernaryLinear(nn.Module):
         else:
             self.register_parameter("alphas", None)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.codes: Codes | None = None
         nn.init.xavier_uniform_(self.weight)
         self.reset_alphas()
 
@@ -239,17 +347,27 @@ class TernaryLinear(nn.Module):
             alphas = absmean_alphas(self.weight, self.granularity)
         return ternarize(self.weight).to(torch.int8), alphas
 
+    @torch.no_grad()
+    def present_codes(self, trits: Tensor | None = None) -> Codes:
+        """Return the codes of the present masters, whose `trits` may be known already."""
+        learned = self.alphas is not None
+        alphas = None if learned else absmean_alphas(self.weight, self.granularity)
+        return Codes(ternarize(self.weight) if trits is None else trits, alphas)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., K] to [..., N]."""
         weight = self.weight
-        trits = ternarize(weight.detach())
-        if self.alphas is not None:
-            ste = straight_through(weight, trits)
-            return ternary_linear(x, ste, self.alphas, self.bias, self.activations)
-        alphas = absmean_alphas(weight.detach(), self.granularity)
+        trits, alphas = self.codes or self.present_codes()
+        trits = weight.detach() if trits is None else trits
+        scales = self.alphas if alphas is None else alphas
+        assert scales is not None
+        if self.activations == "none":
+            effective = _EffectiveWeight.apply(weight, trits, scales, self.granularity)
+            return F.linear(x, effective, self.bias)  # what `ternary_linear` computes, bit for bit
         # Dividing the source by alpha makes d(alpha * trits)/dW the identity.
-        ste = straight_through(weight / expand_alphas(alphas, self.in_features), trits)
-        return ternary_linear(x, ste, alphas, self.bias, self.activations)
+        source = weight if alphas is None else weight / expand_alphas(alphas, self.in_features)
+        ste = straight_through(source, trits.to(weight.dtype))
+        return ternary_linear(x, ste, scales, self.bias, self.activations)
 
     def extra_repr(self) -> str:
         return (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.ckpt import Checkpoint, load_ckpt
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.info import ModelInfo
+from terdit_cli.models import catalogue
 from terdit_cli.pack.sources import checkpoint_path, open_exported, refuse_overrides
 from terdit_cli.runtime import cpu
 from terdit_cli.runtime.backends import choose_backend, resolve_activations
@@ -53,7 +53,8 @@ def load(
     """Load a network together with its description.
 
     Args:
-        path: run folder, ckpt.pt, ternarized .safetensors, .tdt or released TerDiT folder.
+        path: run folder, ckpt.pt, ternarized .safetensors, .tdt, released TerDiT folder, or the
+            name of a packaged model.
         device: where the network lives.
         backend: "auto" or a backend's name; packed models only.
         weights: of a ckpt.pt, the average or the raw weights.
@@ -64,7 +65,7 @@ def load(
         InputFileError, UsageError, EnvironmentProblem: see `open_exported`, `choose_backend` and
             `resolve_activations`.
     """
-    path, device = Path(path), torch.device(device)
+    path, device = catalogue.resolve(path), torch.device(device)
     checkpoint = checkpoint_path(path)
     choice = choose_backend(backend, device)
     if checkpoint is not None:
@@ -106,7 +107,7 @@ def load_model(
     backend: str = "auto",
     **overrides: Any,
 ) -> DiT:
-    """Return the network f(x, t, y) of a model file or folder, in eval mode; see `load`."""
+    """Return the network f(x, t, y) of a model, in eval mode; see `load`."""
     return load(path, device, backend, activations=activations, **overrides).network
 
 

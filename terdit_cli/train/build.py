@@ -8,6 +8,8 @@ import torch
 
 from terdit_cli import console
 from terdit_cli.data.images import ImageSource, open_images
+from terdit_cli.data.latents import LatentSource, LatentSpace
+from terdit_cli.data.loader import BatchSource
 from terdit_cli.data.vae import PixelSpace, Space, VaeSpace
 from terdit_cli.errors import UsageError
 from terdit_cli.model.dit import DiT, DiTConfig, build_config
@@ -56,13 +58,32 @@ def model_info(recipe: Recipe, class_names: list[str], step: int) -> ModelInfo:
     )
 
 
-def open_data(recipe: Recipe) -> ImageSource:
-    """Open the training images and check them against the recipe.
+def open_data(recipe: Recipe) -> BatchSource:
+    """Open the training images, or their latents, and check them against the recipe.
 
     Raises:
-        InputFileError: missing, empty or unreadable data.
-        UsageError: another number of classes than the model has.
+        InputFileError: missing, empty, unreadable or damaged data.
+        UsageError: another number of classes than the model has; latents of another recipe.
     """
+    data = recipe.data
+    source = LatentSource(data) if data.source == "latents" else _open_images(recipe)
+    check_classes(recipe, len(source.class_names))
+    return source
+
+
+def check_classes(recipe: Recipe, count: int) -> None:
+    """Raise UsageError unless the model has as many classes as the data."""
+    if count != recipe.model.num_classes:
+        raise UsageError(
+            "the data has another number of classes than the model",
+            got=f"{count} classes in the data",
+            expected=f"model.num_classes = {recipe.model.num_classes}",
+            where=recipe.data.path or recipe.data.source,
+            fix=f"set model.num_classes={count}",
+        )
+
+
+def _open_images(recipe: Recipe) -> ImageSource:
     data = recipe.data
     meter: dict[str, int] = {"last": 0}
 
@@ -81,14 +102,6 @@ def open_data(recipe: Recipe) -> ImageSource:
     )
     if source.skipped:
         console.warn(f"{len(source.skipped)} unreadable images skipped, first: {source.skipped[0]}")
-    if len(source.class_names) != recipe.model.num_classes:
-        raise UsageError(
-            "the data has another number of classes than the model",
-            got=f"{len(source.class_names)} classes in the data",
-            expected=f"model.num_classes = {recipe.model.num_classes}",
-            where=data.path or data.source,
-            fix=f"set model.num_classes={len(source.class_names)}",
-        )
     return source
 
 
@@ -97,7 +110,13 @@ def open_space(recipe: Recipe, device: torch.device) -> Space:
     data = recipe.data
     if data.vae is None:
         return PixelSpace(data.channels)
-    space = VaeSpace(data.vae, data.scale_factor, device)
+    space: Space
+    if data.source == "latents":
+        space = LatentSpace(data, device)
+        if recipe.sample.every and console.is_main():
+            space.load_vae()  # a wrong one should be refused now, not at the first preview
+    else:
+        space = VaeSpace(data.vae, data.scale_factor, device)
     expected = (recipe.in_channels, recipe.input_size, recipe.input_size)
     if space.latent_shape(data.image_size) != expected:
         raise UsageError(

@@ -1,16 +1,58 @@
-"""metrics.jsonl, one line a logged step, and loss.png drawn from it."""
+"""Where entries go: metrics.jsonl always; TensorBoard and Weights & Biases by extras.
+
+metrics.jsonl has one line a logged step, and all curves are drawn from it. The others get the same
+numbers under the same names, nested ones as "flipped/wq".
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from terdit_cli.atomic import atomic_path, write_problem
+from terdit_cli.errors import EnvironmentProblem
+from terdit_cli.recipe import Recipe, WandbSection
 
 FILE = "metrics.jsonl"
-PICTURE = "loss.png"
+TENSORBOARD = "tensorboard"
+WANDB_ID = "wandb_id.txt"
+
+
+class Log(Protocol):
+    """Something that takes entries."""
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Take one entry: "step", numbers, None and dictionaries of them."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+def open_logs(run_folder: Path, recipe: Recipe, start_step: int) -> list[Log]:
+    """Open metrics.jsonl, which comes first, and the recipe's other logs.
+
+    Raises:
+        EnvironmentProblem: a missing package, a folder that cannot be written, no account.
+    """
+    logs: list[Log] = [MetricsLog(run_folder, start_step)]
+    if recipe.logging.tensorboard:
+        logs.append(TensorBoardLog(run_folder, start_step))
+    if recipe.logging.wandb is not None:
+        logs.append(WandbLog(run_folder, recipe, recipe.logging.wandb, start_step))
+    return logs
+
+
+def scalars(entry: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the finite numbers of an entry but its step, nested ones as "outer/inner"."""
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            yield from scalars(value, f"{prefix}{key}/")
+        elif key != "step" and value is not None and math.isfinite(value):
+            yield prefix + key, float(value)
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
@@ -43,45 +85,92 @@ class MetricsLog:
         Raises:
             EnvironmentProblem: disk full or not writable.
         """
-        clean = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in entry.items()
-        }
         path = self._folder / FILE
         try:
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(clean) + "\n")
+                file.write(json.dumps(_without_infinities(entry)) + "\n")
         except OSError as error:
             raise write_problem(path, error) from error
 
-    def draw(self, title: str) -> Path:
-        """Draw loss.png from what is logged so far and return its path."""
-        path = self._folder / PICTURE
-        with atomic_path(path) as temporary:
-            draw_loss(read_metrics(self._folder), title, temporary)
-        return path
+    def close(self) -> None:
+        """Do nothing: every line is written when it is appended."""
 
 
-def draw_loss(entries: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Draw the loss (logarithmic) and the learning rate over the steps as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+class TensorBoardLog:
+    """Scalars in RUN/tensorboard; steps of a lost continuation are hidden."""
 
-    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    entries = [entry for entry in entries if entry["loss"] is not None]
-    steps = [entry["step"] for entry in entries]
-    axes.plot(steps, [entry["loss"] for entry in entries], color="tab:blue", label="loss")
-    axes.plot(steps, [entry["mse"] for entry in entries], color="tab:cyan", lw=1, label="mse")
-    axes.set(xlabel="step", ylabel="loss", title=title)
-    if steps:
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
-    rate = axes.twinx()
-    rate.plot(steps, [entry["lr"] for entry in entries], color="tab:orange", lw=1, label="lr")
-    rate.set_ylabel("learning rate")
-    rate.set_ylim(bottom=0)
-    lines = [*axes.get_lines(), *rate.get_lines()]
-    axes.legend(lines, [str(line.get_label()) for line in lines], loc="upper right")
-    figure.savefig(path, format="png")
+    def __init__(self, run_folder: Path, start_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _missing("TensorBoard", "logging.tensorboard=false", error) from error
+        folder = run_folder / TENSORBOARD
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        except OSError as error:
+            raise write_problem(folder, error) from error
+
+    def append(self, entry: dict[str, Any]) -> None:
+        for name, value in scalars(entry):
+            self._writer.add_scalar(name, value, entry["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbLog:
+    """A run of Weights & Biases; its id is kept in the run folder, so that a resume goes on."""
+
+    def __init__(
+        self, run_folder: Path, recipe: Recipe, section: WandbSection, start_step: int
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise _missing("Weights & Biases", "logging.wandb=null", error) from error
+        path = run_folder / WANDB_ID
+        if start_step == 0 or not path.exists():
+            with atomic_path(path) as temporary:
+                temporary.write_text(secrets.token_hex(8), encoding="utf-8")
+        try:
+            self._run = wandb.init(
+                project=section.project,
+                entity=section.entity,
+                mode=section.mode,
+                name=recipe.name,
+                id=path.read_text(encoding="utf-8"),
+                resume="allow" if section.mode == "online" else None,  # `wandb sync` joins them
+                dir=str(run_folder),
+                config=recipe.model_dump(mode="json"),
+                settings=wandb.Settings(quiet=True),
+            )
+        except (wandb.errors.Error, OSError) as error:
+            raise EnvironmentProblem(
+                "Weights & Biases cannot be reached",
+                got=str(error).split("\n")[0][:200],
+                where=f"logging.wandb.mode={section.mode}",
+                fix="run `wandb login`, or set logging.wandb.mode=offline",
+            ) from error
+
+        # Its own count of steps only grows: after a lost continuation it would refuse ours.
+        self._run.define_metric("*", step_metric="step")
+
+    def append(self, entry: dict[str, Any]) -> None:
+        self._run.log({"step": entry["step"], **dict(scalars(entry))})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _missing(what: str, off: str, error: ImportError) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"{what} is not installed", got=error, fix=f"pip install 'terdit[logging]', or set {off}"
+    )
+
+
+def _without_infinities(value: Any) -> Any:
+    """Return an entry in which numbers that JSON does not know are None."""
+    if isinstance(value, dict):
+        return {key: _without_infinities(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

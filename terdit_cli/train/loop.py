@@ -2,88 +2,48 @@
 
 from __future__ import annotations
 
-import os
+import re
 import shlex
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from terdit_cli import console
 from terdit_cli.data.loader import BatchLoader
-from terdit_cli.errors import GateFailed, Interrupted
-from terdit_cli.train.loggers import MetricsLog, read_metrics
+from terdit_cli.errors import EnvironmentProblem, GateFailed, Interrupted
+from terdit_cli.train.checkpoint import folder_of
+from terdit_cli.train.loggers import read_metrics
+from terdit_cli.train.observe import Observer
+from terdit_cli.train.parallel import World
+from terdit_cli.train.stop import SIGNALS, stop_signals
 from terdit_cli.train.trainer import StepResult, Trainer
+from terdit_cli.train.watch import Watchdog
+
+DRAW_SECONDS = 60.0  # at least between two drawings of the curves: each takes half a second
+_COLLECTIVE_FAILED = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|gloo|nccl|timed out|process group", re.I
+)
 
 
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Yield a function that returns the stop signal received, or None.
-
-    The first SIGINT or SIGTERM is remembered, the second acts as usual.
-    """
-    received: list[int] = []
-    previous = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        # Not through a buffered file: the signal may have come in the midst of writing to it.
-        text = f"{signal.Signals(number).name}: saving after this step (again to kill)\n"
-        os.write(2, text.encode())
-
-    for name in previous:
-        signal.signal(name, remember)
-    try:
-        yield lambda: received[0] if received else None
-    finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
-
-
-class _Window:
-    """Means over the steps since the last logged one, and their speed without the pauses."""
-
-    def __init__(self) -> None:
-        self._results: list[StepResult] = []
-        self._started = time.monotonic()
-
-    def add(self, result: StepResult) -> None:
-        self._results.append(result)
-
-    def skip(self, seconds: float) -> None:
-        """Leave time out that went into previews and checkpoints."""
-        self._started += seconds
-
-    def entry(self, trainer: Trainer) -> dict[str, Any]:
-        """Return the line to log for the window."""
-        count = len(self._results)
-        images = count * trainer.recipe.train.global_batch_size
-        return {
-            "step": trainer.step,
-            "loss": sum(result.loss for result in self._results) / count,
-            "mse": sum(result.mse for result in self._results) / count,
-            "vb": sum(result.vb for result in self._results) / count,
-            "lr": trainer.optimizer.param_groups[0]["lr"],
-            "grad_norm": self._results[-1].grad_norm,
-            "images_per_second": images / (time.monotonic() - self._started),
-        }
-
-
-def run_training(trainer: Trainer) -> Path:
+def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
     """Train to the recipe's last step and return the path of ckpt.pt.
 
+    All processes must call. They agree on what ends a run with the losses of a step, so that all
+    end after the same one.
+
+    Args:
+        saved_step: the step that the run folder holds the trainer's state of.
+
     Raises:
-        Interrupted: SIGINT or SIGTERM, after saving.
-        GateFailed: a loss or gradient that is not finite, after saving the state before it.
+        Interrupted: SIGINT or SIGTERM on any process, after saving.
+        GateFailed: more steps in a row than `train.max_skipped` without finite losses and
+            gradients, after saving the state before them.
         EnvironmentProblem: a checkpoint could not be written.
     """
     recipe, world = trainer.recipe, trainer.world
     steps, batch_size = recipe.train.steps, recipe.train.global_batch_size
-    log = MetricsLog(trainer.run_folder, trainer.step)
+    observer = Observer(trainer)
     loader = BatchLoader(
         trainer.source,
         recipe.seed,
@@ -94,64 +54,119 @@ def run_training(trainer: Trainer) -> Path:
         recipe.data.workers,
     )
     meter_context = console.progress(f"training {recipe.name}", steps, recipe.logging.every)
-    with loader, stop_signals() as stopped, meter_context as meter:
+    watchdog = Watchdog(
+        world, recipe.parallel.hang_seconds, f"continue with: {resume_command(trainer.run_folder)}"
+    )
+    with (
+        loader,
+        stop_signals() as stop,
+        meter_context as meter,
+        closing(observer),
+        watchdog,
+    ):
         meter.start_at(trainer.step)
-        window, status, saved_step = _Window(), "", trainer.step
-        for images, labels in loader.iterate(trainer.step):
+        status, skipped, drawn = "", 0, time.monotonic()
+        for images, labels in observer.timed(loader.iterate(trainer.step)):
             if trainer.step >= steps:
                 break
-            result = trainer.train_step(images, labels)
-            if not result.finite:
-                raise _diverged(trainer, result)
+            failed = trainer.checkpoints.failed
+            result = trainer.train_step(images, labels, (*stop.flags, failed))
+            watchdog.beat()
             step = trainer.step
-            window.add(result)
-            if step % recipe.logging.every == 0 or step == steps:
-                entry = window.entry(trainer)
-                log.append(entry)
+            observer.add(result)
+            skipped = 0 if result.finite else skipped + 1
+            if skipped > recipe.train.max_skipped:
+                with watchdog.paused():
+                    raise _diverged(trainer, result, skipped, saved_step)
+            if not result.finite:
+                console.warn(f"step {step} skipped: {_numbers(result)}")
+            *stops, failed = result.notices
+            if failed:
+                trainer.checkpoints.wait()
+            if observer.due:
+                entry = observer.log()
                 rate = entry["images_per_second"]
-                left = console.duration((steps - step) * batch_size / rate)
-                status = f"loss {entry['loss']:.4f}  {rate:.0f} img/s  {left} left"
-                window = _Window()
+                left = console.duration((steps - step) * batch_size / rate) if rate else "?"
+                loss = "none" if entry["loss"] is None else f"{entry['loss']:.4f}"
+                status = f"loss {loss}  {rate:.0f} img/s  {left} left"
             meter.update(step, status)
             paused = time.monotonic()
             if recipe.sample.every and (step % recipe.sample.every == 0 or step == steps):
                 trainer.preview()
             if step % recipe.checkpoint.every == 0 or step == steps:
-                trainer.save()
-                saved_step = step
-                log.draw(f"{recipe.name}: step {step}")
-            window.skip(time.monotonic() - paused)
-            number = stopped()
-            if number is not None and step < steps:
-                if saved_step != step:
+                with watchdog.paused():  # for the checkpoint before it
                     trainer.save()
+                saved_step = step
+                if paused - drawn > DRAW_SECONDS:
+                    drawn = paused
+                    observer.draw(f"{recipe.name}: step {step}")
+            observer.pause(time.monotonic() - paused)
+            if any(stops) and step < steps:
+                with watchdog.paused():
+                    if saved_step != step:
+                        trainer.save()
+                    trainer.checkpoints.wait()
+                stop.heed()
+                number = max(n for n, wanted in zip(SIGNALS, stops, strict=True) if wanted)
                 raise Interrupted(
-                    f"stopped by {signal.Signals(number).name} after step {step}, saved",
+                    f"stopped by {number.name} after step {step}, saved",
                     signal_number=number,
-                    fix=f"continue with: {_resume_command(trainer)}",
+                    fix=f"continue with: {resume_command(trainer.run_folder)}",
                 )
+        with watchdog.paused():
+            if saved_step != trainer.step:
+                trainer.save()
+            trainer.checkpoints.wait()
     path = trainer.finish()
-    log.draw(f"{recipe.name}: {steps} steps")
+    observer.draw(f"{recipe.name}: {steps} steps")
     return path
 
 
-def _diverged(trainer: Trainer, result: StepResult) -> GateFailed:
-    """Save the state before the step that gave `result`, and say how to go on."""
-    saved = trainer.save()
+def _diverged(trainer: Trainer, result: StepResult, skipped: int, saved_step: int) -> GateFailed:
+    """Save the state before the skipped steps, the last of which gave `result`."""
+    good = trainer.step - skipped
+    if saved_step != good:
+        trainer.checkpoints.save(good, trainer.state())
+    trainer.checkpoints.wait()
+    folder = folder_of(trainer.run_folder, good)
     lower = trainer.recipe.optim.lr / 2
     return GateFailed(
-        f"training diverged at step {trainer.step + 1}",
-        got=f"loss {result.loss}, gradient norm {result.grad_norm}",
-        expected="finite numbers",
-        where=f"state before it saved in {saved.path}",
-        fix=f"continue with a lower rate: {_resume_command(trainer)} optim.lr={lower:g}",
+        f"training diverged at step {good + 1}",
+        got=f"{_numbers(result)} in step {trainer.step}",
+        expected=f"finite numbers after at most {skipped - 1} skipped steps",
+        where=f"state before it saved in {folder}",
+        fix=f"continue with a lower rate: {resume_command(trainer.run_folder)} optim.lr={lower:g}",
     )
 
 
-def _resume_command(trainer: Trainer) -> str:
-    folder = trainer.run_folder
-    recipe = shlex.quote(str(folder / "recipe.yaml"))
-    return f"terdit train {recipe} --resume auto --out {shlex.quote(str(folder))}"
+def _numbers(result: StepResult) -> str:
+    return f"loss {result.loss}, gradient norm {result.grad_norm}"
+
+
+@contextmanager
+def lost_process(world: World, run_folder: Path) -> Iterator[None]:
+    """Say in a sentence what torch says of a collective whose other end is gone.
+
+    Raises:
+        EnvironmentProblem: instead of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if world.size == 1 or not _COLLECTIVE_FAILED.search(text):
+            raise
+        raise EnvironmentProblem(
+            f"rank {world.rank} lost another process of the job",
+            got=text.split("\n")[0][:200],
+            fix=f"see what that process wrote, then continue with: {resume_command(run_folder)}",
+        ) from error
+
+
+def resume_command(run_folder: Path) -> str:
+    """Return the command line that continues a run."""
+    recipe = shlex.quote(str(run_folder / "recipe.yaml"))
+    return f"terdit train {recipe} --resume auto --out {shlex.quote(str(run_folder))}"
 
 
 def loss_summary(run_folder: Path) -> tuple[float, float] | None:

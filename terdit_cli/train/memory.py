@@ -1,114 +1,159 @@
-"""What a run will need, without running it: parameters, bytes and operations from a fake model.
+"""What a run will need, without running it: bytes of one process, operations, days.
 
-The network is built and one training forward is traced on tensors that have shapes but no data
-(torch's FakeTensorMode), so a 4.2b model is planned on a laptop. Activations are the tensors that
-autograd would keep for the backward pass of one micro-batch, each storage counted once; with
-activation checkpointing those are the blocks' inputs, and the one block that is recomputed comes
-on top for a moment.
+    total = masters + two moments + averages + code record      (all the time)
+          + the step's peak: activations, codes, gathered weights, gradients, temporaries
+
+The step is traced by the code that trains, on shapes alone (`trace.py`), so a 4.2b model on 64
+GPUs is planned on a laptop in seconds. The figures are of eager blocks: torch.compile recomputes
+some of what eager ones keep, and needs less. Not counted are a VAE that encodes images during
+training (prepare latents instead) and what CUDA and its allocator take for themselves.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
-
-from terdit_cli.model.dit import DiT
-from terdit_cli.model.ternary import TernaryLinear
+from terdit_cli.errors import UsageError
 from terdit_cli.recipe import Recipe
 from terdit_cli.train import build
-from terdit_cli.train.parallel import autocast, grad_accum_steps
+from terdit_cli.train.flips import record_bytes
+from terdit_cli.train.flops import find_gpu, training_flops
+from terdit_cli.train.optim import moment_bytes
+from terdit_cli.train.parallel import grad_accum_steps
+from terdit_cli.train.trace import Share, StepTracer
 
 FP32_BYTES = 4
-ADAM_MOMENTS = 2
+USABLE = 0.95  # of a GPU's memory: the rest is for CUDA's context and the allocator's gaps
+SECONDS_A_DAY = 86_400
+MFU = 0.4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of one process's run; bytes are of float32 masters, gradients and moments."""
+    """Sizes of one process's share of a run, and the whole run's work."""
 
-    parameters: int
+    gpus: int
+    mode: str  # "one process", "ddp", "fsdp" or "hsdp"
+    parameters: int  # of the whole network, as is `ternary`
     ternary: int
-    weight_bytes: int
+    weight_bytes: int  # on one process, as all bytes
     gradient_bytes: int
     optimizer_bytes: int
     ema_bytes: int
-    activation_bytes: int
+    record_bytes: int  # codes before a logged step, from which flips are counted
+    codes_bytes: int
+    activation_bytes: int  # kept for the backward pass without activation checkpointing
+    checkpointed_bytes: int  # and with it
+    step_bytes: int  # peak of a step: gradients, codes, activations, gathered weights, temporaries
+    host_bytes: int  # offloaded to the host's memory
+    total_bytes: int  # of the device
+    gpu_bytes: int | None
+    largest_micro_batch: int | None  # that fits the GPU; 0: none; None: no GPU was named
     steps: int
     images: int
     grad_accum_steps: int
     flops_per_step: int
+    mfu: float
+    peak_flops: float | None  # bfloat16 operations a second of one GPU
+    days: float | None
 
     @property
     def ternary_share(self) -> float:
         return self.ternary / self.parameters
 
-    @property
-    def total_bytes(self) -> int:
-        return (
-            self.weight_bytes
-            + self.gradient_bytes
-            + self.optimizer_bytes
-            + self.ema_bytes
-            + self.activation_bytes
-        )
 
+def plan_run(
+    recipe: Recipe, gpus: int = 1, gpu_memory: str | None = None, mfu: float | None = None
+) -> Plan:
+    """Work out what a run of the recipe needs; nothing of its size is allocated.
 
-def count_ternary(network: DiT) -> int:
-    """Return the number of ternary weights."""
-    layers = (module for module in network.modules() if isinstance(module, TernaryLinear))
-    return sum(layer.weight.numel() for layer in layers)
+    Args:
+        gpus: number of processes.
+        gpu_memory: a GPU's name or memory, as `find_gpu` takes it.
+        mfu: share of the GPUs' peak that training is expected to reach; None: `MFU`.
 
-
-def plan_run(recipe: Recipe) -> Plan:
-    """Work out what a run of the recipe needs; nothing of its size is allocated."""
+    Raises:
+        UsageError: an unknown GPU, a share that is none or of an unknown peak, a batch that
+            does not divide.
+    """
+    gpu = None if gpu_memory is None else find_gpu(gpu_memory)
+    peak = gpu.peak if gpu is not None and recipe.train.precision == "bf16" else None
+    if mfu is not None:
+        _check_mfu(mfu, peak)
     train = recipe.train
-    with FakeTensorMode():
-        network = build.build_network(recipe)
-        network.activation_checkpointing = train.activation_checkpointing
-        network.train()
-        parameters = sum(p.numel() for p in network.parameters())
-        ternary = count_ternary(network)
-        activation_bytes, flops = _trace(network, recipe)
-    weight_bytes = parameters * FP32_BYTES
+    accumulate = grad_accum_steps(train, gpus)
+    every = int(train.activation_checkpointing)
+    with StepTracer(recipe, gpus) as tracer:
+        steps = {k: tracer.step(train.micro_batch_size, accumulate > 1, k) for k in (0, every or 1)}
+        parameters = tracer.parameters()
+        lasting = _lasting_bytes(parameters, recipe)
+        offload = gpus > 1 and recipe.parallel.cpu_offload
+        on_device = lasting["record"] if offload else sum(lasting.values())
+        largest = None
+        if gpu is not None:
+            largest = _largest_micro_batch(tracer, recipe, gpu.memory * USABLE - on_device)
+    flops = training_flops(build.model_config(recipe)) * train.global_batch_size
+    mfu = MFU if mfu is None else mfu
+    seconds = None if peak is None else train.steps * flops / (gpus * peak * mfu)
     return Plan(
-        parameters=parameters,
-        ternary=ternary,
-        weight_bytes=weight_bytes,
-        gradient_bytes=weight_bytes,
-        optimizer_bytes=ADAM_MOMENTS * weight_bytes,
-        ema_bytes=weight_bytes,
-        activation_bytes=activation_bytes,
+        gpus=gpus,
+        mode="one process" if gpus == 1 else recipe.parallel.mode,
+        parameters=sum(share.whole for share in parameters),
+        ternary=sum(share.whole for share in parameters if share.ternary),
+        weight_bytes=lasting["weights"],
+        gradient_bytes=lasting["weights"],
+        optimizer_bytes=lasting["moments"],
+        ema_bytes=lasting["averages"],
+        record_bytes=lasting["record"],
+        codes_bytes=steps[every].codes,
+        activation_bytes=steps[0].kept,
+        checkpointed_bytes=steps[every or 1].kept,
+        step_bytes=steps[every].peak,
+        host_bytes=sum(lasting.values()) - on_device,
+        total_bytes=steps[every].peak + on_device,
+        gpu_bytes=None if gpu is None else gpu.memory,
+        largest_micro_batch=largest,
         steps=train.steps,
         images=train.steps * train.global_batch_size,
-        grad_accum_steps=grad_accum_steps(train, world_size=1),
-        flops_per_step=flops * train.global_batch_size // train.micro_batch_size,
+        grad_accum_steps=accumulate,
+        flops_per_step=flops,
+        mfu=mfu,
+        peak_flops=peak,
+        days=None if seconds is None else seconds / SECONDS_A_DAY,
     )
 
 
-def _trace(network: DiT, recipe: Recipe) -> tuple[int, int]:
-    """Return (bytes kept for the backward pass, operations forward + backward) of a micro-batch."""
-    config, batch = network.config, recipe.train.micro_batch_size
-    kept: dict[int, torch.UntypedStorage] = {}
+def _check_mfu(mfu: float, peak: float | None) -> None:
+    if not 0 < mfu <= 1:
+        raise UsageError(
+            "not a share of a GPU's peak", got=f"--mfu {mfu}", expected="a number in (0, 1]",
+            fix=f"leave it out for {MFU}",
+        )  # fmt: skip
+    if peak is None:
+        raise UsageError(
+            "the GPUs' peak is not known, so neither are the days",
+            got=f"--mfu {mfu}",
+            expected="a GPU's name in --gpu-memory, and train.precision=bf16",
+            fix="leave --mfu out, or add --gpu-memory h100",
+        )
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
-        return tensor
 
-    own = {p.untyped_storage()._cdata for p in network.parameters()}
-    x0 = torch.zeros(batch, config.in_channels, config.input_size, config.input_size)
-    t = torch.zeros(batch, dtype=torch.long)
-    counter = FlopCounterMode(display=False)
-    with counter:
-        with (
-            saved_tensors_hooks(keep, lambda tensor: tensor),
-            autocast(recipe.train, torch.device("cpu")),
-        ):
-            output = network(x0, t, t)
-        output.float().square().mean().backward()  # the real loss keeps as little of its own
-    held = sum(storage.nbytes() for key, storage in kept.items() if key not in own)
-    return held, counter.get_total_flops()
+def _lasting_bytes(parameters: list[Share], recipe: Recipe) -> dict[str, int]:
+    """Return the bytes that one process holds all the time, by what for."""
+    values = sum(share.local for share in parameters)
+    return {
+        "weights": FP32_BYTES * values,
+        "averages": FP32_BYTES * values,
+        "moments": sum(moment_bytes(share.local, recipe.optim) for share in parameters),
+        "record": sum(record_bytes(share.local) for share in parameters if share.ternary),
+    }
+
+
+def _largest_micro_batch(tracer: StepTracer, recipe: Recipe, room: float) -> int:
+    """Return the largest micro-batch that divides a process's share and whose step fits `room`."""
+    share = recipe.train.micro_batch_size * grad_accum_steps(recipe.train, tracer.gpus)
+    every = int(recipe.train.activation_checkpointing)
+    for size in range(share, 0, -1):
+        if share % size == 0 and tracer.step(size, size < share, every).peak <= room:
+            return size
+    return 0

@@ -7,11 +7,20 @@ import math
 import torch
 from torch import nn
 
+from terdit_cli.errors import EnvironmentProblem
 from terdit_cli.recipe import OptimSection
 
+# torchao's 8-bit moments: a byte each and a float32 scale a block, of tensors that are large
+# enough and whole blocks; the others stay float32.
+BLOCK_8BIT, SMALLEST_8BIT = 256, 4096
 
-def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
-    """Return AdamW; weight decay acts on matrices only, not on norms, biases and alphas."""
+
+def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
+    """Return AdamW; weight decay acts on matrices only, not on norms, biases and alphas.
+
+    Raises:
+        EnvironmentProblem: 8-bit moments without torchao.
+    """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
@@ -22,7 +31,36 @@ def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Adam
         {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    if optim.kind == "adamw":
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "8-bit moments need torchao",
+            got=f"optim.kind=adamw8bit without it ({error})",
+            fix="pip install 'terdit[adamw8bit]', or set optim.kind=adamw",
+        ) from error
+    optimizer: torch.optim.Optimizer = AdamW8bit(
+        groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, block_size=BLOCK_8BIT
+    )
+    return optimizer
+
+
+def moment_bytes(numel: int, optim: OptimSection) -> int:
+    """Return the bytes of both moments of a (local) parameter of `numel` values."""
+    if optim.kind == "adamw8bit" and numel >= SMALLEST_8BIT and numel % BLOCK_8BIT == 0:
+        return 2 * (numel + 4 * numel // BLOCK_8BIT)
+    return 2 * 4 * numel
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of all groups; torchao keeps it in a tensor that must stay the same."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def learning_rate(step: int, steps: int, optim: OptimSection) -> float:

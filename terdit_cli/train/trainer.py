@@ -1,49 +1,67 @@
 """One process's training state and its step: losses -> clip -> AdamW -> EMA.
 
-Every random number of step s is a function of (seed, s), so a run that is stopped at any moment
-and resumed from its newest checkpoint continues bit for bit.
+Every random number is a function of (seed, position of its sample), so a run that is stopped at
+any moment and resumed from its newest checkpoint continues bit for bit, and any number of
+processes, sharded or not, or of micro-batches computes the same up to the rounding of sums.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 
-from terdit_cli.data.images import ImageSource
+from terdit_cli.data.loader import BatchSource
 from terdit_cli.data.vae import Space
 from terdit_cli.diffusion.process import Schedule, make_schedule
-from terdit_cli.model.ckpt import save_ckpt
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.ema import Ema
 from terdit_cli.recipe import Recipe
 from terdit_cli.train import build
-from terdit_cli.train.checkpoint import Saved, load_state, save_checkpoint
-from terdit_cli.train.optim import build_optimizer, learning_rate
+from terdit_cli.train.checkpoint import CheckpointWriter, folder_of, read_manifest
+from terdit_cli.train.codes import ternarized_once
+from terdit_cli.train.draws import Draws, StepDraws
+from terdit_cli.train.export import CKPT, export_ckpt
+from terdit_cli.train.optim import build_optimizer, learning_rate, set_learning_rate
 from terdit_cli.train.parallel import (
     World,
+    accumulating,
     autocast,
     grad_accum_steps,
-    prepare_network,
-    seed_step,
+    reshard,
+    seed_weights,
+    spread,
 )
 from terdit_cli.train.preview import draw_preview
 
-CKPT = "ckpt.pt"
+QUARTERS = 4
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: mean losses of the batch and the gradients' L2 norm before clipping."""
+    """One optimizer step: mean losses of the batch and the gradients' L2 norm before clipping.
+
+    A quarter is one of the timesteps, from the least noise to the most. Each has its share of the
+    batch and its part of the loss; the parts add up to `loss`.
+    """
 
     loss: float
     mse: float
     vb: float
     grad_norm: float
+    quarter_losses: tuple[float, ...] = (0.0,) * QUARTERS
+    quarter_shares: tuple[float, ...] = (0.0,) * QUARTERS
+    notices: tuple[bool, ...] = ()  # those of the step, where any process gave them
 
     @property
     def finite(self) -> bool:
@@ -54,7 +72,7 @@ class Trainer:
     """Everything that changes during a run."""
 
     def __init__(
-        self, recipe: Recipe, source: ImageSource, space: Space, world: World, run_folder: Path
+        self, recipe: Recipe, source: BatchSource, space: Space, world: World, run_folder: Path
     ) -> None:
         self.recipe = recipe
         self.source = source
@@ -63,86 +81,142 @@ class Trainer:
         self.run_folder = run_folder
         self.accumulate = grad_accum_steps(recipe.train, world.size)
         self.schedule: Schedule = make_schedule("")
-        seed_step(recipe.seed, 0, (1 << 20) - 1, world)  # a stream no micro-batch has
-        self.network: DiT = build.build_network(recipe).to(world.device)
+        seed_weights(recipe.seed)
+        self.network: DiT = build.build_network(recipe)  # owns the parameters
+        self.model = spread(self.network, world, recipe.train, recipe.parallel)
         self.optimizer = build_optimizer(self.network, recipe.optim)
         self.ema = Ema(self.network, recipe.ema.decay, recipe.ema.warmup)
-        prepare_network(self.network, recipe.train)
-        self.step = 0  # optimizer steps done
+        self.step = 0  # steps done, skipped ones too
+        info = build.model_info(recipe, source.class_names, self.step)
+        self.checkpoints = CheckpointWriter(run_folder, recipe, info, world)
+        config = self.network.config
+        self._draws = StepDraws(
+            recipe.seed,
+            recipe.train.global_batch_size,
+            (world.rank, world.size),
+            (config.in_channels, config.input_size, config.input_size),
+            self.schedule.num_steps,
+            config.class_dropout_prob,
+            encoding=recipe.data.vae is not None,
+        )
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumable checkpoint holds."""
+        """Return what a resumable checkpoint holds: dictionaries of tensors and plain values.
+
+        Under fsdp the tensors are DTensors, each process holding its shards, as
+        torch.distributed.checkpoint saves and loads them.
+        """
+        new = not self.optimizer.state
+        optimizer = get_optimizer_state_dict(self.network, self.optimizer)
+        if new:  # torch has made the moments by a step of rate 0, and counted it
+            for values in self.optimizer.state.values():
+                values["step"].zero_()
         return {
-            "model": self.network.state_dict(),
-            "ema": self.ema.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": {name: p.detach() for name, p in self.network.named_parameters()},
+            "ema": dict(self.ema.averages),
+            "optimizer": optimizer,
         }
 
-    def restore(self, saved: Saved) -> None:
-        """Continue from a checkpoint."""
-        state = load_state(saved)
-        self.network.load_state_dict(state["model"])
-        self.ema.model.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = saved.step
+    def restore(self, state: dict[str, Any], step: int) -> None:
+        """Continue from what `state` returned after `step` optimizer steps."""
+        with torch.no_grad():
+            for name, parameter in self.network.named_parameters():
+                parameter.copy_(state["model"][name])
+        self.ema.load(state["ema"])
+        set_optimizer_state_dict(self.network, self.optimizer, optim_state_dict=state["optimizer"])
+        self.step = step
 
-    def save(self) -> Saved:
-        """Write a resumable checkpoint of the present step."""
-        keep_last = self.recipe.checkpoint.keep_last
-        return save_checkpoint(self.run_folder, self.step, self.state(), self.recipe, keep_last)
+    def save(self) -> Path:
+        """Begin to write a resumable checkpoint of the present step; return its folder."""
+        return self.checkpoints.save(self.step, self.state())
 
     def finish(self) -> Path:
-        """Write ckpt.pt, the product of the run."""
+        """Write ckpt.pt, the product of the run, from the checkpoint of the present step.
+
+        The main process does, and the others do not wait: it may take minutes.
+        """
         path = self.run_folder / CKPT
-        info = build.model_info(self.recipe, self.source.class_names, self.step)
-        state = self.state()
-        save_ckpt(path, info, self.recipe.to_yaml(), state["model"], state["ema"])
+        self.checkpoints.wait()
+        if self.world.is_main:
+            export_ckpt(read_manifest(folder_of(self.run_folder, self.step)), path)
         return path
 
-    def preview(self) -> Path:
-        """Draw the preview grid of the present step."""
-        return draw_preview(
-            self.ema.model, self.recipe, self.space, self.source, self.run_folder, self.step
-        )
+    def preview(self) -> Path | None:
+        """Draw the preview grid of the present step; None on all processes but the main one."""
+        with self.ema.applied_to(self.network), ternarized_once(self.network):
+            path = draw_preview(
+                self.network, self.recipe, self.space, self.source, self.run_folder,
+                self.step, self.world,
+            )  # fmt: skip
+            reshard(self.network)
+        return path
 
-    def train_step(self, images: Tensor, labels: Tensor) -> StepResult:
+    def train_step(
+        self, images: Tensor, labels: Tensor, notices: Sequence[bool] = ()
+    ) -> StepResult:
         """Run forward, backward and, when all is finite, the optimizer and the EMA.
 
+        A step that is not finite counts, but changes nothing: its batch is passed over.
+
         Args:
-            images: uint8 [B, H, W, 3], this process's share of the global batch.
+            images: this process's share of the global batch as the space encodes it, uint8
+                [B, H, W, 3] or moments [B, 2C, h, w].
             labels: int64 [B].
+            notices: what all processes should hear of; it travels with the losses, for nothing.
+
+        Returns:
+            The losses of the global batch and the norm of its gradient, the same everywhere.
         """
-        train, device = self.recipe.train, self.world.device
         self.network.train()
-        sums = torch.zeros(3, device=device)
-        micro_batches = zip(
-            images.chunk(self.accumulate), labels.chunk(self.accumulate), strict=True
-        )
-        for micro, (batch, y) in enumerate(micro_batches):
-            seed_step(self.recipe.seed, self.step, micro, self.world)
-            generator = torch.default_generator
-            x0 = self.space.encode(batch, generator).to(device)
-            t = torch.randint(0, self.schedule.num_steps, (len(x0),)).to(device)
-            noise = torch.randn(x0.shape).to(device)
-            with autocast(train, device):
-                losses = self.schedule.training_losses(self.network, x0, t, y.to(device), noise)
-            loss = losses["loss"].mean() / self.accumulate
-            loss.backward()
-            # Without learned sigma there is no variational bound.
-            vb = losses.get("vb", torch.zeros_like(losses["loss"]))
-            parts = [part.detach().mean() for part in (losses["loss"], losses["mse"], vb)]
-            sums += torch.stack(parts) / self.accumulate
+        sums = torch.zeros(3 + 2 * QUARTERS, device=self.world.device)
+        draws = self._draws.of_step(self.step).chunk(self.accumulate)
+        parts = (images.chunk(self.accumulate), labels.chunk(self.accumulate), draws)
+        with ternarized_once(self.network, self.recipe.train.compile):
+            for micro, (batch, y, drawn) in enumerate(zip(*parts, strict=True)):
+                with accumulating(self.model, last=micro == self.accumulate - 1):
+                    sums += self._backward(batch, y, drawn) / self.accumulate
         limit = self.recipe.optim.grad_clip
         norm = torch.nn.utils.clip_grad_norm_(
             self.network.parameters(), math.inf if limit is None else limit, foreach=True
         )
-        loss_value, mse, vb = sums.tolist()
-        result = StepResult(loss_value, mse, vb, float(norm))
+        heard = torch.tensor(notices, dtype=sums.dtype).to(self.world.device)
+        loss, mse, vb, *quarters = self.world.mean(torch.cat([sums, heard])).tolist()
+        result = StepResult(
+            loss, mse, vb, float(whole(norm)),
+            tuple(quarters[:QUARTERS]), tuple(quarters[QUARTERS : 2 * QUARTERS]),
+            tuple(share > 0 for share in quarters[2 * QUARTERS :]),
+        )  # fmt: skip
         if result.finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, train.steps, self.recipe.optim)
+            rate = learning_rate(self.step, self.recipe.train.steps, self.recipe.optim)
+            set_learning_rate(self.optimizer, rate)
             self.optimizer.step()
-            self.step += 1
-            self.ema.update(self.network, self.step)
+            self.ema.update(self.network, self.step + 1)
+        self.step += 1
         self.optimizer.zero_grad(set_to_none=True)
         return result
+
+    def _backward(self, batch: Tensor, y: Tensor, drawn: Draws) -> Tensor:
+        """Add a micro-batch's share of the gradient.
+
+        Returns:
+            Its mean loss, mse and vb, and the quarters' losses and shares: [3 + 2 * QUARTERS].
+        """
+        device, null = self.world.device, self.network.config.null_class
+        x0 = self.space.encode(batch, drawn.encoding).to(device)
+        y = y if null is None else torch.where(drawn.dropped, null, y)
+        t, noise, y = drawn.t.to(device), drawn.noise.to(device), y.to(device)
+        with autocast(self.recipe.train, device):
+            losses = self.schedule.training_losses(self.model, x0, t, y, noise)
+        (losses["loss"].mean() / self.accumulate).backward()
+        # Without learned sigma there is no variational bound.
+        vb = losses.get("vb", torch.zeros_like(losses["loss"]))
+        parts = [losses["loss"], losses["mse"], vb]
+        quarter = t * QUARTERS // self.schedule.num_steps
+        inside = quarter == torch.arange(QUARTERS, device=device)[:, None]  # [QUARTERS, B]
+        quarters = torch.cat([inside * losses["loss"], inside.float()])  # [2 * QUARTERS, B]
+        return torch.cat([torch.stack(parts), quarters]).detach().mean(dim=1)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor gathered from all processes; all must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""The command line called in this process, and tiny trained runs to call it on."""
+"""The command line called in this process, tiny trained runs and images to call it on."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
 
 from terdit_cli import app
+from terdit_cli.commands import eval_fid
+from terdit_cli.commands.eval_options import EvalOptions
+from terdit_cli.evaluate.result import EvalResult
 
 RECIPE = """\
 name: small
@@ -38,6 +46,7 @@ class Done(NamedTuple):
 
 
 Terdit = Callable[..., Done]
+Images = NDArray[np.uint8]
 
 
 def _terdit(*words: object) -> Done:
@@ -95,3 +104,88 @@ def small_tdt(tmp_path_factory: pytest.TempPathFactory, small_run: Path) -> Path
     done = _terdit("pack", small_run, "-o", path)
     assert done.code == 0, done.err
     return path
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return the size and time of everything below a folder."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def refused(terdit: Terdit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Return refused(code, *words) -> message, run in `tmp_path`, which must not change."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(code: int, *words: object) -> str:
+        before = listing(tmp_path)
+        done = terdit(*words)
+        assert done.code == code, done.err
+        assert done.out == ""
+        assert "Traceback" not in done.err
+        assert listing(tmp_path) == before
+        message = done.err[done.err.index("error:") :]
+        assert message.count("error:") == 1
+        return str(message)
+
+    return run
+
+
+class _Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.fixture(scope="session")
+def evil() -> Callable[[Path], object]:
+    """Return evil(marker): an object that makes the file `marker` when it is unpickled."""
+    return _Evil
+
+
+@pytest.fixture(scope="session")
+def features(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A quick extractor: mean colours of a 2 x 2 grid, 12 features."""
+    path = tmp_path_factory.mktemp("net") / "grid.pt"
+    torch.jit.script(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())).save(str(path))
+    return f"torchscript:{path}"
+
+
+def _images(count: int, seed: int = 0, shift: int = 0) -> Images:
+    random = np.random.default_rng(seed)
+    return random.integers(0, 200, (count, 8, 8, 3)).astype(np.uint8) + np.uint8(shift)
+
+
+@pytest.fixture(scope="session")
+def images() -> Callable[..., Images]:
+    """Return images(count, seed=0, shift=0): random ones of 8 x 8 pixels."""
+    return _images
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The 40 images of seed 0 in a folder."""
+    path = tmp_path / "images"
+    path.mkdir()
+    for index, image in enumerate(_images(40)):
+        Image.fromarray(image).save(path / f"{index:03d}.png")
+    return path
+
+
+@pytest.fixture(scope="session")
+def evaluate(features: str) -> Callable[..., EvalResult]:
+    """Return evaluate(**options of EvalOptions) with the quick extractor, on the CPU."""
+
+    def run(**options: object) -> EvalResult:
+        given = {"features": features, "device": "cpu", **options}
+        result = eval_fid.run(EvalOptions(**given))  # type: ignore[arg-type]
+        assert result is not None
+        return result
+
+    return run

@@ -1,9 +1,10 @@
-"""eval-fid on small folders, zips, arrays and a gate."""
+"""eval-fid: what it says of sets whose distance is known, in every form that a set can have."""
 
 from __future__ import annotations
 
+import io
 import json
-import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,151 +14,101 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
-from terdit_cli import app
-from terdit_cli.commands import eval_fid
-from terdit_cli.errors import InputFileError, UsageError
+from terdit_cli.commands import eval_fid, eval_scores
+from terdit_cli.evaluate import features as extractors
+from terdit_cli.evaluate.network import Network, Outputs
+from terdit_cli.evaluate.result import EvalResult
+from terdit_cli.torchvision_shim import import_vision
 
+Evaluate = Callable[..., EvalResult]
+Images = Callable[..., np.ndarray]
+Terdit = Callable[..., Any]
 
-@pytest.fixture(scope="session")
-def features(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A quick extractor: mean colours of a 2 x 2 grid, 12 features."""
-    path = tmp_path_factory.mktemp("net") / "grid.pt"
-    torch.jit.script(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())).save(str(path))
-    return f"torchscript:{path}"
-
-
-def images(count: int, seed: int, shift: int = 0) -> np.ndarray:
-    random = np.random.default_rng(seed)
-    return random.integers(0, 200, (count, 8, 8, 3)).astype(np.uint8) + np.uint8(shift)
+OF_SAMPLES = ("precision", "recall", "KID", "KID standard error")
+ITSELF = "made from the very images that are scored"
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "images"
-    path.mkdir()
-    for index, image in enumerate(images(40, 0)):
-        Image.fromarray(image).save(path / f"{index:03d}.png")
+def write_form(form: str, folder: Path, evaluate: Evaluate, arrays: np.ndarray) -> Path:
+    """Write the images of a folder in another form and return its path."""
+    if form == "folder":
+        return folder
+    path = folder.parent / f"set-{form}.{'tar' if form == 'tar' else form.split('-')[0]}"
+    if form == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in sorted(folder.iterdir()):
+                archive.write(file, f"class/{file.name}")
+    elif form == "tar":
+        with tarfile.open(path, "w") as archive:
+            for file in sorted(folder.iterdir()):
+                archive.add(file, f"class/{file.name}")
+    elif form == "npz":
+        np.savez(path, arr_0=arrays)
+    else:  # statistics, by the command itself
+        with_features = form == "npz-features"
+        path = folder.parent / f"{form}.npz"
+        if form == "npz-adm":
+            evaluate(images=str(folder), reference=str(folder), make_reference=path)
+            with np.load(path) as values:
+                np.savez(path, mu=values["mu"], sigma=values["sigma"], arr_0=arrays[:10])
+        else:
+            evaluate(
+                images=str(folder), reference=str(folder), make_reference=path,
+                reference_features=with_features,
+            )  # fmt: skip
     return path
 
 
-def run_app(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["terdit", "eval-fid", *words])
-    with pytest.raises(SystemExit) as stop:
-        app.main()
-    return int(stop.value.code or 0)
-
-
-def test_a_set_against_itself_is_zero_in_every_form(
-    folder: Path, tmp_path: Path, features: str
+@pytest.mark.parametrize(
+    "form", ["folder", "zip", "tar", "npz", "npz-statistics", "npz-features", "npz-adm"]
+)
+def test_a_set_against_itself_is_zero(
+    folder: Path, images: Images, evaluate: Evaluate, form: str
 ) -> None:
-    packed, arrays, stats = tmp_path / "i.zip", tmp_path / "i.npz", tmp_path / "ref.npz"
-    with zipfile.ZipFile(packed, "w") as archive:
-        for path in sorted(folder.iterdir()):
-            archive.write(path, f"class/{path.name}")
-    np.savez(arrays, arr_0=images(40, 0))
-    assert eval_fid.run(images=str(folder), features=features, save_reference_to=stats) is None
-    for reference in (folder, packed, arrays, stats):
-        result = eval_fid.run(str(reference), images=str(folder), features=features)
-        assert result is not None
-        assert result.distance == pytest.approx(0, abs=1e-6)
-        assert (result.n, result.n_reference) == (40, 40)
-        assert result.distance_name == "fd-grid"
-        assert (result.kid is None) == (reference == stats)
+    path = write_form(form, folder, evaluate, images(40))
+    result = evaluate(images=str(folder), reference=str(path))
+    # Squares of differences of float64 that are about 1e4 and equal but for their last bits.
+    assert result.distance == pytest.approx(0, abs=1e-6)
+    assert result.distance_name == "fd-grid"
+    # A file like ADM's has the moments of all its images, and does not say of how many.
+    assert (result.n, result.n_reference) == (40, None if form == "npz-adm" else 40)
+    assert "IS" not in result.metrics
+    assert "sFID" not in result.metrics
+    for name in OF_SAMPLES[:3]:
+        assert (name in result.metrics) == (form != "npz-statistics")
+    if form not in ("npz-statistics", "npz-adm"):
+        assert result.metrics["precision"] == result.metrics["recall"] == 1
+    told = any(ITSELF in text for text in result.warnings)
+    assert told == (form in ("folder", "npz-statistics", "npz-features"))
+    doubted = any("does not say which features" in text for text in result.warnings)
+    assert doubted == (form == "npz-adm")
 
 
-def test_a_shift_of_all_pixels_is_the_distance(folder: Path, tmp_path: Path, features: str) -> None:
+def test_a_shift_of_all_pixels_is_the_distance(
+    folder: Path, tmp_path: Path, images: Images, evaluate: Evaluate
+) -> None:
     """All 12 means move by 10 and the covariance stays: the distance is 12 * 10^2."""
-    np.savez(tmp_path / "shifted.npz", arr_0=images(40, 0, shift=10))
-    result = eval_fid.run(str(folder), images=str(tmp_path / "shifted.npz"), features=features)
-    assert result is not None
+    np.savez(tmp_path / "shifted.npz", arr_0=images(40, shift=10))
+    result = evaluate(images=str(tmp_path / "shifted.npz"), reference=str(folder))
     assert result.distance == pytest.approx(1200, rel=1e-4)
+    assert result.warnings == []
 
 
-def test_images_of_different_sizes(folder: Path, features: str) -> None:
-    Image.new("RGB", (5, 9)).save(folder / "odd.png")
-    result = eval_fid.run(str(folder), images=str(folder), features=features)
-    assert result is not None
-    assert result.n == 41
-
-
-def test_gate_and_json(
-    folder: Path,
-    tmp_path: Path,
-    features: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    np.savez(tmp_path / "s.npz", arr_0=images(40, 0, shift=10))
-    words = [
-        "--images",
-        str(tmp_path / "s.npz"),
-        "--reference",
-        str(folder),
-        "--features",
-        features,
-    ]
-    assert run_app(monkeypatch, *words, "--max-fid", "1300", "--json") == 0
-    values = json.loads(capsys.readouterr().out)
-    assert values["passed"]
-    assert values["provenance"]["images"].endswith("s.npz")
-    assert run_app(monkeypatch, *words, "--max-fid", "1100") == 5
-    captured = capsys.readouterr()
-    assert "fd-grid 1200." in captured.out
-    assert "FID" not in captured.out
-    assert "above the gate: got 1200." in captured.err
-    assert "Traceback" not in captured.err
-
-
-def test_how_the_model_ran_is_in_the_json(
-    terdit: Callable[..., Any], small_tdt: Path, features: str
-) -> None:
-    words = ("--reference", "embedded:heldout", "--features", features, "-n", 2, "--steps", 2)
-    words += ("--backend", "reference", "--activations", "int8", "--device", "cpu", "--json")
-    done = terdit("eval-fid", "--model", small_tdt, *words)
-    assert done.code == 0, done.err
-    provenance = json.loads(done.out)["provenance"]
-    assert provenance["backend"] == "reference"
-    assert provenance["isa"] is None
-    assert provenance["threads"] == torch.get_num_threads()
-    assert provenance["activations"] == "int8"
-    assert "activations int8 (as asked)" in done.err
-
-
-def test_other_features_than_the_reference_s(folder: Path, tmp_path: Path, features: str) -> None:
-    stats, other = tmp_path / "ref.npz", tmp_path / "other.pt"
-    eval_fid.run(images=str(folder), features=features, save_reference_to=stats)
-    torch.jit.script(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())).save(str(other))
-    with pytest.raises(UsageError, match="made with other features"):
-        eval_fid.run(str(stats), images=str(folder), features=f"torchscript:{other}")
-
-
-def test_refusals(folder: Path, tmp_path: Path, features: str) -> None:
-    with pytest.raises(UsageError, match="neither --model nor --images"):
-        eval_fid.run(str(folder), features=features)
-    with pytest.raises(UsageError, match="both"):
-        eval_fid.run(str(folder), model=folder, images=str(folder), features=features)
-    with pytest.raises(UsageError, match="give --reference"):
-        eval_fid.run(images=str(folder), features=features)
-    with pytest.raises(UsageError, match="wrong -n: got 1"):
-        eval_fid.run(str(folder), images=str(folder), n=1, features=features)
-    with pytest.raises(InputFileError, match="too few images: got 40, expected -n 50"):
-        eval_fid.run(str(folder), images=str(folder), n=50, features=features)
-    (folder / "013.png").write_bytes(b"not a png")
-    with pytest.raises(InputFileError, match=r"013\.png"):
-        eval_fid.run(str(folder), images=str(folder), features=features)
-    with pytest.raises(InputFileError, match="nowhere"):
-        eval_fid.run(str(tmp_path / "nowhere"), images="embedded:heldout", n=2, features=features)
-
-
-def test_warns_of_bias_when_there_are_fewer_images_than_features(
-    folder: Path, features: str
-) -> None:
-    result = eval_fid.run(str(folder), images=str(folder), n=10, features=features)
-    assert result is not None
+def test_a_part_of_both_sides(folder: Path, evaluate: Evaluate) -> None:
+    result = evaluate(images=str(folder), reference=str(folder), n=10)
     assert (result.n, result.n_reference) == (10, 10)
     assert any("biased upwards" in text for text in result.warnings)
+    all_of_it = evaluate(images=str(folder), reference="embedded:heldout", n=40)
+    assert all_of_it.n_reference == 40
+
+
+def test_samples_for_precision_and_recall(folder: Path, evaluate: Evaluate) -> None:
+    sides = {"images": str(folder), "reference": "embedded:heldout", "n": 40}
+    whole, part, none = (evaluate(**sides, pr_samples=number) for number in (None, 20, 0))
+    assert whole.metrics["recall"] == evaluate(**sides).metrics["recall"]
+    assert part.metrics["precision"] != whole.metrics["precision"]
+    assert not {"precision", "recall"} & set(none.metrics)
+    assert none.metrics["KID"] == whole.metrics["KID"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "npz"])
@@ -178,27 +129,127 @@ def test_a_part_of_a_sorted_set_holds_all_classes(tmp_path: Path, kind: str, fea
                 for file in sorted(source.iterdir()):
                     archive.write(file, f"class/{file.name}")
     stats = tmp_path / "stats.npz"
-    eval_fid.run(images=str(path), n=10, features=features, save_reference_to=stats)
+    options = eval_fid.EvalOptions(
+        images=str(path), n=10, features=features, device="cpu", make_reference=stats
+    )
+    assert eval_fid.run(options) is None
     with np.load(stats) as values:
         assert np.allclose(values["mu"], 90)
         assert values["n"] == 10
 
 
-def test_the_reference_is_checked_before_any_image_is_scored(tmp_path: Path, features: str) -> None:
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "0.png").write_bytes(b"not a png")
-    (tmp_path / "bad" / "1.png").write_bytes(b"not a png")
-    with pytest.raises(InputFileError, match="nowhere"):
-        eval_fid.run(str(tmp_path / "nowhere"), images=str(tmp_path / "bad"), features=features)
+def test_how_the_model_ran_is_in_the_json(
+    terdit: Terdit, small_tdt: Path, features: str, folder: Path, tmp_path: Path
+) -> None:
+    words = ("--reference", "embedded:heldout", "--features", features, "-n", 2, "--steps", 2)
+    words += ("--backend", "reference", "--activations", "int8", "--device", "cpu", "--json")
+    done = terdit("eval-fid", "--model", small_tdt, *words)
+    assert done.code == 0, done.err
+    provenance = json.loads(done.out)["provenance"]
+    expected = {
+        "backend": "reference", "isa": None, "threads": torch.get_num_threads(),
+        "activations": "int8", "sampler": "ddpm", "steps": 2, "nfe": 4, "cfg_scale": 4.0,
+        "cfg_channels": "3", "seed": 0, "labels": "balanced", "image_size": 28, "step": 30,
+        "model": str(small_tdt), "reference": "embedded:heldout", "torch": torch.__version__,
+    }  # fmt: skip
+    assert {name: provenance[name] for name in expected} == expected
+    assert provenance["config"]["n_layers"] == 2
+    assert provenance["command"].startswith("terdit eval-fid --model")
+    for name in ("model_sha256", "recipe_sha256", "reference_sha256"):
+        assert len(provenance[name]) == 64
+    assert "activations int8 (as asked)" in done.err
 
 
-def test_more_refusals(tmp_path: Path, features: str) -> None:
-    with pytest.raises(InputFileError, match=r"too few images: got \d+, expected -n 99999"):
-        eval_fid.run("embedded", images="embedded", n=99999, features=features)
-    with pytest.raises(UsageError, match=r"wrong --seed: got -1.*--seed 0"):
-        eval_fid.run("embedded", images="embedded", n=2, features=features, seed=-1)
-    with pytest.raises(UsageError, match=r"got ref, expected a name that ends in \.npz.*ref\.npz"):
-        eval_fid.run(images="embedded", n=2, features=features, save_reference_to=tmp_path / "ref")
-    large = eval_fid.run("embedded", images="embedded", n=4, features=features, seed=2**40)
-    assert large is not None
-    assert large.kid is not None
+def test_json_without_a_comparison_is_one_object(
+    terdit: Terdit, folder: Path, features: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.npz"
+    words = ("eval-fid", "--images", folder, "--features", features, "--make-reference", path)
+    done = terdit(*words, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == {"reference": str(path), "images": None, "grid": None}
+    assert f"{path}: reference written" in terdit(*words).out
+
+
+def small_inception() -> Network:
+    """All three kinds of features of a mean colour, under the name of a pipeline of FID's."""
+
+    def prepare(image: np.ndarray) -> torch.Tensor:
+        return torch.tensor(image).float().mean((0, 1))[:, None, None] / 255
+
+    def forward(batch: torch.Tensor) -> Outputs:
+        pool = batch.flatten(1)
+        return Outputs(pool, pool[:, :2] * 3, torch.cat([pool, -pool], 1) * 9)
+
+    return Network("adm@0 mean", "FID", 3, 2, 6, True, prepare, forward)
+
+
+def test_every_metric_of_a_pipeline_that_defines_all(
+    folder: Path,
+    tmp_path: Path,
+    images: Images,
+    evaluate: Evaluate,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(extractors, "adm", lambda *_: small_inception())
+    monkeypatch.setattr(eval_scores, "KID_SUBSET", 10)  # of all, they would have no error
+    np.savez(tmp_path / "other.npz", arr_0=images(30, 1, 5))
+    path, others = tmp_path / "ours.npz", str(tmp_path / "other.npz")
+    result = evaluate(
+        features="adm", images=others, reference=str(folder), make_reference=path,
+        bootstrap=2, over_n=True,
+    )  # fmt: skip
+    assert set(result.metrics) == {"FID", "sFID", "IS", *OF_SAMPLES, "FID infinity"}
+    real, fake = (
+        values.astype(np.float64).mean((1, 2)) / 255 for values in (images(40), images(30, 1, 5))
+    )
+    shift = real.mean(0) - fake.mean(0)
+    assert result.distance >= shift @ shift
+    assert result.metrics["IS"] > 1
+    # The spatial features are three times two of the others: their distance is nine times that.
+    two = by_definition(real[:, :2], fake[:, :2])
+    assert result.metrics["sFID"] == pytest.approx(9 * two, rel=1e-4)
+    assert result.metrics["FID"] == pytest.approx(by_definition(real, fake), rel=1e-4)
+    # Ours holds the spatial moments; without features there is no KID, precision or recall.
+    ours = evaluate(features="adm", images=others, reference=str(path))
+    assert set(ours.metrics) == {"FID", "sFID", "IS"}
+    assert ours.metrics["sFID"] == pytest.approx(0, abs=1e-9)
+
+
+def by_definition(real: np.ndarray, fake: np.ndarray) -> float:
+    """The Frechet distance by its definition, with eigenvalues of the product."""
+    covariances = np.cov(real.T), np.cov(fake.T)
+    roots = np.sqrt(np.maximum(np.linalg.eigvals(covariances[0] @ covariances[1]).real, 0))
+    shift = real.mean(0) - fake.mean(0)
+    return float(shift @ shift + sum(map(np.trace, covariances)) - 2 * roots.sum())
+
+
+def test_adm_from_end_to_end(terdit: Terdit, folder: Path, tmp_path: Path, images: Images) -> None:
+    """torch-fidelity's architecture from a file of random weights, against a file like ADM's."""
+    library = import_vision("torch_fidelity.feature_extractor_inceptionv3")
+
+    class Empty(library.FeatureExtractorInceptionV3):  # type: ignore[name-defined, misc]
+        def load_state_dict(self, *_: Any, **__: Any) -> None:
+            """Keep the random weights."""
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    torch.manual_seed(0)
+    weights, stats = tmp_path / "weights.pth", tmp_path / "VIRTUAL.npz"
+    torch.save(Empty("empty", ["2048"], nothing).state_dict(), weights)
+    random = np.random.default_rng(0)
+    moments = {}
+    for suffix, dim in (("", 2048), ("_s", 2023)):
+        moments |= {f"mu{suffix}": random.random(dim), f"sigma{suffix}": np.eye(dim)}
+    np.savez(stats, arr_0=images(4, 1), **moments)
+    words = ("eval-fid", "--images", folder, "--reference", stats, "-n", 4, "--device", "cpu")
+    done = terdit(*words, "--weights", weights, "--json", "--max-fid", 1e9)
+    weights.unlink()  # 96 MB, and pytest keeps the folders of three runs
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert set(result["metrics"]) == {"FID", "sFID", "IS", *OF_SAMPLES} - {"KID standard error"}
+    assert result["pipeline"].startswith("adm@")
+    assert result["gates"][0]["metric"] == "FID"
+    assert (result["n"], result["n_reference"]) == (4, None)
+    assert any("is not the usual weight file" in text for text in result["warnings"])

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from terdit_cli.data import decode
-from terdit_cli.data.decode import center_crop, decode_image, is_image_name, to_pixels
+from terdit_cli.data.decode import (
+    UnreadableImage,
+    center_crop,
+    decode_image,
+    decode_with_mode,
+    is_image_name,
+    to_pixels,
+)
 from terdit_cli.errors import InputFileError
 
 
@@ -28,17 +35,38 @@ def encode(image: Image.Image, kind: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def huge_png(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header promises width x height pixels."""
+def png(width: int, height: int, bits: int, kind: int, pixels: bytes) -> bytes:
+    """A PNG with any header: what Pillow itself would not write."""
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
         return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         )
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 10)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + data
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(pixels)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises width x height pixels."""
+    return png(width, height, 8, 2, bytes(10))
+
+
+def bmp_565() -> bytes:
+    """A BMP of one blue pixel, with 16 bits for all channels together."""
+    header = struct.pack("<IiiHHIIiiII", 40, 1, 1, 1, 16, 3, 4, 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    return b"BM" + struct.pack("<IHHI", 70, 0, 0, 66) + header + masks + b"\x1f\x00\0\0"
+
+
+def deep_tiff() -> bytes:
+    """A TIFF of 2 x 2 RGB pixels with 16 bits a channel."""
+    tags = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 3, 122), (259, 3, 1, 1), (262, 3, 1, 2)]
+    tags += [(273, 4, 1, 128), (277, 3, 1, 3), (278, 3, 1, 2), (279, 4, 1, 24)]
+    folder = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    return header + folder + bytes(4) + struct.pack("<HHH", 16, 16, 16) + bytes(range(24))
 
 
 @given(
@@ -109,13 +137,21 @@ def test_formats(kind: str) -> None:
         (encode(noise(40, 40))[:900], "truncated"),
         (encode(noise(40, 40), "JPEG")[:500], "truncated"),
         (encode(Image.fromarray(np.ones((4, 4), np.uint16))), "more than 8 bits"),
+        (png(2, 2, 16, 0, bytes(10)), "more than 8 bits a channel (mode i;16)"),
+        (png(2, 2, 16, 2, bytes(26)), "more than 8 bits a channel (mode rgb)"),
+        (png(2, 2, 16, 4, bytes(18)), "more than 8 bits a channel (mode rgba)"),
+        (png(2, 2, 16, 6, bytes(34)), "more than 8 bits a channel (mode rgba)"),
+        (deep_tiff(), "more than 8 bits a channel (mode rgb)"),
+        (b"P6 2 2 65535\n" + bytes(24), "more than 8 bits a channel (mode rgb)"),
+        (b"P3 2 2 65535\n" + b"1 " * 12, "more than 8 bits a channel (mode rgb)"),
+        (b"P5 2 2 65535\n" + bytes(8), "more than 8 bits a channel (mode i)"),
         (huge_png(13_400, 13_400), "pixels"),
         (huge_png(40_000, 40_000), "pixels"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_bytes_name_the_file_and_the_reason(data: bytes, reason: str) -> None:
-    with pytest.raises(InputFileError) as caught:
+    with pytest.raises(UnreadableImage) as caught:
         decode_image(data, "dog/7.png")
     message = str(caught.value)
     assert "dog/7.png" in message
@@ -123,6 +159,44 @@ def test_bad_bytes_name_the_file_and_the_reason(data: bytes, reason: str) -> Non
     assert "Fix: repair or remove" in message
     assert "0x" not in message
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "pixels"),
+    [
+        (b"P6 1 1 255\n\1\2\3", (1, 2, 3)),
+        (b"P6 1 1 15\n\1\2\17", (17, 34, 255)),
+        (b"P5 1 1 15\n\2", (34, 34, 34)),
+        (bmp_565(), (0, 0, 255)),
+        (png(1, 1, 1, 0, b"\0\x80"), (255, 255, 255)),
+    ],
+)
+def test_fewer_than_8_bits_are_scaled(data: bytes, pixels: tuple[int, ...]) -> None:
+    assert to_pixels(decode_image(data, "x"))[0, 0].tolist() == list(pixels)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "LA", "RGBA", "P", "CMYK"])
+def test_mode_is_told_and_the_pixels_are_pillow_s(mode: str) -> None:
+    data = encode(noise(9, 7).convert(mode), "TIFF" if mode == "CMYK" else "PNG")
+    image, told = decode_with_mode(data, "x")
+    assert told == mode
+    assert np.array_equal(
+        np.asarray(image), np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    )
+
+
+def test_transparent_pixels_keep_the_colour_below() -> None:
+    image = Image.new("RGBA", (2, 2), (10, 200, 30, 0))
+    assert to_pixels(decode_image(encode(image), "x"))[1, 1].tolist() == [10, 200, 30]
+
+
+def test_orientation_tags_do_not_turn_an_image() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by a quarter
+    buffer = io.BytesIO()
+    noise(5, 9).save(buffer, format="PNG", exif=exif)
+    image = decode_image(buffer.getvalue(), "x")
+    assert np.array_equal(np.asarray(image), np.asarray(noise(5, 9)))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

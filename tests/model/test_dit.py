@@ -107,24 +107,14 @@ def test_initialisation_is_upstreams():
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3])
-def test_labels_are_dropped_in_training_only(tiny_config, probability):
+def test_the_null_class_is_the_last_row(tiny_config, probability):
     config = dataclasses.replace(tiny_config, class_dropout_prob=probability, num_classes=7)
-    embedder = DiT(config).y_embedder
-    y = torch.arange(7).repeat(1000)
+    embedder = DiT(config).y_embedder.train()
     table = embedder.embedding_table.weight
     assert len(table) == (8 if probability else 7)
     assert config.null_class == (7 if probability else None)
-    embedder.eval()
-    assert torch.equal(embedder(y), table[y])
-    embedder.train()
-    torch.manual_seed(0)
-    got = embedder(y)
-    kept = (got == table[y]).all(dim=1)
-    share = 1 - kept.double().mean().item()
-    deviation = math.sqrt(max(probability * (1 - probability), 1e-12) / len(y))
-    assert abs(share - probability) <= 5 * deviation + 1e-12
-    if probability:
-        assert (got[~kept] == table[7]).all()
+    y = torch.arange(len(table))
+    assert torch.equal(embedder(y), table)  # labels are dropped by who draws them: train/draws.py
 
 
 @pytest.mark.parametrize("ternary", [TernaryConfig(), TernaryConfig(activations="int8")])

@@ -21,20 +21,34 @@ def test_average_is_the_formula(tiny_config, random_network, warmup):
         decay = min(0.9, (1 + step) / (10 + step)) if warmup else 0.9
         for name, parameter in network.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
-    for name, parameter in ema.model.named_parameters():
-        torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-6)
-        assert parameter.dtype == torch.float32
-        assert not parameter.requires_grad
-    assert not ema.model.training
+    for name, average in ema.averages.items():
+        torch.testing.assert_close(average.double(), expected[name], rtol=1e-5, atol=1e-6)
+        assert average.dtype == torch.float32
+        assert not average.requires_grad
+    assert ema.averages.keys() == expected.keys()
     assert any(name.endswith("alphas") for name in expected)
 
 
 def test_starts_as_a_copy(tiny_config, random_network):
     network = random_network(tiny_config)
     ema = Ema(network, decay=0.9999, warmup=False)
-    for (name, mine), theirs in zip(
-        network.named_parameters(), ema.model.parameters(), strict=True
-    ):
-        assert torch.equal(mine, theirs), name
-        assert mine.data_ptr() != theirs.data_ptr()
+    for name, mine in network.named_parameters():
+        assert torch.equal(mine, ema.averages[name]), name
+        assert mine.data_ptr() != ema.averages[name].data_ptr()
         assert mine.requires_grad
+
+
+def test_averages_are_swapped_in_and_out_again(tiny_config, random_network):
+    network = random_network(tiny_config).train()
+    ema = Ema(network, decay=0.5, warmup=False)
+    masters = {name: p.detach().clone() for name, p in network.named_parameters()}
+    averages = {name: torch.randn_like(value) for name, value in masters.items()}
+    ema.load(averages)
+    with ema.applied_to(network):
+        assert not network.training
+        for name, parameter in network.named_parameters():
+            assert torch.equal(parameter, averages[name]), name
+    assert network.training
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, masters[name]), name
+        assert torch.equal(ema.averages[name], averages[name]), name

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from terdit_cli.commands import train as command
+from terdit_cli.train.checkpoint import read_manifest
+from terdit_cli.train.shards import ShardReader
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,13 +110,30 @@ def _differences(a: Any, b: Any, path: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def assert_same_run() -> Callable[[Path, Path], None]:
-    """Return assert_same_run(a, b): ckpt.pt and optimizer state are equal bit for bit."""
+def tensors_of() -> Callable[[Path], dict[str, Tensor]]:
+    """Return tensors_of(checkpoint folder): all it holds, by dotted names."""
+
+    def read(folder: Path) -> dict[str, Tensor]:
+        reader = ShardReader(folder, read_manifest(folder).files)
+        stored = reader.tensors().items()
+        tensors = {key: torch.empty(e.size, dtype=e.properties.dtype) for key, e in stored}
+        reader.read(tensors, alone=True)
+        return tensors
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def assert_same_run(
+    tensors_of: Callable[[Path], dict[str, Tensor]],
+) -> Callable[[Path, Path], None]:
+    """Return assert_same_run(a, b): ckpt.pt and the last states are equal bit for bit."""
 
     def check(a: Path, b: Path) -> None:
-        for name in ("ckpt.pt", "checkpoints/step-00000040/state.pt"):
-            x, y = (torch.load(folder / name, weights_only=True) for folder in (a, b))
-            assert _differences(x, y, name) == []
+        x, y = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (a, b))
+        assert _differences(x, y, "ckpt.pt") == []
+        x, y = (tensors_of(folder / "checkpoints" / "step-00000040") for folder in (a, b))
+        assert _differences(x, y, "step-00000040") == []
 
     return check
 

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from terdit_cli.diffusion.process import Schedule, make_schedule
-from terdit_cli.errors import EnvironmentProblem, GateFailed, InputFileError, UsageError
+from terdit_cli.diffusion.process import make_schedule
+from terdit_cli.errors import GateFailed, InputFileError, UsageError
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.recipe import load_recipe
 from terdit_cli.train import build
-from terdit_cli.train.parallel import grad_accum_steps, join_world, seed_step
+from terdit_cli.train.parallel import grad_accum_steps, join_world
 from terdit_cli.train.trainer import Trainer
 
 Train = Callable[..., Any]
@@ -208,43 +208,17 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path, train: Train) 
         assert torch.equal(value, b.model[key]), key
 
 
-def test_a_loss_that_is_not_finite_stops_and_can_be_continued(
-    tmp_path: Path, train: Train, whole_run: Path, monkeypatch: pytest.MonkeyPatch,
-    assert_same_run: Callable[..., None],
-) -> None:  # fmt: skip
-    real = Schedule.training_losses
-    calls = []
-
-    def spoilt(self: Schedule, *arguments: Any) -> dict[str, Tensor]:
-        losses = real(self, *arguments)
-        calls.append(None)
-        # Two micro-batches a step: this is the second one of step 25.
-        return {key: value * (math.nan if len(calls) == 50 else 1) for key, value in losses.items()}
-
-    folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(Schedule, "training_losses", spoilt)
-        with pytest.raises(GateFailed, match="diverged at step 25: got loss nan") as caught:
-            train(folder)
-    assert caught.value.exit_code == 5
-    saved = folder / "checkpoints" / "step-00000024"
-    assert f"saved in {saved}" in str(caught.value)
-    assert f"--resume auto --out {folder} optim.lr=0.001" in str(caught.value)
-    state = torch.load(saved / "state.pt", weights_only=True)
-    assert all(
-        value.isfinite().all() for part in ("model", "ema") for value in state[part].values()
-    )
-    train(folder, resume="auto")
-    assert_same_run(folder, whole_run)
-
-
-def test_a_learning_rate_far_too_high(tmp_path: Path, train: Train) -> None:
-    words = ("optim.lr=1e30", "optim.grad_clip=null", "optim.warmup_steps=0")
-    with pytest.raises(GateFailed, match=r"diverged at step [2-5]"):
+def test_a_learning_rate_far_too_high(
+    tmp_path: Path, train: Train, tensors_of: Callable[[Path], dict[str, Tensor]]
+) -> None:
+    words = ("optim.lr=1e30", "optim.grad_clip=null", "optim.warmup_steps=0", "train.max_skipped=2")
+    with pytest.raises(GateFailed, match=r"diverged at step [2-5]") as caught:
         train(tmp_path / "run", *words)
+    assert caught.value.exit_code == 5
     [saved] = (tmp_path / "run" / "checkpoints").iterdir()
-    state = torch.load(saved / "state.pt", weights_only=True)
-    assert all(value.isfinite().all() for value in state["model"].values())
+    assert f"saved in {saved}" in str(caught.value)
+    state = tensors_of(saved)
+    assert all(value.isfinite().all() for key, value in state.items() if key.startswith("model."))
 
 
 def test_the_data_must_have_the_models_classes(tmp_path: Path, train: Train) -> None:
@@ -277,25 +251,9 @@ def test_unreadable_images_stop_or_are_skipped_and_counted(
     assert "1 unreadable images skipped, first: dog/2.png" in capsys.readouterr().err
 
 
-def test_one_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(EnvironmentProblem, match="WORLD_SIZE=2"):
-        join_world()
-
-
 def test_micro_batches_of_several_processes_must_divide(recipe_path: Path) -> None:
     section = load_recipe(recipe_path, ["train.global_batch_size=24"]).train
     assert grad_accum_steps(section, 3) == 2
     with pytest.raises(UsageError, match="a multiple of micro_batch_size 4 x 5") as caught:
         grad_accum_steps(section, 5)
     assert "train.global_batch_size=20" in str(caught.value)
-
-
-def test_each_micro_batch_has_its_own_random_numbers() -> None:
-    world = join_world()
-    drawn = []
-    for seed, step, micro in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0)]:
-        seed_step(seed, step, micro, world)
-        drawn.append(tuple(torch.randn(4).tolist()))
-    assert drawn[0] == drawn[4]
-    assert len(set(drawn)) == 4

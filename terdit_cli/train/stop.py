@@ -1,0 +1,58 @@
+"""SIGINT and SIGTERM: finish the step, save, exit; once more: exit now."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# A batch system signals every process of a job, and torchrun, which passes it on: the processes
+# hear it twice.
+AGAIN_SECONDS = 3.0
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Which stop signal this process has received."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._at = 0.0
+        self._final = False
+
+    def heed(self) -> None:
+        """Let no further signal interrupt what is left to do before the exit."""
+        self._final = True
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Remember the first signal; one that comes seconds later kills."""
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self._at = number, now
+            # Not through a buffered file: it may have come in the midst of writing to it.
+            text = f"{signal.Signals(number).name}: saving after this step (again to kill)\n"
+            os.write(2, text.encode())
+        elif not self._final and now - self._at > AGAIN_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    @property
+    def flags(self) -> tuple[bool, bool]:
+        """Say for each of SIGNALS whether it is the one received."""
+        return (self.number == signal.SIGINT, self.number == signal.SIGTERM)
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """Collect the stop signals inside; after `heed` the process remains deaf to them."""
+    request = StopRequest()
+    previous = {name: signal.signal(name, request.receive) for name in SIGNALS}
+    try:
+        yield request
+    finally:
+        for name, handler in previous.items():
+            signal.signal(name, signal.SIG_IGN if request._final else handler)

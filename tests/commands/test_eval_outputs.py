@@ -1,0 +1,207 @@
+"""What eval-fid writes and says besides its numbers: pictures, a page, files for CI, bf16."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from terdit_cli.evaluate.result import EvalResult
+
+Evaluate = Callable[..., EvalResult]
+Terdit = Callable[..., Any]
+
+# Tags of HTML and SVG that have no end.
+VOID = {"meta", "img", "br", "hr", "link", "input", "col", "path", "circle", "line", "rect", "use"}
+
+
+class Page(HTMLParser):
+    """Checks that what is opened is closed, and counts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.pictures: list[str] = []
+        self.elsewhere: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.stack == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        source = values.get("src") or values.get("href") or ""
+        if tag == "img":
+            self.pictures.append(source)
+        if source and not source.startswith(("data:", "#")):
+            self.elsewhere.append(source)
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+@pytest.fixture
+def of_the_model(small_tdt: Path) -> dict[str, Any]:
+    return {
+        "model": small_tdt, "reference": "embedded:heldout", "n": 80, "steps": 2,
+        "backend": "reference", "activations": "fp32",
+    }  # fmt: skip
+
+
+def test_all_files_of_a_model(
+    evaluate: Evaluate, of_the_model: dict[str, Any], tmp_path: Path
+) -> None:
+    names = ("grid.png", "page.html", "junit.xml", "summary.md", "ref.npz", "images", "work")
+    paths = {name.partition(".")[0]: tmp_path / "new" / name for name in names}
+    made = paths["images"]
+    result = evaluate(
+        **of_the_model, grid=paths["grid"], html=paths["page"], junit=paths["junit"],
+        markdown=paths["summary"], make_reference=paths["ref"], reference_features=True,
+        save_images=made, work=paths["work"], max_distance=1e9, over_n=True, bootstrap=5,
+        per_class="0,Bag",
+    )  # fmt: skip
+    assert result.passed
+    files = sorted(made.iterdir())
+    assert [path.name for path in files] == [f"{index:06d}.png" for index in range(80)]
+    # The features are those of the images that were saved.
+    again = evaluate(images=str(made), reference=str(paths["ref"]))
+    assert again.distance == pytest.approx(0, abs=1e-6)
+    assert again.n_reference == 80
+    with Image.open(paths["grid"]) as picture:
+        assert picture.width >= 8 * 28
+        assert picture.height >= 8 * 28
+    first = np.array(Image.open(files[0]))
+    assert first.shape == (28, 28, 3)
+    page = Page(paths["page"].read_text())
+    assert len(page.pictures) > 10
+    assert all(source.startswith("data:image/") for source in page.pictures)
+    assert page.elsewhere == []
+    text = " ".join(page.texts)
+    for part in ("fd-grid", "Ankle boot", result.provenance["model_sha256"][:12]):
+        assert part in text
+    assert ET.parse(paths["junit"]).getroot().tag == "testsuites"
+    assert "fd-grid" in paths["summary"].read_text()
+
+
+def test_saved_images_are_those_of_sample(
+    terdit: Terdit, evaluate: Evaluate, of_the_model: dict[str, Any], tmp_path: Path
+) -> None:
+    """Balanced labels of 10 classes: image 12 is copy 1 of class 2."""
+    evaluate(**of_the_model, save_images=tmp_path / "images")
+    words = ("--steps", 2, "--backend", "reference", "--activations", "fp32", "-n", 2)
+    words += ("--device", "cpu", "--prompt-class", 2, "-o", tmp_path / "two.npz")
+    done = terdit("sample", "--model", of_the_model["model"], *words)
+    assert done.code == 0, done.err
+    with np.load(tmp_path / "two.npz") as arrays:
+        for copy in range(2):
+            saved = np.array(Image.open(tmp_path / "images" / f"{2 + 10 * copy:06d}.png"))
+            # torch's products of other batch sizes may round otherwise: one level of a pixel
+            assert np.abs(saved.astype(int) - arrays["arr_0"][copy]).max() <= 1
+
+
+def test_pictures_of_a_set_without_classes(
+    folder: Path, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    Image.new("RGB", (5, 9)).save(folder / "odd.png")
+    page, grid = tmp_path / "page.html", tmp_path / "grid.png"
+    result = evaluate(images=str(folder), reference="embedded:heldout", html=page, grid=grid)
+    assert result.n == 41
+    assert any("2 sizes, 8 x 8 to 5 x 9 pixels" in text for text in result.warnings)
+    assert Page(page.read_text()).pictures
+    assert grid.exists()
+
+
+def test_the_page_of_a_reference_without_features(
+    folder: Path, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    stats, page = tmp_path / "stats.npz", tmp_path / "page.html"
+    evaluate(images=str(folder), reference=str(folder), make_reference=stats)
+    evaluate(images=str(folder), reference=str(stats), html=page)
+    assert Page(page.read_text()).pictures
+
+
+def test_distances_of_classes(tmp_path: Path, evaluate: Evaluate) -> None:
+    """Class b is shifted by 10 in all 12 features, class a is not."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 200, (40, 8, 8, 3)).astype(np.uint8)
+    classes = np.arange(40) % 2
+    np.savez(tmp_path / "real.npz", arr_0=pixels, arr_1=classes)
+    for index, image in enumerate(pixels):
+        path = tmp_path / "fake" / "01"[classes[index]] / f"{index:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image + np.uint8(10 * classes[index])).save(path)
+    sides = {"images": str(tmp_path / "fake"), "reference": str(tmp_path / "real.npz")}
+    result = evaluate(**sides, per_class="all")
+    assert list(result.per_class) == ["0", "1"]
+    assert result.per_class["0"] == pytest.approx(0, abs=1e-6)
+    assert result.per_class["1"] == pytest.approx(1200, rel=1e-4)
+    assert list(evaluate(**sides, per_class="1").per_class) == ["1"]
+
+
+def test_labels_that_are_numbers_mean_the_model_s_classes(
+    evaluate: Evaluate, of_the_model: dict[str, Any], tmp_path: Path
+) -> None:
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 200, (30, 28, 28, 3)).astype(np.uint8)
+    np.savez(tmp_path / "real.npz", arr_0=pixels, arr_1=np.arange(30) % 10)
+    options = of_the_model | {"reference": str(tmp_path / "real.npz"), "n": 30}
+    result = evaluate(**options, per_class="Bag,0")
+    assert list(result.per_class) == ["Bag", "T-shirt/top"]
+
+
+def test_interval_and_curve(folder: Path, evaluate: Evaluate) -> None:
+    options = {"images": str(folder), "reference": "embedded:heldout", "n": 40}
+    plain = evaluate(**options)
+    assert plain.intervals == {}
+    assert plain.curve == []
+    result = evaluate(**options, bootstrap=20, over_n=True)
+    low, high = result.intervals["fd-grid"]
+    assert low < result.distance < high
+    assert result.curve[-1] == (40, pytest.approx(result.distance, rel=1e-9))
+    # 40 images are too few for the law b / n of 12 features: said, and the rest is there.
+    assert "fd-grid infinity" not in result.metrics
+    assert any("no fd-grid infinity" in text for text in result.warnings)
+    larger = evaluate(images="embedded:train", reference="embedded:heldout", n=200, over_n=True)
+    assert larger.metrics["fd-grid infinity"] < larger.distance
+
+
+def test_the_effect_of_bf16_is_measured(evaluate: Evaluate, of_the_model: dict[str, Any]) -> None:
+    plain = evaluate(**of_the_model)
+    assert plain.provenance["precision"] == "fp32"
+    assert "bf16" not in plain.provenance
+    rough = evaluate(**of_the_model, precision="bf16")
+    effect = rough.provenance["bf16"]
+    assert rough.provenance["precision"] == "bf16"
+    assert effect["n"] == 80
+    assert effect["fp32"] == pytest.approx(plain.distance, rel=1e-9)
+    assert effect["bf16"] == pytest.approx(rough.distance, rel=1e-9)
+
+
+def test_the_table(terdit: Terdit, folder: Path, features: str) -> None:
+    words = ("--images", folder, "--reference", folder, "--features", features)
+    done = terdit("eval-fid", *words, "--bootstrap", 5, "--max-fid", 1)
+    assert done.code == 0, done.err
+    for part in ("40 images, reference 40; torchscript grid.pt", "95 %", "fd-grid", "precision"):
+        assert part in done.out
+    assert "passed --max-fid: fd-grid" in done.out
+    assert "FID " not in done.out
+    assert done.err.count("warning:") == 1
+    as_json = json.loads(terdit("eval-fid", *words, "--json").out)
+    assert as_json["passed"]
+    assert as_json["gates"] == []

@@ -1,0 +1,233 @@
+"""eval-fid by several processes, killed and resumed: the same features and the same JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from terdit_cli.evaluate.shards import FACTS_FILE
+
+Terdit = Callable[..., Any]
+Blocks = dict[str, dict[str, np.ndarray]]
+
+PATIENCE = 120  # seconds; a job that hangs fails the test
+COUNT = 200  # images: blocks of 64, 64, 64 and 8
+OF_THE_RUN = ("date", "seconds", "command")
+
+
+def run_together(words: tuple[object, ...], processes: int) -> tuple[int, str, str]:
+    """Return exit code, stdout and stderr of a job that torchrun starts."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    job = subprocess.run(
+        [sys.executable, *launcher, "-m", "terdit_cli", *map(str, words)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=PATIENCE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return job.returncode, job.stdout, job.stderr
+
+
+def blocks(work: Path) -> Blocks:
+    """Return all arrays of all blocks below a work folder."""
+    found: Blocks = {}
+    for path in sorted(work.rglob("block-*.npz")):
+        with np.load(path) as arrays:
+            found[str(path.relative_to(work))] = dict(arrays)
+    return found
+
+
+def require_same(ours: Blocks, theirs: Blocks) -> None:
+    assert list(ours) == list(theirs)
+    for name, arrays in ours.items():
+        assert set(arrays) == set(theirs[name])
+        for key, values in arrays.items():
+            np.testing.assert_array_equal(values, theirs[name][key], strict=True)
+
+
+def repeatable(output: str) -> dict[str, Any]:
+    """Return a result without what differs between two runs of it."""
+    result: dict[str, Any] = json.loads(output)
+    for name in OF_THE_RUN:
+        del result["provenance"][name]
+    return result
+
+
+@pytest.fixture(scope="module")
+def words(small_tdt: Path, features: str) -> tuple[object, ...]:
+    """What is evaluated here, but for --work."""
+    return (
+        "eval-fid", "--model", small_tdt, "--reference", "embedded:heldout", "-n", COUNT,
+        "--features", features, "--steps", 2, "--labels", "uniform", "--device", "cpu",
+        "--bootstrap", 5, "--over-n", "--per-class", "1,8", "--json", "--work",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(
+    terdit: Terdit, words: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Blocks]:
+    """The result of one process that nothing stops, and its blocks."""
+    work = tmp_path_factory.mktemp("alone")
+    done = terdit(*words, work)
+    assert done.code == 0, done.err
+    return repeatable(done.out), blocks(work)
+
+
+def test_two_processes_give_the_same_bits(
+    words: tuple[object, ...], alone: tuple[dict[str, Any], Blocks], tmp_path: Path
+) -> None:
+    code, out, err = run_together((*words, tmp_path), 2)
+    assert code == 0, err
+    assert repeatable(out) == alone[0]
+    assert len(alone[1]) == 8  # four of the images, four of the reference
+    require_same(blocks(tmp_path), alone[1])
+
+
+def test_more_processes_than_blocks_and_a_temporary_folder(
+    terdit: Terdit, folder: Path, features: str, tmp_path: Path
+) -> None:
+    """40 images are one block: two of three processes have nothing to do."""
+    grid = tmp_path / "grid.png"
+    words = ("eval-fid", "--images", folder, "--reference", folder, "--features", features)
+    words += ("--json", "--grid", str(grid))
+    code, out, err = run_together(words, 3)
+    assert code == 0, err
+    assert repeatable(out) == repeatable(terdit(*words).out)
+    assert err.count("warning:") == 1
+    assert grid.exists()
+
+
+def test_an_error_in_one_process_ends_the_job(folder: Path, features: str, tmp_path: Path) -> None:
+    """The second block is the second process's; the first waits for it in vain."""
+    for index in range(40, 100):
+        (folder / f"{index:03d}.png").write_bytes((folder / "000.png").read_bytes())
+    (folder / "090.png").write_bytes(b"not a png")
+    words = ("eval-fid", "--images", folder, "--features", features)
+    code, out, err = run_together((*words, "--make-reference", tmp_path / "r.npz"), 2)
+    assert code != 0
+    assert out == ""
+    assert "error: unreadable image: got not an image" in err
+    assert "090.png" in err
+    for line in err.splitlines():
+        assert not line.startswith("[rank"), "a traceback of a process"
+    assert not (tmp_path / "r.npz").exists()
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from terdit_cli import app
+
+wanted, save = sys.argv.pop(1), np.savez
+
+def die_half_way(file, **arrays):
+    if wanted in file.name:
+        save(file, **dict(list(arrays.items())[:1]))
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(file, **arrays)
+
+np.savez = die_half_way
+app.main()
+"""
+
+
+def test_half_a_job(
+    refused: Callable[..., str], folder: Path, features: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    words = ("eval-fid", "--images", folder, "--reference", folder, "--features", features)
+    message = refused(4, *words)
+    for part in ("WORLD_SIZE=2", "RANK", "Fix: start it with torchrun, or unset WORLD_SIZE"):
+        assert part in message
+
+
+def test_a_killed_run_goes_on(
+    terdit: Terdit, words: tuple[object, ...], alone: tuple[dict[str, Any], Blocks], tmp_path: Path
+) -> None:
+    """SIGKILL while a block, no matter which, is being written."""
+    killed_in = random.randrange(4)
+    job = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            KILLED,
+            f"images/.block-{killed_in:08d}",
+            *map(str, words),
+            tmp_path,
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=PATIENCE,
+        capture_output=True,
+        check=False,
+    )
+    assert job.returncode == -signal.SIGKILL, job.stderr
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("block-*.npz")}
+    assert len(before) == 4 + killed_in, "the reference, and the blocks before"
+    done = terdit(*words, tmp_path)
+    assert done.code == 0, done.err
+    assert f"reference: going on after {COUNT} of {COUNT} images" in done.err
+    if killed_in:
+        assert f"images: going on after {64 * killed_in} of {COUNT} images" in done.err
+    assert repeatable(done.out) == alone[0]
+    require_same(blocks(tmp_path), alone[1])
+    for path, time_ns in before.items():
+        assert path.stat().st_mtime_ns == time_ns
+
+
+def test_a_damaged_block_is_made_again(
+    terdit: Terdit, words: tuple[object, ...], alone: tuple[dict[str, Any], Blocks], tmp_path: Path
+) -> None:
+    assert terdit(*words, tmp_path).code == 0
+    places = sorted((tmp_path / "images").glob("block-*.npz"))
+    content = bytearray(places[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    places[1].write_bytes(content)
+    places[3].unlink()
+    before = [path.stat().st_mtime_ns for path in (places[0], places[2])]
+    done = terdit(*words, tmp_path)
+    assert done.code == 0, done.err
+    assert repeatable(done.out) == alone[0]
+    require_same(blocks(tmp_path), alone[1])
+    assert [path.stat().st_mtime_ns for path in (places[0], places[2])] == before
+
+
+def test_the_work_folder_of_another_run(
+    terdit: Terdit, words: tuple[object, ...], tmp_path: Path
+) -> None:
+    assert terdit(*words, tmp_path).code == 0
+    before = blocks(tmp_path)
+    for other, field, values in (
+        (("--seed", 1), "seed", (0, 1)),
+        (("--batch-size", 16), "batch_size", (8, 16)),
+        (("--labels", "balanced"), "labels", ("uniform", "balanced")),
+        (("-n", 100), "count", (200, 100)),
+    ):
+        done = terdit(*words, tmp_path, *other)
+        assert done.code == 2
+        assert done.out == ""
+        for value in values:
+            assert f"{field} {value!r}" in done.err
+        assert "--work" in done.err
+    require_same(blocks(tmp_path), before)
+    # Pictures change no features: they can be asked for afterwards.
+    grid = tmp_path / "grid.png"
+    assert terdit(*words, tmp_path, "--grid", grid).code == 0
+    assert grid.exists()
+    (tmp_path / "images" / FACTS_FILE).write_text("{")
+    done = terdit(*words, tmp_path)
+    assert done.code == 3
+    assert "delete the folder" in done.err

@@ -1,0 +1,495 @@
+"""Packaged models: found by name and by class, listed, sampled as their cards advise, added."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+import terdit_cli
+from terdit_cli import app_models
+from terdit_cli.commands import add_model, eval_fid, sample
+from terdit_cli.commands import models as command
+from terdit_cli.commands.add_model import Words
+from terdit_cli.commands.eval_options import EvalOptions
+from terdit_cli.commands.generate import sampler_for
+from terdit_cli.diffusion.sampler import SamplerConfig
+from terdit_cli.errors import InputFileError, TerditError, UsageError
+from terdit_cli.evaluate.result import load_result
+from terdit_cli.model.ckpt import load_ckpt, save_ckpt
+from terdit_cli.models import catalogue
+from terdit_cli.models.card import Advice, Card, parse_card, read_card
+from terdit_cli.pack.tdt import TdtFile
+
+CARD = {
+    "name": "clothes",
+    "data": "1,000 images of Fashion-MNIST: a test",
+    "licence": "MIT",
+    "recipe": "small",
+    "steps": 30,
+    "seed": 0,
+    "scores": {"fd-grid": 31.5, "precision": 0.25},
+    "measured": "100 images",
+    "sampler": {"name": "dpmpp-2m", "steps": 3, "cfg_scale": 1.5},
+    "limits": "draws noise",
+    "sha256": "0" * 64,
+}
+TEXT = "# clothes\n\nA test.\n"
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of packaged models, empty, and an empty one to work in."""
+    folder, here = tmp_path / "packaged", tmp_path / "here"
+    folder.mkdir()
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("TERDIT_MODELS", str(folder))
+    monkeypatch.delenv("TERDIT_MODEL", raising=False)
+    return folder
+
+
+@pytest.fixture
+def package(shelf: Path, small_tdt: Path) -> Make:
+    """Return package(name, model=small_tdt, **fields of the card): puts a model on the shelf."""
+
+    def put(name: str, model: Path = small_tdt, **fields: object) -> Path:
+        path = shelf / f"{name}.tdt"
+        shutil.copy(model, path)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        values = {**CARD, "name": name, "sha256": sha256, "text": TEXT, **fields}
+        (shelf / f"{name}.md").write_text(Card.model_validate(values).to_markdown())
+        return path
+
+    return put
+
+
+@pytest.fixture
+def animals(tmp_path: Path, small_run: Path, terdit: Callable[..., Any]) -> Path:
+    """The .tdt of another model, whose classes are animals, but for one."""
+    found = load_ckpt(small_run / "ckpt.pt")
+    info = found.info.to_dict()
+    names = ["cat", "dog", "fox", "cow", "hen", "owl", "elk", "ant", "bee", "Bag"]
+    other = type(found.info).from_dict({**info, "class_names": names}, "test")
+    save_ckpt(tmp_path / "animals.pt", other, found.recipe, found.model, found.ema)
+    path = tmp_path / "animals.tdt"
+    assert terdit("pack", tmp_path / "animals.pt", "-o", path).code == 0
+    return path
+
+
+def said(call: Callable[[], Any]) -> tuple[Any, str, str]:
+    """Return what a call returns, and its stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        value = call()
+    return value, out.getvalue(), err.getvalue()
+
+
+def models_verb(*words: str) -> str:
+    """Return the stdout of the verb `terdit models`."""
+    app = typer.Typer()
+    app.command()(app_models.models)
+    _, out, err = said(lambda: app(list(words), standalone_mode=False))
+    assert err == ""
+    return str(out)
+
+
+def test_what_is_packaged_is_whole() -> None:
+    """Of this checkout: every model has its card, both fit, and they are small enough."""
+    folder = Path(catalogue.__file__).parent
+    names = sorted(path.stem for path in folder.glob("*.tdt"))
+    assert names == sorted(path.stem for path in folder.glob("*.md"))
+    total = 0
+    for name in names:
+        content = (folder / f"{name}.tdt").read_bytes()
+        text = (folder / f"{name}.md").read_text(encoding="utf-8")
+        card = parse_card(text, folder / f"{name}.md")
+        assert (card.name, card.sha256) == (name, hashlib.sha256(content).hexdigest())
+        SamplerConfig(**card.sampler.model_dump())
+        with TdtFile(folder / f"{name}.tdt") as file:
+            assert file.info.step == card.steps
+            assert file.info.class_names
+            assert file.info.space.kind == "pixel", "nothing may have to be downloaded"
+        total += len(content) + len(text.encode())
+    assert total <= catalogue.SIZE_LIMIT
+
+
+def test_the_catalogue_and_the_cards_need_no_torch() -> None:
+    code = "import sys, terdit_cli.models.card, terdit_cli.app_models as a; a.models"
+    code += "; print({'torch', 'numpy'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_names_and_paths(package: Make, shelf: Path, small_run: Path) -> None:
+    path = package("clothes")
+    assert catalogue.names() == ["clothes"]
+    assert catalogue.resolve("clothes") == catalogue.path_of("clothes") == path
+    assert catalogue.name_of(path) == "clothes"
+    assert catalogue.name_of(Path("clothes.tdt")) is None
+    # A folder of images that is called as the model, and then a model that is.
+    Path("clothes").mkdir()
+    assert catalogue.resolve("clothes") == path
+    shutil.copy(small_run / "ckpt.pt", "clothes/ckpt.pt")
+    assert catalogue.resolve("clothes") == Path("clothes")
+    shutil.rmtree("clothes")
+    Path("clothes").write_text("a file")
+    assert catalogue.resolve(Path("clothes")) == Path("clothes")
+    Path("empty").mkdir()
+    assert catalogue.resolve("empty") == Path("empty")
+
+
+def test_names_that_there_are_not(package: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputFileError) as caught:
+        catalogue.resolve("cloths")
+    assert "got 'cloths', expected a file, a folder (cloths). Fix: check the path." in str(
+        caught.value
+    )
+    package("clothes")
+    with pytest.raises(InputFileError) as caught:
+        terdit_cli.load_model("cloths")
+    message = str(caught.value)
+    assert "no such model: got 'cloths' (did you mean 'clothes'?)" in message
+    assert "a packaged model: clothes (cloths). Fix: check the path, or see `terdit mod" in message
+    with pytest.raises(UsageError, match=r"got 'cloths' \(did you mean 'clothes'\?\)") as wrong:
+        command.run("cloths")
+    assert "Fix: see `terdit models`" in str(wrong.value)
+    monkeypatch.setenv("TERDIT_MODELS", "nowhere")
+    with pytest.raises(UsageError, match=r"TERDIT_MODELS is no folder: got nowhere\. Fix: unset"):
+        catalogue.names()
+
+
+def test_load_model_by_name(package: Make, small_tdt: Path) -> None:
+    package("clothes")
+    named = terdit_cli.load_model("clothes", backend="reference")
+    wanted = terdit_cli.load_model(small_tdt, backend="reference")
+    x, t, y = torch.randn(2, 1, 28, 28), torch.tensor([0, 999]), torch.tensor([0, 10])
+    with torch.inference_mode():
+        assert torch.equal(named(x, t, y), wanted(x, t, y))
+
+
+def test_the_list(package: Make, shelf: Path) -> None:
+    assert json.loads(models_verb("--json")) == {"models": []}
+    path = package("clothes")
+    package("shirts", scores={"FID": 3.25})
+    lines = models_verb().splitlines()
+    assert lines[1].split() == ["name", "bytes", "parameters", "classes", "data", "score"]
+    [clothes] = [line for line in lines if line.startswith("clothes")]
+    size = f"{path.stat().st_size:,}"
+    assert clothes.split()[:4] == ["clothes", size, "56,658", "10"]
+    assert clothes.endswith("fd-grid 31.5")
+    assert CARD["data"] in clothes
+    assert any(line.startswith("shirts") and line.endswith("FID 3.25") for line in lines)
+    found = json.loads(models_verb("--json"))["models"]
+    assert [model["name"] for model in found] == ["clothes", "shirts"]
+    assert found[0]["file_bytes"] == path.stat().st_size
+    assert found[0]["parameters"] == 56_658
+    assert found[0]["classes"][7] == "Sneaker"
+    assert found[0]["card"]["sampler"] == CARD["sampler"]
+
+
+def test_a_card(package: Make, shelf: Path) -> None:
+    package("clothes", limits="draws [noise]")
+    out = models_verb("clothes")
+    for part in (
+        "draws [noise]",
+        "Ankle boot",
+        "dpmpp-2m, 3 steps, cfg scale 1.5",
+        "fd-grid",
+        "recipe small, 30 steps, seed 0",
+        "--model clothes --prompt-class",
+        TEXT.strip(),
+    ):
+        assert part in out  # fmt: skip
+    assert json.loads(models_verb("clothes", "--json"))["card"]["limits"] == "draws [noise]"
+
+
+def test_a_card_is_what_was_written() -> None:
+    card = Card.model_validate({**CARD, "data": "\xe9: 'a' # b", "text": "---\nx\n"})
+    assert parse_card(card.to_markdown(), Path("x.md")) == card
+    assert card.score == ("fd-grid", 31.5)  # the first, not the first of the alphabet
+    assert card.sampler == Advice(name="dpmpp-2m", steps=3, cfg_scale=1.5)
+
+
+HEAD = Card.model_validate({**CARD, "text": TEXT}).to_markdown()
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "no head between two lines"),
+        ("# clothes\n" + HEAD, "no head between two lines"),
+        ("---\nname: clothes\n", "no head between two lines"),
+        ("---\n[]\n---\n", "a head that is no mapping"),
+        ("---\n- a: [\n---\n", "while parsing"),
+        (HEAD.replace("seed: 0", "seed: 0\ntext: b"), "a head that is no mapping"),
+        (HEAD.replace("seed: 0", "sed: 0"), "seed: Field required; sed: Extra inputs"),
+        (HEAD.replace("steps: 30", "steps: many"), "steps: Input should be a valid integer"),
+        (HEAD.replace("31.5", ".nan"), "scores.fd-grid: Input should be a finite number"),
+        (HEAD.replace("cfg_scale: 1.5", "cfg: 1.5"), "sampler.cfg_scale: Field required"),
+        (HEAD.replace("sha256: '0", "sha256: '"), "sha256: String should match"),
+        (HEAD.replace("name: clothes", "name: shirts"), "the card of 'shirts'"),
+        (HEAD.replace("name: clothes", "name: ../a"), "name: String should match"),
+        (HEAD + "x" * (1 << 18), "more than 262144 bytes"),
+    ],
+    ids=lambda value: value[:24].strip().replace("\n", " "),
+)
+def test_wrong_cards(shelf: Path, text: str, part: str) -> None:
+    (shelf / "clothes.md").write_text(text)
+    with pytest.raises(InputFileError) as caught:
+        read_card("clothes")
+    message = str(caught.value)
+    assert part in message
+    assert str(shelf / "clothes.md") in message
+    assert "expected a YAML head with name, data, licence" in message
+    assert "Fix: " in message
+
+
+def test_a_model_without_its_card_and_a_damaged_one(package: Make, shelf: Path) -> None:
+    path = package("clothes")
+    (shelf / "clothes.md").unlink()
+    with pytest.raises(InputFileError, match=r"No such file.*clothes\.md"):
+        command.run()
+    package("clothes")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputFileError, match=r"truncated.*clothes\.tdt"):
+        command.run()
+
+
+def test_the_model_that_knows_the_class(
+    package: Make, animals: Path, small_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(prompt: str) -> str:
+        path, out, err = said(lambda: sample.find_model(None, prompt))
+        assert out == ""
+        assert f"no --model, none here: the packaged model {path.stem} (`terdit models`)" in err
+        return str(path.stem)
+
+    clothes = package("clothes")
+    for prompt in ("sneaker", "SNEAKER, 3", "all", "no such class"):  # the only one, whatever
+        assert chosen(prompt) == "clothes"
+    package("animals", animals)
+    assert chosen("sneaker") == "clothes"
+    assert chosen("fox, bag") == "animals"
+    with pytest.raises(UsageError) as caught:
+        sample.find_model(None, "bag")
+    assert "several packaged models know this class: got 'bag'" in str(caught.value)
+    assert "one of animals, clothes. Fix: choose one: --model animals" in str(caught.value)
+    for prompt in ("sneeker", "fox, sneaker"):
+        with pytest.raises(UsageError) as caught:
+            sample.find_model(None, prompt)
+        message = str(caught.value)
+        assert f"no packaged model knows this class: got {prompt!r}" in message
+        assert "of animals: cat, dog, fox" in message
+        assert "of clothes: T-shirt/top, Trouser" in message
+    with pytest.raises(UsageError, match=r"did you mean 'sneaker'\?"):
+        sample.find_model(None, "sneeker")
+    # Everything of the user's own comes first.
+    assert sample.find_model(Path("animals"), "sneaker").stem == "animals"
+    run = Path("runs/mine")
+    run.mkdir(parents=True)
+    shutil.copy(small_run / "ckpt.pt", run / "ckpt.pt")
+    assert sample.find_model(None, "sneaker") == run / "ckpt.pt"
+    shutil.copy(clothes, "mine.tdt")
+    assert sample.find_model(None, "sneaker") == Path("mine.tdt")
+    monkeypatch.setenv("TERDIT_MODEL", "animals")
+    assert sample.find_model(None, "sneaker").stem == "animals"
+
+
+ADVISED = SamplerConfig("dpmpp-2m", 3, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "line"),
+    [
+        ({}, ADVISED, "clothes: --sampler dpmpp-2m --steps 3 --cfg-scale 1.5, as its card advises"),
+        ({"steps": 9}, SamplerConfig("dpmpp-2m", 9, 1.5), "--sampler dpmpp-2m --cfg-scale 1.5,"),
+        ({"name": "dpmpp-2m"}, ADVISED, "clothes: --steps 3 --cfg-scale 1.5,"),
+        ({"name": "ddpm"}, SamplerConfig("ddpm", 250, 1.5), "clothes: --cfg-scale 1.5,"),
+        ({"cfg_scale": 1.0}, SamplerConfig("dpmpp-2m", 3, 1.0), "--sampler dpmpp-2m --steps 3,"),
+        ({"name": "ddim", "cfg_scale": 1.0}, SamplerConfig("ddim", 250, 1.0), ""),
+        ({"name": "euler", "steps": 7, "cfg_scale": 0.0}, SamplerConfig("euler", 7, 0.0), ""),
+    ],
+    ids=str,
+)
+def test_the_advice_of_a_card(
+    package: Make, small_tdt: Path, given: dict[str, Any], wanted: SamplerConfig, line: str
+) -> None:
+    config, _, err = said(lambda: sampler_for(package("clothes"), **given))
+    assert config == wanted
+    assert line in err
+    assert (err == "") == (line == "")
+    other, _, err = said(lambda: sampler_for(small_tdt, **given))  # no packaged model
+    default = SamplerConfig()
+    assert (other.name, other.steps, other.cfg_scale) == (
+        given.get("name", default.name),
+        given.get("steps", default.steps),
+        given.get("cfg_scale", default.cfg_scale),
+    )
+    assert err == ""
+
+
+def test_sample_with_no_other_argument(package: Make) -> None:
+    path = package("clothes")
+    result, _, err = said(lambda: sample.run("sneaker"))
+    assert (result.model, result.output) == (path, Path("sample.png"))
+    assert result.output.is_file()
+    assert (result.sampler, result.steps, result.cfg_scale, result.nfe) == ("dpmpp-2m", 3, 1.5, 6)
+    assert "the packaged model clothes" in err
+    assert "as its card advises" in err
+    again, _, _ = said(
+        lambda: sample.run("7", path, steps=3, sampler="dpmpp-2m", cfg_scale=1.5, output=Path("b"))
+    )
+    assert again.model_sha256 == result.model_sha256
+
+
+def test_eval_fid_by_name(
+    package: Make, features: str, evaluate: Callable[..., Any], small_tdt: Path
+) -> None:
+    path = package("clothes")
+    common = {"reference": "embedded:heldout", "n": 8, "backend": "reference"}
+    by_name = evaluate(model=Path("clothes"), **common)
+    how = by_name.provenance
+    assert (how["model"], how["sampler"], how["steps"]) == (str(path), "dpmpp-2m", 3)
+    sampler = {"sampler": "dpmpp-2m", "steps": 3, "cfg_scale": 1.5}
+    assert by_name.metrics == evaluate(model=small_tdt, **sampler, **common).metrics
+    with pytest.raises(InputFileError, match=r"did you mean 'clothes'\?"):
+        eval_fid.run(
+            EvalOptions(model=Path("cloths"), features=features, make_reference=Path("r.npz"))
+        )
+
+
+def test_the_verbs(package: Make, terdit: Callable[..., Any], features: str) -> None:
+    path = package("clothes")
+    done = terdit("sample", "--prompt-class", "sneaker", "--json")
+    values = json.loads(done.out)
+    assert (values["model"], values["sampler"], values["steps"]) == (str(path), "dpmpp-2m", 3)
+    assert values["cfg_scale"] == 1.5
+    assert "--sampler dpmpp-2m --steps 3 --cfg-scale 1.5, as its card advises" in done.err
+    done = terdit("sample", "--prompt-class", 1, "--model", "clothes", "--steps", 2, "--json")
+    assert json.loads(done.out)["nfe"] == 4
+    words = ("--model", "clothes", "--features", features, "--reference", "embedded:heldout")
+    done = terdit("eval-fid", *words, "-n", 4, "--cfg-scale", 1, "--json")
+    how = json.loads(done.out)["provenance"]
+    assert (how["sampler"], how["steps"], how["cfg_scale"]) == ("dpmpp-2m", 3, 1.0)
+    assert "clothes" in terdit("models").out
+    assert "try" in terdit("models", "clothes").out
+    done = terdit("models", "cloths")
+    assert (done.code, done.out) == (2, "")
+    assert "did you mean 'clothes'?" in done.err
+    done = terdit("sample", "--prompt-class", 1, "--model", "cloths")
+    assert (done.code, done.out) == (3, "")
+    assert "a packaged model: clothes" in done.err
+
+
+# Adding one.
+
+WORDS = Words("1,000 images", "MIT", "draws noise")
+
+
+@pytest.fixture
+def measured(small_run: Path, features: str, terdit: Callable[..., Any], shelf: Path) -> Path:
+    """What eval-fid says of the small run, packed as models are packaged."""
+    assert terdit("pack", small_run, "-o", "m.tdt", "--codec", "t5", "--rest", "bf16").code == 0
+    words = ("--model", "m.tdt", "--reference", "embedded:heldout", "-n", 8, "--features", features)
+    sampler = ("--sampler", "ddim", "--steps", 4, "--cfg-scale", 2, "--seed", 3)
+    done = terdit("eval-fid", *words, *sampler, "--device", "cpu", "--json")
+    assert done.code == 0, done.err
+    Path("result.json").write_text(done.out)
+    return Path("result.json")
+
+
+def test_a_run_becomes_a_packaged_model(measured: Path, small_run: Path, shelf: Path) -> None:
+    path = add_model.run(small_run, "new", measured, WORDS)
+    assert path == shelf / "new.tdt"
+    assert path.read_bytes() == Path("m.tdt").read_bytes()
+    [model] = command.run()
+    card, result = model.card, load_result(measured)
+    assert card.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (card.recipe, card.steps, card.seed) == ("small", 30, 0)
+    assert card.scores == result.metrics
+    assert card.score[0] == result.distance_name
+    assert card.sampler == Advice(name="ddim", steps=4, cfg_scale=2)
+    assert (card.data, card.licence, card.limits) == ("1,000 images", "MIT", "draws noise")
+    assert "8 images against 8, seed 3, activations " in card.measured
+    assert "terdit eval-fid --model m.tdt" in card.measured
+    assert card.text.startswith("# new\n\n## Recipe\n\n```yaml\nname: small\n")
+    assert sampler_for(path) == SamplerConfig("ddim", 4, 2.0)
+    # Again: the words of people stay, or are replaced.
+    add_model.run(small_run, "new", measured, Words(text="# Better\n\nMuch."))
+    add_model.run(small_run, "new", measured, Words(limits="few"))
+    again = read_card("new")
+    assert (again.data, again.limits) == ("1,000 images", "few")
+    assert again.text.startswith("# Better\n\nMuch.\n\n## Recipe\n\n```yaml\nname: small\n")
+    assert again.text.count("## Recipe") == 1
+
+
+def test_runs_that_are_not_packaged(
+    measured: Path, small_run: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: Any) -> str:
+        with pytest.raises(TerditError) as caught:
+            add_model.run(*arguments)
+        assert list(shelf.iterdir()) == []
+        assert "Fix: " in str(caught.value)
+        return str(caught.value)
+
+    message = refused(small_run, "new", measured, WORDS, "t2", "fp32")
+    assert "these are not the scores of this model" in message
+    assert f"terdit pack {small_run} -o new.tdt --codec t2 --rest fp32" in message
+    assert "terdit eval-fid --model new.tdt ... --json > result.json" in message
+    message = refused(small_run, "new", measured, Words("data"))
+    assert "a new card needs words: expected --licence, --limits" in message
+    assert "a run folder or its ckpt.pt" in refused(Path("m.tdt"), "new", measured, WORDS)
+    assert "cannot read the result" in refused(small_run, "new", Path("m.tdt"), WORDS)
+    values = json.loads(measured.read_text())
+    values["provenance"]["steps"] = "many"
+    Path("wrong.json").write_text(json.dumps(values))
+    assert "sampler.steps: " in refused(small_run, "new", Path("wrong.json"), WORDS)
+    monkeypatch.setattr(catalogue, "SIZE_LIMIT", 1000)
+    message = refused(small_run, "new", measured, WORDS)
+    assert "the packaged models would be too large together" in message
+    assert "expected at most 1,000" in message
+
+
+def test_the_command_of_developers(measured: Path, small_run: Path, shelf: Path) -> None:
+    (shelf.parent / "text.md").write_text("# Clothes\n")
+    words = [
+        "--data",
+        "d",
+        "--licence",
+        "l",
+        "--limits",
+        "l",
+        "--text",
+        str(shelf.parent / "text.md"),
+    ]
+    command_line = [sys.executable, "-m", "terdit_cli.commands.add_model", str(small_run), "new"]
+    for model, code in (("new", 0), ("../new", 3)):
+        command_line[-1] = model
+        done = subprocess.run(
+            [*command_line, "--eval", str(measured.absolute()), *words],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+    assert "name: String should match" in done.stderr
+    assert read_card("new").text.startswith("# Clothes\n\n## Recipe")
+    assert sorted(path.name for path in shelf.iterdir()) == ["new.md", "new.tdt"]
