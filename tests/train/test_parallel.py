@@ -1,0 +1,344 @@
+"""Runs of several processes against one alone: the same losses, averages, weights and codes.
+
+Each number of processes is one job of torchrun, which trains every case in turn for 20 steps. The
+cases have an odd width, so that rows divide over no number of processes.
+
+Two things would make roundings large. Adam divides gradients by their own size, and those that are
+zero but for rounding (a scale before a norm, a bias of keys) would take whole steps: the cases' eps
+of 1e-4 keeps these parameters where they are. And new gates are zero, so that their codes hang on
+the last bits of the first gradients: the cases begin with weights that are not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from terdit_cli.data.loader import BatchLoader
+from terdit_cli.errors import EnvironmentProblem, UsageError
+from terdit_cli.model import ternary
+from terdit_cli.model.dit import DiT
+from terdit_cli.model.ternary import absmean, ternarize
+from terdit_cli.recipe import Recipe, load_recipe
+from terdit_cli.train import build, codes
+from terdit_cli.train.parallel import World, join_world, make_mesh, spread
+from terdit_cli.train.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+
+RECIPE = """\
+name: odd
+seed: 5
+model:
+  {size: nano, n_layers: 3, dim: 30, n_heads: 3, patch_size: 7, multiple_of: 7, num_classes: 10}
+ternary: {alpha_init: absmean}
+data: {source: embedded, split: heldout, image_size: 28, channels: 1, flip: true, workers: 1}
+train: {steps: 40, global_batch_size: 12, micro_batch_size: 1, precision: fp32}
+optim: {lr: 2e-3, weight_decay: 0.01, warmup_steps: 5, schedule: cosine, eps: 1e-4}
+ema: {decay: 0.9, warmup: true}
+sample: {every: 0}
+"""
+
+# Recipes, by a name: what changes the mathematics.
+KINDS: dict[str, list[str]] = {
+    "learned": [],
+    "absmean rows": ["ternary.scale=absmean", "ternary.granularity=row"],
+    "groups": ["ternary.granularity=group128", "model.multiple_of=140"],
+    "int8": ["ternary.activations=int8"],
+    "full precision": ["ternary.enabled=false"],
+    "bf16": ["train.precision=bf16"],
+}
+# Cases, by number of processes: what must not change it.
+CASES: dict[int, list[tuple[str, list[str]]]] = {
+    2: [
+        ("learned", ["parallel.mode=ddp"]),
+        ("learned", ["parallel.mode=fsdp"]),
+        (
+            "learned",
+            ["parallel.mode=fsdp", "train.micro_batch_size=6", "train.activation_checkpointing=2"],
+        ),
+        (
+            "learned",
+            [
+                "parallel.mode=fsdp",
+                "parallel.reshard_after_forward=false",
+                "train.activation_checkpointing=true",
+            ],
+        ),
+        ("absmean rows", ["parallel.mode=fsdp"]),
+        ("groups", ["parallel.mode=fsdp"]),
+        ("int8", ["parallel.mode=fsdp"]),
+        ("full precision", ["parallel.mode=fsdp"]),
+        ("bf16", ["parallel.mode=fsdp"]),
+        ("bf16", ["parallel.mode=fsdp", "parallel.reduce=bf16"]),
+    ],
+    3: [
+        ("learned", ["parallel.mode=fsdp"]),
+        ("absmean rows", ["parallel.mode=fsdp"]),
+    ],
+    4: [("learned", ["parallel.mode=hsdp", "parallel.shard_size=2"])],
+}
+
+# Where a rounding that falls the other way moves a value by a 100th, and steps amplify it.
+ROUNDED = {"int8", "bf16"}
+
+WORKER = """
+import importlib.util, json, sys
+from pathlib import Path
+import torch
+
+torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location("test_parallel", sys.argv[1])
+tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+folder = Path(sys.argv[2])
+world = tests.join_world(60)
+for number, words in enumerate(json.loads(sys.argv[3])):
+    found = tests.train(tests.load_recipe(folder / "odd.yaml", words), world, folder / "run")
+    if world.is_main:
+        torch.save(found, folder / f"case-{number}.pt")
+tests.torch.distributed.barrier()
+"""
+
+
+def lively_network(recipe: Recipe, make: Callable[[Recipe], DiT] = build.build_network) -> DiT:
+    """Make a network without zero weights."""
+    network = make(recipe)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return network
+
+
+def train(recipe: Recipe, world: World, folder: Path) -> dict[str, Any]:
+    """Train for `STEPS` steps and return losses, and whole weights, averages and gammas."""
+    source = build.open_data(recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "build_network", lively_network)
+        trainer = Trainer(recipe, source, build.open_space(recipe, world.device), world, folder)
+    size, flip = recipe.train.global_batch_size, recipe.data.flip
+    losses = []
+    loader = BatchLoader(source, recipe.seed, size, flip, world.rank, world.size, workers=1)
+    with loader:
+        for images, labels in loader.iterate(0):
+            result = trainer.train_step(images, labels)
+            losses.append([result.loss, result.mse, result.vb, result.grad_norm])
+            if trainer.step == STEPS:
+                break
+    state = trainer.state()
+    whole = {
+        part: {name: _whole(value) for name, value in state[part].items()}
+        for part in ("model", "ema")
+    }
+    sharded = [
+        value
+        for name, value in trainer.network.named_parameters()
+        if name.endswith("weight") and hasattr(value, "full_tensor") and value.dim() == 2
+    ]
+    gammas = [float(gamma) for gamma in codes.sharded_gammas(sharded)]
+    return {"losses": losses, "gammas": gammas, **whole}
+
+
+def _whole(value: Any) -> Tensor:
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("parallel")
+    (path / "odd.yaml").write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, dict[str, Any]]:
+    """What one process makes of each kind."""
+    recipes = {kind: load_recipe(folder / "odd.yaml", words) for kind, words in KINDS.items()}
+    return {kind: train(recipe, World(), folder / "one") for kind, recipe in recipes.items()}
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path) -> Callable[[int], list[dict[str, Any]]]:
+    """Return together(processes): what they make of each of their cases."""
+    known: dict[int, list[dict[str, Any]]] = {}
+
+    def run(processes: int) -> list[dict[str, Any]]:
+        if processes not in known:
+            job = folder / str(processes)
+            job.mkdir()
+            (job / "odd.yaml").write_text(RECIPE)
+            (job / "worker.py").write_text(WORKER)
+            words = [KINDS[kind] + more for kind, more in CASES[processes]]
+            line = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc-per-node", str(processes), job / "worker.py", __file__, job,
+                    json.dumps(words)]  # fmt: skip
+            with subprocess.Popen(
+                line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            ) as process:  # fmt: skip
+                try:
+                    said, _ = process.communicate(timeout=240)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    raise
+            assert process.returncode == 0, said
+            known[processes] = [
+                torch.load(job / f"case-{number}.pt", weights_only=True)
+                for number in range(len(words))
+            ]
+        return known[processes]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("processes", "number"),
+    [(processes, number) for processes, cases in CASES.items() for number in range(len(cases))],
+    ids=[
+        f"{processes} processes, {kind}, {' '.join(words)}"
+        for processes, cases in CASES.items()
+        for kind, words in cases
+    ],
+)
+def test_many_are_as_one(
+    processes: int, number: int, alone: dict[str, dict[str, Any]],
+    together: Callable[[int], list[dict[str, Any]]],
+) -> None:  # fmt: skip
+    kind, _ = CASES[processes][number]
+    one, many = alone[kind], together(processes)[number]
+    losses, norms = np.hsplit(np.array(many["losses"]), [3])
+    expected_losses, expected_norms = np.hsplit(np.array(one["losses"]), [3])
+    if kind in ROUNDED:
+        np.testing.assert_allclose(losses[0], expected_losses[0], rtol=1e-3)
+        np.testing.assert_allclose(losses, expected_losses, rtol=0.03)
+        return
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
+    np.testing.assert_allclose(norms, expected_norms, rtol=1e-5)
+    for part in ("model", "ema"):
+        assert many[part].keys() == one[part].keys()
+        for name, value in one[part].items():
+            # A step moves a parameter by up to 2e-3: 1e-7 is for those that began at 0.
+            error = (many[part][name] - value).abs()
+            assert (error <= 1e-6 * value.abs() + 1e-7).all(), (name, float(error.max()))
+    masters = [name for name in one["model"] if name.startswith("layers.") and is_master(name)]
+    assert len(masters) == 24
+    for name in masters:
+        assert torch.equal(ternarize(many["model"][name]), ternarize(one["model"][name])), name
+
+
+def is_master(name: str) -> bool:
+    return bool(re.search(r"\.w[1-3qkvo]\.weight$|adaLN_modulation\.1\.weight$", name))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_gamma_of_shards_is_that_of_the_whole(
+    processes: int, together: Callable[[int], list[dict[str, Any]]]
+) -> None:
+    """Bit for bit: what the processes agreed on, against their gathered weights here."""
+    compared = 0
+    for (_, words), many in zip(CASES[processes], together(processes), strict=True):
+        weights = [
+            value for name, value in many["model"].items()
+            if name.endswith("weight") and value.dim() == 2
+        ]  # fmt: skip
+        if "parallel.mode=fsdp" not in words:
+            assert many["gammas"] == []
+            continue
+        for weight, gamma in zip(weights, many["gammas"], strict=True):
+            assert float(absmean(weight)) == gamma
+            compared += 1
+    assert compared > 20
+
+
+def small_trainer(folder: Path, *words: str) -> tuple[Trainer, Tensor, Tensor]:
+    recipe = load_recipe(folder / "odd.yaml", words)
+    source = build.open_data(recipe)
+    space = build.open_space(recipe, torch.device("cpu"))
+    trainer = Trainer(recipe, source, space, World(), folder / "unused")
+    loader = BatchLoader(source, recipe.seed, 12, flip=False, rank=0, world_size=1, workers=1)
+    with loader:
+        images, labels = next(iter(loader.iterate(0)))
+    return trainer, images, labels
+
+
+def test_each_weight_is_ternarized_once_a_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of micro-batches and recomputed blocks; and none is left over."""
+    counted = []
+    real = ternary.ternarize
+
+    def count(weight: Tensor, gamma: Tensor | None = None) -> Tensor:
+        counted.append(weight.data_ptr())
+        return real(weight, gamma)
+
+    trainer, images, labels = small_trainer(
+        folder, "train.micro_batch_size=4", "train.activation_checkpointing=true"
+    )
+    layers = [m for m in trainer.network.modules() if isinstance(m, ternary.TernaryLinear)]
+    monkeypatch.setattr(ternary, "ternarize", count)
+    for _ in range(3):
+        counted.clear()
+        trainer.train_step(images, labels)
+        assert sorted(counted) == sorted(layer.weight.data_ptr() for layer in layers)
+        assert all(layer.codes is None for layer in layers)
+
+
+def test_no_code_is_stale(folder: Path) -> None:
+    """A second step sees the weights that the first one made, as a fresh trainer does."""
+    words = ("optim.lr=0.5", "optim.warmup_steps=0", "train.micro_batch_size=4")
+    trainer, images, labels = small_trainer(folder, *words)
+    trainer.train_step(images, labels)
+    other, _, _ = small_trainer(folder, *words)
+    other.restore(trainer.state(), trainer.step)
+    assert trainer.train_step(images, labels) == other.train_step(images, labels)
+
+
+def test_groups_that_do_not_divide(folder: Path) -> None:
+    words = ["parallel.mode=hsdp", "parallel.shard_size=4"]
+    parallel = load_recipe(folder / "odd.yaml", words).parallel
+    with pytest.raises(
+        UsageError, match=r"got parallel\.shard_size 4, expected a divisor of the 6 p"
+    ):
+        make_mesh(World(size=6, local_size=6), parallel)
+
+
+def test_nothing_to_offload_from(folder: Path) -> None:
+    words = ["parallel.mode=fsdp", "parallel.cpu_offload=true"]
+    recipe = load_recipe(folder / "odd.yaml", words)
+    network = build.build_network(recipe)
+    with pytest.raises(UsageError, match="CPU offload needs a GPU"):
+        spread(network, World(), recipe.train, recipe.parallel)
+
+
+def test_half_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(EnvironmentProblem, match=r"without RANK, LOCAL_RANK.*torchrun"):
+        join_world()
+
+
+def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EnvironmentProblem, match=r"did not meet.*2 processes within 1 s"):
+        join_world(1)
+    assert not math.isnan(World().agree(1))
