@@ -45,6 +45,12 @@ bench-metrics: install  ## docs/metrics.md: eval-fid's scores and times beside r
 add-model: install  ## package a run: make add-model RUN=runs/x NAME=x EVAL=result.json WORDS='--data ...'
 	$(BIN)/python -m terdit_cli.commands.add_model $(RUN) $(NAME) --eval $(EVAL) $(WORDS)
 
+results: install  ## docs/results.md and .html from the studies' results in runs/studies
+	$(BIN)/terdit study recipes/studies/fashion-mnist.yaml recipes/studies/cifar10.yaml --render
+
+results-quick: install  ## the same comparisons in little, from the packaged images (minutes)
+	$(BIN)/terdit study recipes/studies/quick.yaml --out runs/results-quick.md
+
 native-sanitize: install  ## the native code under the address, undefined and thread sanitizers
 	$(BIN)/pytest -q -k sanitizer tests/runtime/test_native_builds.py
 
@@ -59,4 +65,4 @@ clean:  ## remove everything that the other targets made
 	rm -rf .venv build dist demo runs $(NATIVE)/*.so .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test lint bench bench-metrics add-model native-sanitize wheel clean
+.PHONY: help install demo test lint bench bench-metrics add-model results results-quick native-sanitize wheel clean

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import terdit_cli
-from terdit_cli import app_eval, app_models, app_prepare, app_train, console, tables
+from terdit_cli import app_eval, app_models, app_prepare, app_study, app_train, console, tables
 from terdit_cli.errors import Interrupted, TerditError, UsageError
 from terdit_cli.options import (
     Activations,
@@ -251,6 +251,7 @@ def sample(
 
 app.command(name="eval-fid", epilog=_example(*app_eval.EXAMPLES))(app_eval.eval_fid)
 app.command(epilog=_example(*app_models.EXAMPLES))(app_models.models)
+app.command(epilog=_example(*app_study.EXAMPLES))(app_study.study)
 
 
 @app.command(
@@ -261,15 +262,16 @@ app.command(epilog=_example(*app_models.EXAMPLES))(app_models.models)
         "terdit bench model.tdt --what forward --rivals none --json",
         "terdit bench 600m --size 256,512 --threads 1,2 --out docs/bench.md",
         "terdit bench --what metrics --threads 1 --recorded tests/golden/metrics.json",
+        "terdit bench recipes/quickstart.yaml --what training",
     )
 )
 def bench(
     model: Annotated[
-        str, typer.Argument(help="A size, for random weights (600m, 4.2b, ...), or a .tdt.")
+        str, typer.Argument(help="A size (600m, 4.2b, ...: random weights), a .tdt, or a recipe.")
     ] = "600m",
     what: Annotated[
         str,
-        typer.Option(help="gemm, forward, sample, images (of a .tdt), all of these, or metrics."),
+        typer.Option(help="gemm, forward, sample, images (of a .tdt), all; metrics; training."),
     ] = "all",
     size: Annotated[str, typer.Option(help="Image sizes in pixels, as 256,512.")] = "",
     batch: Annotated[int, typer.Option(help="Rows of a forward; a guided image is two.")] = 2,

@@ -16,7 +16,7 @@ from terdit_cli.recipe import LARGEST_FILE, Recipe, load_recipe, parse_recipe
 from terdit_cli.train.build import model_config
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-SHIPPED = sorted(RECIPES.rglob("*.yaml"))
+SHIPPED = sorted(RECIPES.glob("*.yaml"))
 GOOD = "name: try\ndata: {source: embedded, image_size: 28, channels: 1}\nmodel: {patch_size: 7}\n"
 
 

@@ -23,14 +23,27 @@ MEMORY_GOAL_MIB = 480
 
 
 def goals(result: BenchResult) -> list[Goal]:
-    """Return the goals of the CPU runtime or of the metrics, each with what this run measured.
+    """Return the goals of what was measured, each with the figure of this run.
 
     Those for a whole network are set for the size 600m.
     """
     if result.agreement or result.scores:
         return _score_goals(result)
+    if result.training:
+        return _training_goals(result)
     whole = [*_forward_goals(result), *_memory_goals(result)] if result.model == "600m" else []
     return [*_gemm_goals(result), *whole, *_isa_goals(result)]
+
+
+def _training_goals(result: BenchResult) -> list[Goal]:
+    return [
+        Goal(
+            f"{row.name}, {row.parameters:,} parameters, compiled: step against full precision",
+            1.05, row.ratio, unit="times", at_most=True,
+        )
+        for row in result.training
+        if row.compiled
+    ]  # fmt: skip
 
 
 def _gemm_goals(result: BenchResult) -> list[Goal]:

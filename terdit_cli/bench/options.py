@@ -13,7 +13,7 @@ from terdit_cli.errors import UsageError, did_you_mean
 from terdit_cli.model.dit import SIZES
 from terdit_cli.runtime.reference import Precision
 
-What = Literal["gemm", "forward", "sample", "images", "metrics", "all"]
+What = Literal["gemm", "forward", "sample", "images", "metrics", "training", "all"]
 ACTIVATIONS: tuple[Precision, ...] = ("int8", "int16", "bf16", "fp32")  # by speed
 DOWNSAMPLE = 8  # an image's pixels to a latent's
 IMAGE_MULTIPLE = 2 * DOWNSAMPLE  # patches are 2 wide
@@ -52,6 +52,13 @@ class Options:
                 got=f"random weights of {self.model}",
                 expected="a .tdt",
                 fix="terdit bench model.tdt --what images",
+            )
+        if self.what == "training" and self.model in SIZES:
+            raise UsageError(
+                "training is measured of a recipe",
+                got=self.model,
+                expected="a recipe, in quotes together with its overrides",
+                fix="terdit bench recipes/quickstart.yaml --what training",
             )
         if self.recorded is not None and self.what != "metrics":
             raise UsageError(

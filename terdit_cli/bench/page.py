@@ -35,6 +35,11 @@ All metrics are computed in float64 from the same features. Costs are of synthet
 distance takes turns with clean-fid's `frechet_distance` (scipy's `sqrtm`) in one process."""
 
 
+TRAINING_NOTES = """\
+Ternary and full-precision networks train in turns on the same random images; a repeat is one step:
+forward, backward, AdamW, EMA. Ratios are of medians."""
+
+
 class Table(NamedTuple):
     """A titled table of texts, for a terminal or a page."""
 
@@ -65,6 +70,8 @@ def page(result: BenchResult) -> str:
         parts.append(notes + "\n")
     if result.scores:
         parts.append(METRIC_NOTES.format(seed=result.seed) + "\n")
+    if result.training:
+        parts.append(TRAINING_NOTES + "\n")
     if result.peaks:
         parts += ["## The roofline in words\n", roofline(result)]
     for found in tables(result):
@@ -83,6 +90,7 @@ def tables(result: BenchResult) -> list[Table]:
     found += [images_table(result)] if result.images else []
     found += [agreement_table(result)] if result.agreement else []
     found += [score_table(result)] if result.scores else []
+    found += [training_table(result)] if result.training else []
     return found
 
 
@@ -288,6 +296,29 @@ def score_table(result: BenchResult) -> Table:
         "above torch and features", "clean-fid s", "times faster", "difference",
     )  # fmt: skip
     return Table("What metrics cost, synthetic features", header, found)
+
+
+def training_table(result: BenchResult) -> Table:
+    """Return the table of steps, ternary beside full precision."""
+    rows = [
+        (
+            row.name,
+            f"{row.parameters:,}",
+            f"{row.images} x {row.tokens}",
+            row.precision + (", compiled" if row.compiled else ""),
+            str(row.threads),
+            f"{1e3 * row.ternary.median:.1f}",
+            f"{1e3 * row.full.median:.1f}",
+            f"{row.ratio.measured:.3f} ({row.ratio.low:.2f} .. {row.ratio.high:.2f})",
+            f"{row.ratio.best:.3f}",
+        )
+        for row in result.training
+    ]
+    header = (
+        "recipe", "parameters", "images x tokens", "arithmetic", "threads", "ternary ms",
+        "full precision ms", "ratio", "of the best times",
+    )  # fmt: skip
+    return Table("Training steps", header, rows)
 
 
 def _threads(count: int) -> str:

@@ -147,6 +147,29 @@ class ScoreRow:
 
 
 @dataclass(frozen=True)
+class TrainingRow:
+    """Steps of one recipe, ternary and in full precision, in turns."""
+
+    name: str
+    parameters: int
+    images: int  # a step
+    tokens: int
+    precision: str
+    compiled: bool
+    threads: int
+    ternary: Figure
+    full: Figure
+
+    @property
+    def ratio(self) -> Spread:
+        """Return ternary / full precision: of the medians, of the repeats, of the best times."""
+        ours, theirs = self.ternary.samples, self.full.samples
+        each = [a / b for a, b in zip(ours, theirs, strict=True)]
+        median = self.ternary.median / self.full.median
+        return Spread(median, min(each), max(each), min(ours) / min(theirs))
+
+
+@dataclass(frozen=True)
 class Machine:
     """Where and with what it ran."""
 
@@ -223,11 +246,13 @@ class BenchResult:
     images: list[ImagesRow]
     agreement: list[AgreementRow] = field(default_factory=list)
     scores: list[ScoreRow] = field(default_factory=list)
+    training: list[TrainingRow] = field(default_factory=list)
 
     @property
     def threads(self) -> int:
         """The largest thread count: the one at which rivals ran."""
-        rows: list[Row | ScoreRow] = [*self.gemm, *self.forward, *self.scores]
+        rows: list[Row | ScoreRow | TrainingRow]
+        rows = [*self.gemm, *self.forward, *self.scores, *self.training]
         return max((row.threads for row in rows), default=1)
 
 

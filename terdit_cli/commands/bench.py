@@ -26,7 +26,7 @@ from terdit_cli.bench.options import Options, What, numbers, words
 from terdit_cli.bench.page import page, tables
 from terdit_cli.bench.random_model import RandomModel
 from terdit_cli.bench.results import BenchResult, ForwardRow, GemmRow, Goal, Machine, PeakRow
-from terdit_cli.commands import bench_images
+from terdit_cli.commands import bench_images, bench_training
 from terdit_cli.errors import UsageError
 from terdit_cli.model.dit import SIZES
 from terdit_cli.pack.tdt import TdtFile, write_tdt
@@ -61,9 +61,9 @@ def run(
     """Measure, and write the page to `output`.
 
     Args:
-        model: a named size, for random weights, or a .tdt.
-        what: "gemm", "forward", "sample", "images" (of a .tdt), "all" of these, or "metrics" (of
-            `terdit eval-fid`, no model).
+        model: a named size, for random weights, a .tdt, or a recipe.
+        what: "gemm", "forward", "sample", "images" (of a .tdt), "all" of these, "metrics" (of
+            `terdit eval-fid`, no model) or "training" (of a recipe, with overrides after it).
         size, threads, activations, others: comma separated; "" is the default of each; `others`
             are the rivals, "all" or "none".
         batch: rows of a forward; an image with guidance is two.
@@ -99,7 +99,7 @@ def run(
     if ggml is not None:
         rivals.open_ggml(ggml)
     choice = choose_backend(backend, torch.device("cpu"))
-    if model not in SIZES:
+    if model not in SIZES and what != "training":
         with TdtFile(Path(model)) as file:  # a bad file is found before the work
             trained = file.info.ternary.activations
         if trained == "int8" and not activations:
@@ -133,6 +133,20 @@ def _measure(options: Options, machine: Machine) -> BenchResult:
             images=[],
             agreement=agreement,
             scores=scores,
+        )
+    if options.what == "training":
+        return BenchResult(
+            model="training",
+            command=options.command,
+            seed=options.seed,
+            repeats=options.repeats,
+            machine=machine,
+            peaks=[],
+            gemm=[],
+            forward=[],
+            sample=[],
+            images=[],
+            training=bench_training.compare(options),
         )
     peaks: list[PeakRow] = []
     products = gemm.measure(options, peaks) if options.what in ("gemm", "all") else []

@@ -75,7 +75,7 @@ def draw_loss(entries: list[dict[str, Any]], title: str, path: Path) -> None:
     axes.plot(steps, [entry["mse"] for entry in entries], color="tab:cyan", lw=1, label="mse")
     axes.set(xlabel="step", ylabel="loss", title=title)
     if steps:
-        axes.set_yscale("log")
+        _logarithmic(axes)
     axes.grid(alpha=0.3, which="both")
     rate = axes.twinx()
     rate.plot(steps, [entry["lr"] for entry in entries], color="tab:orange", lw=1, label="lr")
@@ -148,7 +148,7 @@ def draw_curves(entries: dict[str, list[Entry]]) -> Figure:
             axes.plot(*zip(*points, strict=True) if points else ([], []), color=colour, lw=1.4,
                       marker=marker, markersize=4)  # fmt: skip
             if scale == "log" and points:
-                axes.set_yscale("log")
+                _logarithmic(axes)
         if scale == "zero":
             axes.set_ylim(bottom=0)
     for axes in grid[len(panels) :]:
@@ -184,13 +184,23 @@ def _style(axes: Axes, title: str, unit: str) -> None:
         axes.spines[side].set_color("#bbbbbb")
 
 
+def _logarithmic(axes: Axes) -> None:
+    """Make the y axis logarithmic, with plain numbers such as 0.04."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
+
+
 def _page(figure: Figure, entries: dict[str, list[Entry]]) -> str:
     """Return a page with the curves and a table of the runs' last values."""
     picture = io.StringIO()
     figure.savefig(picture, format="svg")
     svg = picture.getvalue()
     columns = [panel for panel in PANELS if any(_points(run, panel[2]) for run in entries.values())]
-    head = "".join(f"<th>{html.escape(title)}</th>" for title, *_ in columns)
+    names = (f"{title}, {unit}" if unit else title for title, unit, *_ in columns)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     rows = []
     for name, run in entries.items():
         points = [_points(run, value) for _, _, value, _ in columns]

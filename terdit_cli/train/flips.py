@@ -1,9 +1,9 @@
 """Signs of life of a ternary run: codes that flipped since the last look, and shares of -1, 0, +1.
 
 A ternary model learns only where codes change. From one look to the next the codes are kept, four
-to a byte: a quarter of a byte for each ternary weight that this process holds. Each process counts the rows
-it holds, one small all-reduce adds them up, and replicas, which count alike, leave the shares as
-they are.
+to a byte: a quarter of a byte for each ternary weight that this process holds. Each process counts
+the rows it holds, one small all-reduce adds them up, and replicas, which count alike, leave the
+shares as they are.
 
     code = trit + 1 in {0, 1, 2};  byte = c0 | c1 << 2 | c2 << 4 | c3 << 6
     a code of byte i flipped  <=>  its two bits of (old ^ new) are not both 0

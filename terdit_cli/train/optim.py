@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from terdit_cli.errors import EnvironmentProblem
+from terdit_cli.errors import EnvironmentProblem, UsageError
 from terdit_cli.recipe import OptimSection
 
 # torchao's 8-bit moments: a byte each and a float32 scale a block, of tensors that are large
 # enough and whole blocks; the others stay float32.
 BLOCK_8BIT, SMALLEST_8BIT = 256, 4096
+_PARTS_8BIT = ("codes", "scale")  # what changes of a moment of torchao's
 
 
 def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
@@ -20,6 +23,7 @@ def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Opti
 
     Raises:
         EnvironmentProblem: 8-bit moments without torchao.
+        UsageError: 8-bit moments of sharded parameters.
     """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
@@ -33,6 +37,13 @@ def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Opti
     ]
     if optim.kind == "adamw":
         return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    if any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+        raise UsageError(
+            "8-bit moments cannot be sharded",
+            got="optim.kind=adamw8bit with parallel.mode fsdp or hsdp",
+            expected="one of the two: sharding already divides the moments by the processes",
+            fix="set parallel.mode=ddp, or optim.kind=adamw",
+        )
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
@@ -45,6 +56,33 @@ def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Opti
         groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, block_size=BLOCK_8BIT
     )
     return optimizer
+
+
+def plain_moments(state: Any) -> Any:
+    """Return an optimizer's state dict with 8-bit moments as dictionaries of plain tensors.
+
+    They share memory with the optimizer's own.
+    """
+    if isinstance(state, dict):
+        return {key: plain_moments(value) for key, value in state.items()}
+    if _is_8bit(state):
+        return {name: getattr(state, name) for name in _PARTS_8BIT}
+    return state
+
+
+def with_moments(state: Any, plain: Any) -> Any:
+    """Return `plain`, as `plain_moments` gives it, with the 8-bit moments of `state` set to it."""
+    if isinstance(state, dict):
+        return {key: with_moments(value, plain[key]) for key, value in state.items()}
+    if not _is_8bit(state):
+        return plain
+    for name in _PARTS_8BIT:
+        getattr(state, name).copy_(plain[name])
+    return state
+
+
+def _is_8bit(value: Any) -> bool:
+    return isinstance(value, Tensor) and all(hasattr(value, name) for name in _PARTS_8BIT)
 
 
 def moment_bytes(numel: int, optim: OptimSection) -> int:

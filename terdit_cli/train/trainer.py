@@ -32,7 +32,13 @@ from terdit_cli.train.checkpoint import CheckpointWriter, folder_of, read_manife
 from terdit_cli.train.codes import ternarized_once
 from terdit_cli.train.draws import Draws, StepDraws
 from terdit_cli.train.export import CKPT, export_ckpt
-from terdit_cli.train.optim import build_optimizer, learning_rate, set_learning_rate
+from terdit_cli.train.optim import (
+    build_optimizer,
+    learning_rate,
+    plain_moments,
+    set_learning_rate,
+    with_moments,
+)
 from terdit_cli.train.parallel import (
     World,
     accumulating,
@@ -114,7 +120,7 @@ class Trainer:
         return {
             "model": {name: p.detach() for name, p in self.network.named_parameters()},
             "ema": dict(self.ema.averages),
-            "optimizer": optimizer,
+            "optimizer": plain_moments(optimizer),
         }
 
     def restore(self, state: dict[str, Any], step: int) -> None:
@@ -123,7 +129,9 @@ class Trainer:
             for name, parameter in self.network.named_parameters():
                 parameter.copy_(state["model"][name])
         self.ema.load(state["ema"])
-        set_optimizer_state_dict(self.network, self.optimizer, optim_state_dict=state["optimizer"])
+        own = get_optimizer_state_dict(self.network, self.optimizer)
+        moments = with_moments(own, state["optimizer"])
+        set_optimizer_state_dict(self.network, self.optimizer, optim_state_dict=moments)
         self.step = step
 
     def save(self) -> Path:

@@ -243,3 +243,23 @@ def test_images_of_random_weights_say_nothing(terdit: Terdit) -> None:
     assert done.code == 2
     assert "images are compared of trained models" in done.err
     assert "terdit bench model.tdt --what images" in done.err
+
+
+def test_training_steps(terdit: Terdit, small_recipe: Path) -> None:
+    """A step of both networks, eager and compiled; the twin has no ternary weight."""
+    words = f"{small_recipe} train.global_batch_size=4 train.micro_batch_size=4"
+    done = terdit("bench", words, "--what", "training", "--repeats", 2, "--threads", 1, "--json")
+    values = json.loads(done.out)
+    eager, compiled = values["training"]
+    assert (eager["compiled"], compiled["compiled"]) == (False, True)
+    for row in (eager, compiled):
+        assert (row["images"], row["parameters"]) == (4, 56_658)
+        assert len(row["ternary"]["samples"]) == len(row["full"]["samples"]) == 2
+        assert all(seconds > 0 for seconds in row["ternary"]["samples"])
+    assert [goal["met"] is None for goal in values["goals"]] == [False]
+
+
+def test_training_of_a_size(terdit: Terdit) -> None:
+    done = terdit("bench", "600m", "--what", "training")
+    assert done.code == 2
+    assert "training is measured of a recipe: got 600m" in done.err

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
+from terdit_cli.errors import EnvironmentProblem, UsageError
 from terdit_cli.model.dit import DiT, DiTConfig
 from terdit_cli.recipe import OptimSection
-from terdit_cli.train.optim import build_optimizer, learning_rate
+from terdit_cli.train.optim import (
+    build_optimizer,
+    learning_rate,
+    plain_moments,
+    with_moments,
+)
 
 
 def rates(steps: int, **fields: object) -> list[float]:
@@ -65,3 +73,37 @@ def test_weight_decay_acts_on_matrices_only() -> None:
     assert decayed["betas"] == (0.8, 0.95)
     assert (decayed["eps"], decayed["lr"]) == (1e-7, 3e-4)
     assert isinstance(optimizer, torch.optim.AdamW)
+
+
+def test_8_bit_moments_need_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    optim = OptimSection(kind="adamw8bit")
+    with pytest.raises(EnvironmentProblem, match=r"8-bit moments need torchao.*adamw8bit"):
+        build_optimizer(torch.nn.Linear(2, 2), optim)
+
+
+def test_8_bit_moments_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("terdit_cli.train.optim.DTensor", torch.nn.Parameter)
+    with pytest.raises(UsageError, match=r"8-bit moments cannot be sharded.*parallel\.mode=ddp"):
+        build_optimizer(torch.nn.Linear(2, 2), OptimSection(kind="adamw8bit"))
+
+
+def test_8_bit_moments_as_plain_tensors() -> None:
+    """Of anything with codes and scales, for torchao need not be there."""
+
+    def moment(value: int) -> torch.Tensor:
+        tensor = torch.zeros(3)
+        tensor.codes = torch.full((3,), value, dtype=torch.uint8)  # type: ignore[attr-defined]
+        tensor.scale = torch.full((1,), float(value))  # type: ignore[attr-defined]
+        return tensor
+
+    saved = {"a": {"exp_avg": moment(7), "step": torch.tensor(4.0)}, "lr": 0.5}
+    plain = plain_moments(saved)
+    assert plain["a"]["exp_avg"].keys() == {"codes", "scale"}
+    assert (plain["a"]["step"], plain["lr"]) == (4.0, 0.5)
+    fresh = {"a": {"exp_avg": moment(0), "step": torch.tensor(0.0)}, "lr": 0.1}
+    restored = with_moments(fresh, plain)
+    assert restored["a"]["exp_avg"] is fresh["a"]["exp_avg"]
+    assert fresh["a"]["exp_avg"].codes.tolist() == [7, 7, 7]
+    assert fresh["a"]["exp_avg"].scale.tolist() == [7.0]
+    assert (restored["a"]["step"], restored["lr"]) == (4.0, 0.5)

@@ -1,0 +1,1 @@
+"""A study: named variants of one recipe, trained alike, scored alike, shown on one page."""

@@ -1,0 +1,216 @@
+"""What a study has found so far, read from its folder: models, their scores, and the verdict.
+
+Nothing is computed that takes time, so pages can be made again at any moment. What was scored in
+another way than the study asks for now is left out; what is not there is missing, never guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from terdit_cli.errors import InputFileError
+from terdit_cli.study.records import (
+    Folder,
+    Footprint,
+    Loss,
+    Probe,
+    Score,
+    Training,
+    differences,
+    model_asked,
+    read,
+    scored_by,
+)
+from terdit_cli.study.spec import Study, Variant
+from terdit_cli.train.loggers import read_metrics
+
+Images = NDArray[np.uint8]  # [C, K, H, W, 3]: K images of each of C classes
+
+
+@dataclass(frozen=True)
+class Model:
+    """A variant of one seed, and all that was found of it."""
+
+    variant: Variant
+    seed: int
+    training: Training | None
+    losses: dict[int, Loss]  # by step
+    scores: dict[tuple[int, float, int], Score]  # by step, cfg scale, n
+    footprint: Footprint | None
+    metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
+    grids: dict[float, Images]  # by cfg scale
+    changed: list[str]  # settings of the study that were others when it was made
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean over seeds, and the values behind it."""
+
+    values: dict[int, float]  # by seed
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.values.values())
+
+    @property
+    def spread(self) -> str:
+        """Return "1.021 to 1.064", or "" where all are alike."""
+        low, high = (_digits(pick(self.values.values())) for pick in (min, max))
+        return "" if low == high else f"{low} to {high}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All of a study."""
+
+    study: Study
+    folder: Path
+    models: list[Model]
+    probe: Probe | None
+    class_names: list[str] = field(default_factory=list)
+
+    def models_of(self, name: str) -> list[Model]:
+        return [model for model in self.models if model.variant.name == name]
+
+    def finals(self, name: str, cfg_scale: float) -> list[tuple[Model, Score]]:
+        """Return the scores of a variant at its last step with all images, by seed."""
+        variant = self.study.variant(name)
+        key = (self.study.steps_of(variant)[-1], cfg_scale, self.study.evaluation.n)
+        return [(m, m.scores[key]) for m in self.models_of(name) if key in m.scores]
+
+    def distance(self, name: str, cfg_scale: float) -> Mean | None:
+        """Return the distance of a variant at its last step; None where it is missing."""
+        found = {m.seed: s.distance for m, s in self.finals(name, cfg_scale)}
+        found = {seed: value for seed, value in found.items() if math.isfinite(value)}
+        return Mean(found) if found else None
+
+    def ratio(self, name: str, cfg_scale: float) -> Mean | None:
+        """Return a variant's distance : the twin's, seed by seed; None without a common seed."""
+        ours, theirs = (self.distance(one, cfg_scale) for one in (name, self.study.headline.twin))
+        if ours is None or theirs is None:
+            return None
+        common = ours.values.keys() & theirs.values.keys()
+        found = {seed: ours.values[seed] / theirs.values[seed] for seed in sorted(common)}
+        return Mean(found) if found else None
+
+    @property
+    def distance_name(self) -> str:
+        scores = (score for model in self.models for score in model.scores.values())
+        return next((score.distance_name for score in scores), "distance")
+
+    @property
+    def missing(self) -> int:
+        """Return how many scores are not there; those of failed trainings do not count."""
+        study, count = self.study, 0
+        scales = study.evaluation.cfg_scales
+        for variant in study.variants:
+            for seed in study.seeds_of(variant):
+                model = next((m for m in self.models_of(variant.name) if m.seed == seed), None)
+                if self._failed(variant, seed):
+                    continue
+                for step in study.steps_of(variant):
+                    for n in study.images_at(variant, step):
+                        wanted = ((step, scale, n) for scale in scales)
+                        count += sum(model is None or key not in model.scores for key in wanted)
+        return count
+
+    def _failed(self, variant: Variant, seed: int) -> bool:
+        source = variant.of or variant.name
+        return any(
+            model.training is not None and model.training.failed is not None
+            for model in self.models_of(source)
+            if model.seed == seed
+        )
+
+    @property
+    def verdict(self) -> str:
+        """Return the result in one line."""
+        headline = self.study.headline
+        parts = []
+        for scale in self.study.evaluation.cfg_scales:
+            ratio = self.ratio(headline.ternary, scale)
+            if ratio is None:
+                continue
+            spread = f" ({ratio.spread})" if ratio.spread else ""
+            met = "met" if ratio.mean <= headline.goal else "not met"
+            parts.append(f"{guidance(scale)} {ratio.mean:.3f}{spread}, {met}")
+        if not parts:
+            return "no pair of scores yet"
+        pair = f"{self.distance_name}, ternary : twin (goal at most {headline.goal:g})"
+        return f"{pair}: " + "; ".join(parts)
+
+
+def guidance(scale: float) -> str:
+    """Return what a guidance scale is called."""
+    return "unguided" if scale == 1 else f"guided {scale:g}"
+
+
+def collect(study: Study, folder: Folder) -> Findings:
+    """Read all that is there of a study.
+
+    Raises:
+        InputFileError: a damaged record. And what reading the variants' recipes raises.
+    """
+    models = []
+    for variant in study.variants:
+        for seed in study.seeds_of(variant):
+            model = _model(study, folder, variant, seed)
+            if model.training is not None or model.scores or model.metrics:
+                models.append(model)
+    probe = read(folder.reals / "probe.json", Probe)
+    names = list(probe.per_class) if probe is not None else []
+    return Findings(study, folder.path, models, probe, names)
+
+
+def _model(study: Study, folder: Folder, variant: Variant, seed: int) -> Model:
+    place = folder.place(variant, seed)
+    asked = json.loads(json.dumps(model_asked(study, variant, seed)))
+    changed: set[str] = set()
+    losses, scores = {}, {}
+    for step in study.steps_of(variant):
+        if (loss := read(place.loss(step), Loss)) is not None:
+            losses[step] = loss
+        for n in study.images_at(variant, step):
+            for scale in study.evaluation.cfg_scales:
+                score = read(place.score(step, scale, n), Score)
+                if score is None or differences(
+                    {"evaluation": score.asked.get("evaluation")}, {"evaluation": scored_by(study)}
+                ):
+                    continue
+                scores[step, scale, n] = score
+                changed |= set(differences(score.asked.get("model"), asked))
+    grids = {}
+    for scale in study.evaluation.cfg_scales:
+        if place.grid(scale).exists():
+            grids[scale] = _read_images(place.grid(scale))
+    return Model(
+        variant, seed, read(place.training, Training), losses, scores,
+        read(place.footprint, Footprint), read_metrics(place.run), grids, sorted(changed),
+    )  # fmt: skip
+
+
+def _read_images(path: Path) -> Images:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            classes = len(np.unique(arrays["labels"]))
+            flat = arrays["arr_0"]
+            images: Images = flat.reshape(classes, -1, *flat.shape[1:])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputFileError(
+            "not the images of a study", got=f"{type(error).__name__}: {error}", where=path,
+            fix="delete the file and run the study again",
+        ) from error  # fmt: skip
+    return images

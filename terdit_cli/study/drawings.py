@@ -1,0 +1,222 @@
+"""Which figures a study has: curves, bars, loss against distance, codes, sizes.
+
+A variant has the same colour and marker in all of them: its place in the study.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+from typing import Any
+
+from terdit_cli import console
+from terdit_cli.study.collect import Findings, Model, guidance
+from terdit_cli.study.document import Figure
+from terdit_cli.study.figures import Bar, Series, bar_figure, line_figure, share_figure
+from terdit_cli.study.records import Loss
+
+_LAYERS = (("-1", "minus"), ("0", "zero"), ("+1", "plus"))
+
+
+def _number(findings: Findings, name: str) -> int:
+    """Return the number of a variant's colour: the headline's pair has the first two."""
+    headline = findings.study.headline
+    first = [headline.ternary, headline.twin]
+    others = [v.name for v in findings.study.variants if v.name not in first]
+    return [*first, *others].index(name)
+
+
+def _figure(what: str, findings: Findings, title: str, note: str, drawing: Any) -> list[Figure]:
+    if drawing is None:
+        return []
+    return [Figure(f"{findings.study.name}--{what}", title, note, drawing)]
+
+
+def curves(findings: Findings) -> list[Figure]:
+    """Return the distance over the steps, one figure a guidance, and the loss over the steps."""
+    study = findings.study
+    n = study.evaluation.curve_images
+    name = findings.distance_name
+    figures = []
+    for scale in study.evaluation.cfg_scales:
+        series = []
+        for variant in study.variants:
+            steps = study.steps_of(variant)
+            by_step = {
+                step: [
+                    m.scores[step, scale, n].distance
+                    for m in findings.models_of(variant.name)
+                    if (step, scale, n) in m.scores
+                ]
+                for step in steps
+            }
+            series.append(_series(findings, variant.name, by_step))
+        drawing = line_figure(
+            f"{name} over steps, {guidance(scale)}", series, "steps", name, log_y=True
+        )
+        note = f"{name} of {n:,} images, {guidance(scale)}; logarithmic. {_DOTS}"
+        title = f"Distance over training, {guidance(scale)}"
+        figures += _figure(f"distance-cfg-{scale:g}", findings, title, note, drawing)
+    series = []
+    for variant in study.variants:
+        models = findings.models_of(variant.name)
+        losses = {
+            step: [m.losses[step].loss for m in models if step in m.losses]
+            for step in study.steps_of(variant)
+        }
+        series.append(_series(findings, variant.name, losses))
+    drawing = line_figure("loss over steps", series, "steps", "loss", log_y=True)
+    note = f"Averaged weights, the same images and noise for all; logarithmic. {_DOTS}"
+    return figures + _figure("loss", findings, "Loss over training", note, drawing)
+
+
+_DOTS = "Lines join the means over seeds; small dots are the seeds."
+
+
+def _series(findings: Findings, name: str, values: dict[int, list[float]]) -> Series:
+    finite = {step: [v for v in found if math.isfinite(v)] for step, found in values.items()}
+    points = [(float(step), fmean(found)) for step, found in finite.items() if found]
+    dots = [(float(step), v) for step, found in finite.items() if len(found) > 1 for v in found]
+    label = findings.study.variant(name).label
+    return Series(label, _number(findings, name), points, dots)
+
+
+def bars(findings: Findings) -> list[Figure]:
+    """Return the study's figures of bars, each for every guidance."""
+    study = findings.study
+    figures = []
+    for index, group in enumerate(study.bars):
+        for scale in study.evaluation.cfg_scales:
+            rows = []
+            for name in group.variants:
+                distance = findings.distance(name, scale)
+                if distance is None:
+                    continue
+                values = list(distance.values.values())
+                rows.append(
+                    Bar(study.variant(name).label, _number(findings, name), distance.mean, values,
+                        _bytes(findings, name))
+                )  # fmt: skip
+            title = f"{group.title}, {guidance(scale)}"
+            drawing = bar_figure(title, rows, f"{findings.distance_name}, lower is better")
+            note = (
+                f"{study.evaluation.n:,} images, last step; to the right the bytes on disk. Dots "
+                "are the seeds."
+            )
+            figures += _figure(f"bars-{index}-cfg-{scale:g}", findings, title, note, drawing)
+    return figures
+
+
+def _footprint_model(findings: Findings, name: str) -> Model | None:
+    return next((m for m in findings.models_of(name) if m.footprint is not None), None)
+
+
+def _bytes(findings: Findings, name: str) -> str:
+    model = _footprint_model(findings, name)
+    return (
+        "" if model is None or model.footprint is None else console.byte_size(model.footprint.bytes)
+    )
+
+
+def loss_against_distance(findings: Findings) -> list[Figure]:
+    """Return (loss, distance) of every scored step: models of one curve differ in nothing else."""
+    study = findings.study
+    n = study.evaluation.curve_images
+    name = findings.distance_name
+    figures = []
+    for scale in study.evaluation.cfg_scales:
+        series = []
+        for variant in study.variants:
+            points = []
+            for step in study.steps_of(variant):
+                pairs: list[tuple[Loss, float]] = []
+                for model in findings.models_of(variant.name):
+                    score = model.scores.get((step, scale, n))
+                    if step in model.losses and score is not None:
+                        pairs.append((model.losses[step], score.distance))
+                if pairs:
+                    loss = fmean(loss.loss for loss, _ in pairs)
+                    points.append((loss, fmean(distance for _, distance in pairs)))
+            series.append(Series(variant.label, _number(findings, variant.name), points))
+        title = f"Loss against distance, {guidance(scale)}"
+        drawing = line_figure(title, series, "loss", name, log_x=True, log_y=True)
+        note = (
+            "A point is a scored step, means over seeds; lines join a variant's steps. If one "
+            "curve held all points, the loss would tell the distance."
+        )
+        figures += _figure(f"loss-distance-cfg-{scale:g}", findings, title, note, drawing)
+    return figures
+
+
+def codes(findings: Findings) -> list[Figure]:
+    """Return the shares of -1, 0, +1 of the headline's model, and zeros and flips of all."""
+    study = findings.study
+    headline = study.headline.ternary
+    figures: list[Figure] = []
+    first = next((m for m in findings.models_of(headline) if m.metrics), None)
+    if first is not None:
+        rows = [
+            (float(entry["step"]), [entry[name]["all"] for name in ("minus", "zero", "plus")])
+            for entry in first.metrics
+            if "zero" in entry
+        ]
+        label = first.variant.label
+        title = f"Shares of -1, 0 and +1: {label}"
+        note = f"All ternary matrices, seed {first.seed}."
+        figures += _figure("shares", findings, title, note, share_figure(title, _LAYERS, rows))
+    for key, title, note, log in (
+        ("zero", "Codes that are 0", "Share of all codes, first seed of each variant.", False),
+        (
+            "flipped",
+            "Codes that flip",
+            "Share of codes that differ from those at the logged step before; logarithmic.",
+            True,
+        ),
+    ):
+        series = []
+        for variant in study.variants:
+            model = next((m for m in findings.models_of(variant.name) if m.metrics), None)
+            if model is None:
+                continue
+            points = [(float(e["step"]), float(e[key]["all"])) for e in model.metrics if key in e]
+            number = _number(findings, variant.name)
+            series.append(Series(variant.label, number, _thinned(points), marked=False))
+        drawing = line_figure(title, series, "step", "share", log_y=log)
+        figures += _figure(key, findings, title, note, drawing)
+    return figures
+
+
+_MOST_POINTS = 150  # of a line
+
+
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return means of neighbours, so that a long run is not a black band."""
+    size = -(-len(points) // _MOST_POINTS) or 1
+    parts = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(fmean(a for a, _ in part), fmean(b for _, b in part)) for part in parts]
+
+
+def sizes(findings: Findings) -> list[Figure]:
+    """Return the distance over bytes on disk, and over latency, of every variant."""
+    study = findings.study
+    scale = max(study.evaluation.cfg_scales)
+    by_bytes, by_time = [], []
+    for variant in study.variants:
+        model = _footprint_model(findings, variant.name)
+        distance = findings.distance(variant.name, scale)
+        if model is None or model.footprint is None or distance is None:
+            continue
+        number, cost = _number(findings, variant.name), model.footprint
+        by_bytes.append(Series(variant.label, number, [(cost.bytes / 1e6, distance.mean)]))
+        milliseconds = 1000 * fmean(cost.latency)
+        by_time.append(Series(variant.label, number, [(milliseconds, distance.mean)]))
+    name = findings.distance_name
+    note = f"Last step, {guidance(scale)}; both axes logarithmic. To the lower left is better."
+    figures: list[Figure] = []
+    for what, title, series, x_name in (
+        ("bytes", "Distance against bytes on disk", by_bytes, "megabytes on disk"),
+        ("latency", "Distance against latency", by_time, "milliseconds an image"),
+    ):
+        drawing = line_figure(title, series, x_name, name, log_x=True, log_y=True)
+        figures += _figure(what, findings, title, note, drawing)
+    return figures

@@ -1,0 +1,277 @@
+"""The page of one or several studies: what was asked, what was found, how it was made.
+
+Every sentence with a number in it is computed from the records; nothing here was typed in by hand.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from terdit_cli import console
+from terdit_cli.study.collect import Findings, guidance
+from terdit_cli.study.document import (
+    Block,
+    Card,
+    Cards,
+    Commands,
+    Figures,
+    Heading,
+    Notes,
+    Picture,
+    Pictures,
+    Table,
+    Text,
+    write_document,
+)
+from terdit_cli.study.drawings import bars, codes, curves, loss_against_distance, sizes
+from terdit_cli.study.figures import number
+from terdit_cli.study.tables import (
+    class_table,
+    cost_of,
+    cost_table,
+    latency_table,
+    loss_table,
+    main_table,
+    nearest_table,
+)
+
+ENOUGH_IMAGES = 10_000  # for a distance that others can compare with
+_MOST_COLUMNS = 16  # classes in a picture
+TITLE = "terdit: ternary against full precision"
+
+
+def write_pages(path: Path, studies: Sequence[Findings]) -> None:
+    """Write PATH.md, PATH.html and the folder of pictures.
+
+    Raises:
+        EnvironmentProblem: a file cannot be written.
+    """
+    blocks: list[Block] = [
+        Heading(1, TITLE),
+        Text(
+            "What does a diffusion transformer lose when its large matrices are ternary? All "
+            "models of a study see the same images in the same order with the same noise; they "
+            "differ in what their line of the last table says, and in nothing else. A distance "
+            "is lower for images that are more like the real ones."
+        ),
+    ]
+    for findings in studies:
+        blocks += _study(findings)
+    write_document(path, TITLE, blocks)
+
+
+def _study(findings: Findings) -> Iterator[Block]:
+    study = findings.study
+    yield Heading(2, study.title)
+    yield Text(_setting(findings))
+    if notes := list(_notes(findings)):
+        yield Notes(notes)
+    if cards := list(_cards(findings)):
+        yield Cards(cards)
+    if not any(model.scores for model in findings.models):
+        yield Text("Nothing is scored yet.")
+        return
+    yield Heading(3, "At the last step")
+    yield Text(
+        'Means over the seeds, and their range. ": twin" is the ratio to '
+        f"{_label(findings, study.headline.twin)} of the same seed; "
+        '"as its class": generated images that a linear probe on the same features takes for '
+        'their class; "nearer than reals": images closer to a training image than 99 % of the '
+        "training images are to each other, as about 1 % of new images would be."
+    )
+    for scale in study.evaluation.cfg_scales:
+        yield main_table(findings, scale)
+    yield Heading(3, "Distance over training")
+    yield Figures(curves(findings))
+    if figures := bars(findings):
+        yield Heading(3, "Side by side")
+        yield Figures(figures)
+    yield from _pictures(findings)
+    yield Heading(3, "Loss against distance")
+    yield Text(_what_losses(findings))
+    yield Figures(loss_against_distance(findings))
+    yield loss_table(findings)
+    if figures := codes(findings):
+        yield Heading(3, "The ternary codes during training")
+        yield Figures(figures)
+    yield Heading(3, "What it costs")
+    yield Text(
+        "Bytes are those of the whole model: a .tdt with all but the ternary matrices in bfloat16 "
+        "(t2: 2 bits a ternary weight, t5: 1.6), or all weights in bfloat16. Memory is the peak "
+        "of the process that samples. Latency is of one image at a time, median and range of its "
+        'repeats, in the form and precision that "runs as" names; distances are of models that '
+        "compute in float32, unless a variant says otherwise."
+    )
+    yield cost_table(findings)
+    yield latency_table(findings)
+    if figures := sizes(findings):
+        yield Figures(figures)
+    yield from class_table(findings)
+    yield from nearest_table(findings)
+    yield Heading(3, "The variants and their questions")
+    yield Table(
+        ("variant", "question", "what differs", "seeds", "steps"),
+        [
+            (
+                variant.label,
+                variant.question,
+                _what_differs(findings, variant.name),
+                ", ".join(map(str, study.seeds_of(variant))),
+                f"{study.steps_of(variant)[-1]:,}",
+            )
+            for variant in study.variants
+        ],
+    )
+    yield _commands(findings)
+
+
+def _label(findings: Findings, name: str) -> str:
+    return findings.study.variant(name).label
+
+
+def _setting(findings: Findings) -> str:
+    """Return how everything was scored, in a few sentences."""
+    study, evaluation = findings.study, findings.study.evaluation
+    scores = [score for model in findings.models for score in model.scores.values()]
+    reference = evaluation.reference
+    if reference == "train":
+        reference = "the training images"
+    if scores:
+        reference += f" ({scores[0].evaluation.get('n_reference') or 0:,} images)"
+        pipeline = scores[0].evaluation.get("pipeline", evaluation.features)
+    else:
+        pipeline = evaluation.features
+    curve = ""
+    if evaluation.curve_images != evaluation.n:
+        curve = f" ({evaluation.curve_images:,} for the curves)"
+    return (
+        f"Base recipe {study.recipe.name}, seeds {', '.join(map(str, study.seeds))}. "
+        f"{evaluation.n:,} images a model{curve} from its averaged weights, {evaluation.sampler} "
+        f"with {evaluation.sampling_steps} steps, seed {evaluation.seed}, classes in turn, "
+        f"compared with {reference} by {pipeline}."
+    )
+
+
+def _notes(findings: Findings) -> Iterator[str]:
+    study = findings.study
+    if findings.missing:
+        yield f"{findings.missing} scores are missing: the study is not finished."
+    if study.evaluation.n < ENOUGH_IMAGES:
+        yield (
+            f"{study.evaluation.n:,} images are few: distances of so many are biased upwards and "
+            "compare only with each other."
+        )
+    headline = study.headline
+    seeds = set(study.seeds_of(study.variant(headline.ternary)))
+    if len(seeds) < 2:
+        yield "One seed: no spread is known, and small differences mean nothing."
+    for model in findings.models:
+        name = f"{model.variant.label}, seed {model.seed}"
+        if model.training is not None and model.training.failed:
+            yield f"{name}: {model.training.failed}."
+        if model.changed:
+            changed = ", ".join(model.changed)
+            yield f"{name} was made with other settings than the study now has: {changed}."
+
+
+def _cards(findings: Findings) -> Iterator[Card]:
+    study = findings.study
+    headline = study.headline
+    for scale in study.evaluation.cfg_scales:
+        ratio = findings.ratio(headline.ternary, scale)
+        ours = findings.distance(headline.ternary, scale)
+        theirs = findings.distance(headline.twin, scale)
+        if ratio is None or ours is None or theirs is None:
+            continue
+        seeds = f"; {len(ratio.values)} seeds" + (f", {ratio.spread}" if ratio.spread else "")
+        seeds = seeds if len(ratio.values) > 1 else "; one seed"
+        yield Card(
+            f"ternary : twin, {guidance(scale)}",
+            f"{ratio.mean:.3f}",
+            f"{findings.distance_name} {number(ours.mean)} : {number(theirs.mean)}{seeds}; "
+            f"goal at most {headline.goal:g}",
+            ratio.mean <= headline.goal,
+        )
+    found = [cost_of(findings, name) for name in (headline.ternary, headline.twin)]
+    costs = [model.footprint.bytes for model in found if model is not None and model.footprint]
+    if len(costs) == 2:
+        small, large = map(console.byte_size, costs)
+        words = f"{large} in bfloat16, {small} as .tdt"
+        yield Card("bytes on disk, twin : ternary", f"{costs[1] / costs[0]:.1f}", words)
+
+
+def _pictures(findings: Findings) -> Iterator[Block]:
+    study = findings.study
+    names = study.grids or tuple(variant.name for variant in study.variants)
+    scales = study.evaluation.cfg_scales
+    for scale in sorted(scales, reverse=True):
+        shown = []
+        for name in names:
+            model = next((m for m in findings.models_of(name) if scale in m.grids), None)
+            if model is None:
+                continue
+            shown.append(_class_columns(model.variant.label, model.grids[scale]))
+        if shown:
+            classes = ", ".join(findings.class_names[: shown[0].columns])
+            yield Heading(3, f"Images from the same noise, {guidance(scale)}")
+            yield Text(
+                "The same place in each picture began as the same noise (seed "
+                f"{study.evaluation.seed}, nothing chosen). From left to right: {classes}."
+            )
+            yield Pictures(f"{study.name}--images-cfg-{scale:g}", shown)
+
+
+def _class_columns(label: str, images: NDArray[np.uint8]) -> Picture:
+    """Return images [C, K, H, W, 3] as a picture with a column for each class."""
+    shown = images[:_MOST_COLUMNS]
+    return Picture(label, shown.swapaxes(0, 1).reshape(-1, *shown.shape[2:]), len(shown))
+
+
+def _what_losses(findings: Findings) -> str:
+    losses = [loss for model in findings.models for loss in model.losses.values()]
+    images = losses[0].images if losses else "images"
+    return (
+        f"Losses are of the averaged weights on {images}, with timesteps and noise that are the "
+        "same for every model. Quarter 1 of the timesteps has the least noise."
+    )
+
+
+def _what_differs(findings: Findings, name: str) -> str:
+    study = findings.study
+    variant = study.variant(name)
+    if variant.ternarize is not None and variant.of:
+        source = _label(findings, variant.of)
+        return f"{source}, ternarized after training, scales per {variant.ternarize}"
+    if variant.pack is not None and variant.of:
+        pack = variant.pack
+        return (
+            f"{_label(findings, variant.of)}, packed {pack.codec}, rest {pack.rest}, "
+            f"activations {pack.activations}"
+        )
+    return ", ".join(variant.overrides) or "the base recipe"
+
+
+def _commands(findings: Findings) -> Commands:
+    """Return every command with its machine and date, for a third person to repeat."""
+    study = findings.study
+    words = ["terdit", "study", str(study.recipe.parent / "studies" / f"{study.name}.yaml")]
+    rows = []
+    for model in findings.models:
+        name = f"{model.variant.label}, seed {model.seed}"
+        if model.training is not None:
+            training = model.training
+            where = f"{training.machine}; {training.date}; {console.duration(training.seconds)}"
+            rows.append((f"{name}: training", training.command, where))
+        for (step, scale, n), score in sorted(model.scores.items()):
+            where = f"{score.machine}; {score.date}; {console.duration(score.seconds)}"
+            what = f"{name}: step {step:,}, {guidance(scale)}, {n:,} images"
+            rows.append((what, score.command, where))
+        if model.footprint is not None:
+            cost = model.footprint
+            rows.append((f"{name}: latency", cost.command, f"{cost.machine}; {cost.date}"))
+    return Commands(f"Every command of this study ({shlex.join(words)})", rows)

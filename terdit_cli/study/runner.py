@@ -1,0 +1,436 @@
+"""Does what a study lacks, one thing after the other; whatever is there already stays.
+
+    for each seed, for each variant:   train or convert -> loss -> scores -> images -> footprint
+
+A seed is finished for all variants before the next begins, so a half-done study already compares
+like with like. Killed anywhere, it goes on there: training from its checkpoint, scoring from the
+features of the images that it has.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from terdit_cli import console
+from terdit_cli.atomic import atomic_path
+from terdit_cli.errors import UsageError
+from terdit_cli.model.ckpt import load_ckpt
+from terdit_cli.recipe import Recipe, load_recipe
+from terdit_cli.study.children import ChildFailed, Run, command_of
+from terdit_cli.study.measure import (
+    QUARTERS,
+    FixedNoise,
+    Reals,
+    fix_noise,
+    judge,
+    labels_of,
+    measure_loss,
+    read_features,
+    write_images,
+)
+from terdit_cli.study.probe import fit_probe
+from terdit_cli.study.records import (
+    Folder,
+    Footprint,
+    Loss,
+    Place,
+    Probe,
+    Score,
+    Training,
+    current,
+    differences,
+    essence,
+    model_asked,
+    read,
+    save,
+    scored_by,
+    stamp,
+)
+from terdit_cli.study.spec import (
+    TRAIN_SPLIT,
+    Study,
+    Variant,
+    checkpoint_words,
+    recipe_of,
+    words_of,
+)
+from terdit_cli.train.checkpoint import complete_checkpoints, read_manifest
+from terdit_cli.train.export import CKPT, export_ckpt
+from terdit_cli.train.flops import BACKWARD_AND_FORWARD, training_flops
+
+LATENCY_REPEATS = 3
+DIVERGED = 5  # exit code of a training that could not go on
+_KEPT_CHECKPOINTS = 2  # of a run that goes on; one of a finished one
+
+Changed = Callable[[], object]
+
+
+class Runner:
+    """Works through a study."""
+
+    def __init__(self, study: Study, folder: Folder, run: Run, changed: Changed) -> None:
+        """Keep what to do and where.
+
+        Args:
+            run: runs a verb: `run_terdit` with a lock.
+            changed: called whenever a variant of a seed is finished, to write the pages again.
+        """
+        self._study = study
+        self._folder = folder
+        self._run = run
+        self._changed = changed
+
+    def work(self, only: Iterable[str] = ()) -> None:
+        """Do all that is missing, or only what some variants need.
+
+        Raises:
+            What the verbs raise; UsageError: what lies there is of another study.
+        """
+        study = self._study
+        names = list(only) or [variant.name for variant in study.variants]
+        chosen = study.closure(names)
+        seeds = dict.fromkeys(seed for variant in chosen for seed in study.seeds_of(variant))
+        for variant in chosen:  # before hours of work
+            for seed in study.seeds_of(variant):
+                self._check_place(variant, seed)
+        for seed in seeds:
+            for variant in chosen:
+                if seed in study.seeds_of(variant) and self._make(variant, seed):
+                    self._measure(variant, seed)
+                    self._changed()
+
+    def _place(self, variant: Variant, seed: int) -> Place:
+        return self._folder.place(variant, seed)
+
+    def _check_place(self, variant: Variant, seed: int) -> None:
+        """Raise UsageError where a run folder holds a training with other settings."""
+        place = self._place(variant, seed)
+        asked = model_asked(self._study, variant, seed)
+        changed: list[str] = []
+        if (record := read(place.training, Training)) is not None:
+            changed = differences(record.asked, asked)
+        elif variant.is_trained and (place.run / "recipe.yaml").exists() and not variant.after:
+            theirs = essence(load_recipe(place.run / "recipe.yaml"))
+            changed = differences({"recipe": theirs}, asked)
+        if changed:
+            raise UsageError(
+                f"the study's folder holds {variant.name} of other settings",
+                got=f"other {', '.join(changed)}",
+                where=place.folder,
+                fix="delete it, or name another folder with --runs",
+            )
+
+    # Models
+
+    def _make(self, variant: Variant, seed: int) -> bool:
+        """Train or convert what is missing; return whether there is something to measure."""
+        if variant.is_trained:
+            return self._train(variant, seed)
+        assert variant.of is not None
+        source_variant = self._study.variant(variant.of)
+        source, place = self._place(source_variant, seed), self._place(variant, seed)
+        record = read(source.training, Training)
+        if record is None or record.failed:
+            console.warn(f"{variant.name}, seed {seed}: skipped, for {variant.of} failed")
+            return False
+        for step in self._study.steps_of(variant):
+            target = place.model(step, variant)
+            if target.exists():
+                continue
+            checkpoint = str(source.model(step, source_variant))
+            if variant.ternarize is not None:
+                how = ["--granularity", variant.ternarize]
+                self._run(["ternarize", checkpoint, "-o", str(target), *how])
+            elif variant.pack is not None:
+                how = ["--codec", variant.pack.codec, "--rest", variant.pack.rest]
+                self._run(["pack", checkpoint, "-o", str(target), *how])
+        return True
+
+    def _train(self, variant: Variant, seed: int) -> bool:
+        study, place = self._study, self._place(variant, seed)
+        record = read(place.training, Training)
+        exports = {step: place.model(step, variant) for step in study.steps_of(variant)}
+        if record is not None and (record.failed or all(map(Path.exists, exports.values()))):
+            if record.failed:
+                console.warn(f"{variant.name}, seed {seed}: {record.failed}")
+            return not record.failed
+        after = None
+        if variant.after is not None:
+            first = study.variant(variant.after)
+            after = self._place(first, seed).model(study.steps_of(first)[-1], first)
+            if not after.exists():
+                console.warn(f"{variant.name}, seed {seed}: skipped, for {variant.after} failed")
+                return False
+        recipe = recipe_of(study, variant, seed, after)
+        console.note(f"study {study.name}: training {variant.name}, seed {seed}")
+        words = [
+            "train", str(study.recipe), *words_of(study, variant, seed, after),
+            *checkpoint_words(study, variant, recipe),
+            "--out", str(place.run), "--resume", "auto",
+        ]  # fmt: skip
+
+        def keep() -> None:
+            _keep_checkpoints(place.run, exports, _KEPT_CHECKPOINTS)
+
+        keep()
+        facts: dict[str, Any] = {
+            "asked": model_asked(study, variant, seed), "steps": recipe.train.steps, **stamp()
+        }  # fmt: skip
+        try:
+            done = self._run(words, tick=keep)
+        except ChildFailed as error:
+            if error.exit_code != DIVERGED:
+                raise
+            failed = "training diverged: no finite losses any more"
+            command = command_of(words)
+            save(place.training, Training(command=command, seconds=0.0, failed=failed, **facts))
+            return False
+        _keep_checkpoints(place.run, exports, 1)
+        missing = [step for step, path in exports.items() if not path.exists()]
+        if missing:
+            raise UsageError(
+                "the run has no checkpoint of a step that is to be scored",
+                got=f"none of step {', '.join(map(str, missing))}",
+                where=place.run,
+                fix="delete the run folder to train it again, or take the step out of the study",
+            )
+        seconds = round(done.seconds, 1)
+        save(place.training, Training(command=done.command, seconds=seconds, **facts))
+        return True
+
+    # Measurements
+
+    def _measure(self, variant: Variant, seed: int) -> None:
+        study = self._study
+        for step in study.steps_of(variant):
+            self._loss(variant, seed, step)
+            for n in study.images_at(variant, step):
+                for cfg_scale in study.evaluation.cfg_scales:
+                    self._score(variant, seed, step, cfg_scale, n)
+        if seed == study.seeds_of(variant)[0]:
+            for cfg_scale in study.evaluation.cfg_scales:
+                self._grid(variant, seed, cfg_scale)
+            self._footprint(variant, seed)
+
+    def _loss(self, variant: Variant, seed: int, step: int) -> None:
+        place = self._place(variant, seed)
+        asked = {
+            "model": model_asked(self._study, variant, seed),
+            "loss_n": self._study.evaluation.loss_n,
+        }
+        if current(place.loss(step), Loss, asked) is not None:
+            return
+        fixed = self._fixed_noise
+        values = measure_loss(place.model(step, variant), fixed, _activations(variant))
+        record = Loss(
+            asked=asked, command=f"terdit study {self._study.name}", seconds=0.0, **stamp(),
+            loss=values["loss"], mse=values["mse"], vb=values["vb"],
+            quarters=[values[f"quarter {index + 1}"] for index in range(QUARTERS)],
+            n=len(fixed.x0), images=fixed.images,
+        )  # fmt: skip
+        save(place.loss(step), record)
+
+    def _score(self, variant: Variant, seed: int, step: int, cfg_scale: float, n: int) -> None:
+        study, place = self._study, self._place(variant, seed)
+        asked = {
+            "model": model_asked(study, variant, seed),
+            "step": step,
+            "cfg_scale": cfg_scale,
+            "n": n,
+            "evaluation": scored_by(study),
+        }
+        path = place.score(step, cfg_scale, n)
+        if current(path, Score, asked) is not None:
+            return
+        reals = self._reals
+        evaluation = study.evaluation
+        reference = evaluation.reference
+        if reference == TRAIN_SPLIT:
+            reference = str(self._folder.reals / "reference.npz")
+        work = path.with_suffix(".work")
+        console.note(
+            f"study {study.name}: scoring {variant.name}, seed {seed}, step {step}, "
+            f"cfg {cfg_scale:g}, {n} images"
+        )
+        words = [
+            "eval-fid", "--model", str(place.model(step, variant)), "--reference", reference,
+            "-n", str(n), *self._features(), "--sampler", evaluation.sampler,
+            "--steps", str(evaluation.sampling_steps), "--cfg-scale", f"{cfg_scale:g}",
+            "--cfg-channels", evaluation.cfg_channels, "--seed", str(evaluation.seed),
+            "--batch-size", str(evaluation.batch_size), *_runs_as(variant), "--work", str(work),
+        ]  # fmt: skip
+        done = self._run(words)
+        accuracy, nearest = judge(read_features(work), reals)
+        record = Score(
+            asked=asked, command=done.command, seconds=round(done.seconds, 1), **stamp(),
+            step=step, cfg_scale=cfg_scale, n=n, evaluation=done.result,
+            accuracy=accuracy, nearest=nearest,
+        )  # fmt: skip
+        save(path, record)
+        shutil.rmtree(work, ignore_errors=True)
+
+    def _features(self) -> list[str]:
+        evaluation = self._study.evaluation
+        weights = ["--weights", str(evaluation.weights)] if evaluation.weights else []
+        return ["--features", evaluation.features, "--precision", evaluation.precision, *weights]
+
+    def _grid(self, variant: Variant, seed: int, cfg_scale: float) -> None:
+        """Draw images of every class from the same noise."""
+        place, evaluation = self._place(variant, seed), self._study.evaluation
+        path = place.grid(cfg_scale)
+        if path.exists() and _is_newer(path, self._last_model(variant, seed)):
+            return
+        self._run(
+            [
+                "sample", *self._sampling(variant, seed, cfg_scale), "-n", str(evaluation.grid),
+                "--batch-size", str(evaluation.batch_size), "-o", str(path),
+            ]
+        )  # fmt: skip
+
+    def _sampling(self, variant: Variant, seed: int, cfg_scale: float) -> list[str]:
+        evaluation = self._study.evaluation
+        return [
+            "--prompt-class", "all", "--model", str(self._last_model(variant, seed)),
+            "--sampler", evaluation.sampler, "--steps", str(evaluation.sampling_steps),
+            "--cfg-scale", f"{cfg_scale:g}", "--cfg-channels", evaluation.cfg_channels,
+            "--seed", str(evaluation.seed), *_runs_as(variant),
+        ]  # fmt: skip
+
+    def _last_model(self, variant: Variant, seed: int) -> Path:
+        return self._place(variant, seed).model(self._study.steps_of(variant)[-1], variant)
+
+    def _footprint(self, variant: Variant, seed: int) -> None:
+        """Measure bytes, memory and latency in the form in which a model would be deployed."""
+        study, place = self._study, self._place(variant, seed)
+        guided = max(study.evaluation.cfg_scales)
+        asked = {
+            "model": model_asked(study, variant, seed),
+            "sampler": study.evaluation.sampler,
+            "sampling_steps": study.evaluation.sampling_steps,
+            "cfg_scale": guided,
+        }
+        if current(place.footprint, Footprint, asked) is not None:
+            return
+        model = self._last_model(variant, seed)
+        trained = variant if variant.is_trained else study.variant(str(variant.of))
+        info = load_ckpt(self._last_model(trained, seed)).info
+        packed = not variant.is_trained or info.ternary.enabled
+        file_bytes: dict[str, int] = {}
+        ternary, form, deployed = 0, CKPT, model
+        if packed:
+            for codec in ("t5", "t2"):
+                deployed = place.folder / f"footprint-{codec}.tdt"
+                result = self._run(
+                    ["pack", str(model), "-o", str(deployed), "--codec", codec, "--rest", "bf16"]
+                ).result
+                file_bytes[codec] = result["file_bytes"]
+            ternary, parameters, form = result["ternary"], result["parameters"], "t2"
+            if variant.pack is not None:
+                deployed, form = model, variant.pack.codec
+                file_bytes[form] = model.stat().st_size
+        else:
+            state = load_ckpt(model).state_dict("ema")
+            parameters = sum(tensor.numel() for tensor in state.values())
+        file_bytes |= {"bf16": 2 * parameters, "fp32": 4 * parameters}
+        words = ["sample", *self._sampling(variant, seed, guided), "-n", "1", "--batch-size", "1"]
+        words[words.index("--model") + 1] = str(deployed)
+        drawn = place.folder / "footprint.npz"
+        runs = [self._run([*words, "-o", str(drawn)]) for _ in range(LATENCY_REPEATS)]
+        first = runs[0].result
+        record = Footprint(
+            asked=asked, command=runs[0].command, **stamp(),
+            seconds=round(sum(run.seconds for run in runs), 1),
+            form=form, parameters=parameters, ternary=ternary, file_bytes=file_bytes,
+            forward_flops=training_flops(info.config) // BACKWARD_AND_FORWARD, nfe=first["nfe"],
+            latency=[run.result["seconds"] / run.result["images"] for run in runs],
+            peak_bytes=max(run.peak_bytes for run in runs),
+            backend=first["backend"], isa=first["isa"], activations=first["activations"],
+            threads=first["threads"],
+        )  # fmt: skip
+        save(place.footprint, record)
+        for path in (drawn, *place.folder.glob("footprint-*.tdt")):
+            path.unlink(missing_ok=True)
+
+    # What all variants share
+
+    @cached_property
+    def _base(self) -> Recipe:
+        study = self._study
+        variant = study.variant(study.headline.twin)
+        return recipe_of(study, variant, study.seeds_of(variant)[0])
+
+    @cached_property
+    def _fixed_noise(self) -> FixedNoise:
+        return fix_noise(self._base, self._study.evaluation.loss_n)
+
+    @cached_property
+    def _reals(self) -> Reals:
+        """Return the training images' features, the reference and the probe; made once."""
+        study, folder = self._study, self._folder.reals
+        data = self._base.model_dump(mode="json")["data"]
+        asked = {
+            "data": {key: data[key] for key in ("source", "split", "image_size", "channels")},
+            "evaluation": study.evaluation.model_dump(include={"features", "precision", "reals"}),
+        }
+        images, cached = folder / "images.npz", folder / "features.npz"
+        record = current(folder / "probe.json", Probe, asked)
+        if record is None or not (cached.exists() and images.exists()):
+            shutil.rmtree(folder / "work", ignore_errors=True)
+            console.note(f"study {study.name}: features of the training images, once")
+            names = write_images(self._base, images, study.evaluation.reals)
+            done = self._run(
+                [
+                    "eval-fid", "--images", str(images), *self._features(),
+                    "--make-reference", str(folder / "reference.npz"), "--reference-features",
+                    "--work", str(folder / "work"),
+                ]
+            )  # fmt: skip
+            features = read_features(folder / "work")
+            with atomic_path(cached) as temporary, temporary.open("wb") as file:
+                np.savez(file, features=features, names=np.array(names))
+            probe = fit_probe(features, labels_of(images), len(names))
+            save(
+                folder / "probe.json",
+                Probe(
+                    asked=asked, command=done.command, seconds=round(done.seconds, 1), **stamp(),
+                    accuracy=probe.held_out_accuracy,
+                    per_class=dict(zip(names, probe.held_out_per_class, strict=True)),
+                    trained_on=probe.trained_on, held_out=probe.held_out,
+                ),
+            )  # fmt: skip
+            shutil.rmtree(folder / "work", ignore_errors=True)
+        with np.load(cached, allow_pickle=False) as arrays:
+            features, names = arrays["features"], arrays["names"].tolist()
+        labels = labels_of(images)
+        return Reals(images, features, labels, names, fit_probe(features, labels, len(names)))
+
+
+def _keep_checkpoints(run: Path, exports: dict[int, Path], newest: int) -> None:
+    """Export the checkpoints of scored steps, then delete all but the newest."""
+    complete = complete_checkpoints(run)
+    for step, folder in complete.items():
+        if step in exports and not exports[step].exists():
+            export_ckpt(read_manifest(folder), exports[step])
+    for folder in list(complete.values())[newest:]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _activations(variant: Variant) -> str:
+    """Return what a converted model computes its activations in; trained ones are checkpoints."""
+    if variant.is_trained:
+        return "auto"
+    return variant.pack.activations if variant.pack is not None else "fp32"
+
+
+def _runs_as(variant: Variant) -> list[str]:
+    return [] if variant.is_trained else ["--activations", _activations(variant)]
+
+
+def _is_newer(path: Path, model: Path) -> bool:
+    return path.stat().st_mtime >= model.stat().st_mtime

@@ -1,0 +1,77 @@
+"""`terdit study`: its words, what it refuses, and what it prints of a study that is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from terdit_cli import app_study
+from terdit_cli.commands import study as command
+from terdit_cli.errors import EnvironmentProblem, UsageError
+from terdit_cli.study.records import Folder
+from terdit_cli.study.spec import Study, load_study
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    made = typer.Typer(pretty_exceptions_enable=False)
+    made.command()(app_study.study)
+    return made
+
+
+def test_pages_of_what_is_there(
+    app: typer.Typer, study_file: Path, tmp_path: Path, invent: Callable[[Study, Folder], None]
+) -> None:
+    study = load_study(study_file)
+    invent(study, Folder(tmp_path / "runs" / study.name))
+    out = tmp_path / "docs" / "results.md"
+    words = [str(study_file), "--render", "--runs", str(tmp_path / "runs"), "--out", str(out)]
+    done = CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False)
+    assert done.exit_code == 0
+    values = json.loads(done.stdout)
+    assert values["studies"] == ["small"]
+    assert values["missing"] == 0
+    assert "guided 2 1.060, met" in values["verdicts"][0]
+    assert out.exists()
+    assert out.with_suffix(".html").exists()
+    plain = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert "ternary : twin" in plain.stdout
+
+
+def test_words_with_an_equals_sign_change_the_recipes(
+    app: typer.Typer, study_file: Path, tmp_path: Path
+) -> None:
+    words = [str(study_file), "optim.lr=hello", "--render", "--out", str(tmp_path / "r.md")]
+    with pytest.raises(UsageError, match=r"optim\.lr.*hello"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
+
+
+def test_several_studies_share_a_page(study_file: Path, tmp_path: Path) -> None:
+    other = study_file.with_name("other.yaml")
+    other.write_text(study_file.read_text().replace("name: small", "name: other", 1))
+    out = tmp_path / "r.md"
+    result = command.run([study_file, other], render=True, runs=tmp_path / "runs", out=out)
+    assert result.studies == ["small", "other"]
+    assert result.missing > 0
+    assert out.read_text().count("## Small models") == 2
+
+
+def test_what_is_refused(study_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no study"):
+        command.run([])
+    with pytest.raises(UsageError, match=r"wrong name for --out.*r\.md"):
+        command.run([study_file], out=tmp_path / "r.html")
+    with pytest.raises(UsageError, match="--only is for one study"):
+        command.run([study_file, study_file], only=["twin"], out=tmp_path / "r.md")
+    with pytest.raises(UsageError, match="two studies of one name"):
+        command.run([study_file, study_file], out=tmp_path / "r.md")
+    with pytest.raises(UsageError, match="no such variant"):
+        command.run([study_file], only=["x"], runs=tmp_path / "runs", out=tmp_path / "r.md")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(EnvironmentProblem, match="cannot write"):
+        command.run([study_file], out=tmp_path / "file" / "r.md")

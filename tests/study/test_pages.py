@@ -1,0 +1,195 @@
+"""The pages of invented findings: complete, recomputed here, safe, the same every time."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from terdit_cli.errors import InputFileError
+from terdit_cli.study.collect import Findings, collect
+from terdit_cli.study.page import write_pages
+from terdit_cli.study.records import Folder, Training, model_asked, save
+from terdit_cli.study.spec import Study, load_study
+
+Invent = Callable[[Study, Folder], None]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, study: Study, invent: Invent) -> Folder:
+    found = Folder(tmp_path / "runs" / study.name)
+    invent(study, found)
+    return found
+
+
+def pages(study: Study, folder: Folder, out: Path) -> tuple[Findings, str, str]:
+    found = collect(study, folder)
+    write_pages(out, [found])
+    return found, out.read_text(), out.with_suffix(".html").read_text()
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.names: set[str] = set()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.addresses += [str(v) for k, v in attrs if k in ("src", "href")]
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_everything_that_was_found_is_shown(study: Study, folder: Folder, tmp_path: Path) -> None:
+    found, text, html = pages(study, folder, tmp_path / "docs" / "results.md")
+    assert found.missing == 0
+    for variant in study.variants:
+        assert variant.question in text
+        assert variant.label in html
+    for heading in ("At the last step", "Side by side", "What it costs", "copy its training"):
+        assert heading in text
+    figures = re.findall(r"\((results/[^)]+)\)", text)
+    assert len(figures) == len(set(figures)) >= 15
+    for name in figures:
+        assert (tmp_path / "docs" / name).stat().st_size > 0
+    assert "terdit of ternary" in text  # a command
+    assert "2026-01-01" in text
+
+
+def test_the_headline_is_the_mean_of_the_ratios_seed_by_seed(
+    study: Study, folder: Folder, tmp_path: Path
+) -> None:
+    found, text, _ = pages(study, folder, tmp_path / "r.md")
+    ratios = []
+    for seed in (0, 1):
+        ours, theirs = (
+            json.loads(
+                folder.place(study.variant(name), seed).score(40, 2.0, 40).read_text()
+            )["evaluation"]["metrics"]["fd-efficientnet-lite0"]
+            for name in ("ternary", "twin")
+        )  # fmt: skip
+        ratios.append(ours / theirs)
+    ratio = found.ratio("ternary", 2.0)
+    assert ratio is not None
+    assert ratio.mean == pytest.approx(sum(ratios) / 2)
+    assert f"guided 2 {ratio.mean:.3f}" in found.verdict
+    assert "met" in found.verdict
+    row = next(line for line in text.splitlines() if line.startswith("| **ternary**"))
+    assert f"**{ratio.mean:.3f}**" in row
+
+
+def test_the_page_asks_for_nothing_and_is_well_formed(
+    study: Study, folder: Folder, tmp_path: Path
+) -> None:
+    _, _, html = pages(study, folder, tmp_path / "r.md")
+    tags = Tags()
+    tags.feed(html)
+    assert not tags.open
+    assert not tags.names & {"script", "iframe", "object"}
+    assert all(address.startswith("data:") for address in tags.addresses)
+    style = html[html.index("<style>") + 7 : html.index("</style>")]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"sha256-{digest}" in html
+    assert " style=" not in html
+
+
+def test_the_same_findings_give_the_same_pages(
+    study: Study, folder: Folder, tmp_path: Path
+) -> None:
+    first, second = (pages(study, folder, tmp_path / n / "r.md")[1:] for n in ("a", "b"))
+    assert first == second
+
+
+def test_a_half_done_study_says_what_is_missing(
+    study: Study, folder: Folder, tmp_path: Path
+) -> None:
+    shutil.rmtree(folder.path / "ternary" / "seed-1")
+    found, text, _ = pages(study, folder, tmp_path / "r.md")
+    assert found.missing == 8
+    assert "8 scores are missing" in text
+    ratio = found.ratio("ternary", 1.0)
+    assert ratio is not None
+    assert list(ratio.values) == [0]
+
+
+def test_an_empty_study_has_a_page(study: Study, tmp_path: Path) -> None:
+    found, text, _ = pages(study, Folder(tmp_path / "nothing"), tmp_path / "r.md")
+    assert "Nothing is scored yet" in text
+    assert found.verdict == "no pair of scores yet"
+
+
+def test_a_failed_training_is_told_and_not_waited_for(
+    study: Study, folder: Folder, tmp_path: Path
+) -> None:
+    variant = study.variant("no-norm")
+    place = folder.place(variant, 0)
+    shutil.rmtree(place.folder)
+    failed = Training(
+        asked=model_asked(study, variant, 0), command="c", machine="m", date="d", seconds=0,
+        steps=40, failed="training diverged",
+    )  # fmt: skip
+    save(place.training, failed)
+    found, text, _ = pages(study, folder, tmp_path / "r.md")
+    assert found.missing == 0
+    assert "no norm after adaLN, seed 0: training diverged" in text
+
+
+def test_scores_of_another_evaluation_are_left_out(
+    study_file: Path, study: Study, folder: Folder, tmp_path: Path
+) -> None:
+    study_file.write_text(study_file.read_text().replace("sampling_steps: 3", "sampling_steps: 4"))
+    found, _, _ = pages(load_study(study_file), folder, tmp_path / "r.md")
+    assert found.verdict == "no pair of scores yet"
+
+
+def test_models_of_other_settings_are_named(
+    study_file: Path, study: Study, folder: Folder, tmp_path: Path
+) -> None:
+    found, text, _ = pages(load_study(study_file, ["optim.lr=1"]), folder, tmp_path / "r.md")
+    assert "ternary, seed 0 was made with other settings" in text
+    assert "recipe.optim.lr" in text
+    assert found.missing == 0
+
+
+def test_text_from_the_study_is_no_markup(study_file: Path, tmp_path: Path, invent: Invent) -> None:
+    bad = '"<b>|</style><script>x"'
+    study_file.write_text(study_file.read_text().replace("label: ternary,", f"label: {bad},"))
+    study = load_study(study_file)
+    folder = Folder(tmp_path / "runs")
+    invent(study, folder)
+    _, text, html = pages(study, folder, tmp_path / "r.md")
+    assert "<script>" not in html
+    assert "<script>" not in text
+    assert "\\|" in text
+
+
+def test_pictures_of_variants_that_are_gone_are_removed(
+    study: Study, folder: Folder, tmp_path: Path
+) -> None:
+    pages(study, folder, tmp_path / "r.md")
+    old, other = tmp_path / "r" / "small--old.svg", tmp_path / "r" / "mine.svg"
+    old.write_text("x")
+    other.write_text("x")
+    pages(study, folder, tmp_path / "r.md")
+    assert not old.exists()
+    assert other.exists()
+
+
+def test_damaged_images_are_named(study: Study, folder: Folder) -> None:
+    path = folder.place(study.variant("ternary"), 0).grid(2.0)
+    np.savez(path, other=np.zeros(1))
+    with pytest.raises(InputFileError, match="not the images of a study"):
+        collect(study, folder)

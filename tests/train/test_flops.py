@@ -1,0 +1,106 @@
+"""Operations against torch's own counter; GPUs by name and by size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from terdit_cli.errors import UsageError
+from terdit_cli.model.dit import DiT, DiTConfig, build_config
+from terdit_cli.train.flops import GPUS, device_peak, find_gpu, training_flops
+
+CONFIGS = {
+    "plain": DiTConfig(input_size=8, dim=64, n_layers=3, n_heads=4, multiple_of=32, num_classes=9),
+    "grey pixels, no sigma": DiTConfig(
+        input_size=28, patch_size=7, in_channels=1, dim=48, n_layers=2, n_heads=2, multiple_of=16,
+        num_classes=9, learn_sigma=False, qk_norm=True,
+    ),
+    "grouped heads, wide": DiTConfig(
+        input_size=16, dim=96, n_layers=2, n_heads=6, n_kv_heads=2, multiple_of=8,
+        ffn_dim_multiplier=1.5, num_classes=9, adaln_norm=False,
+    ),
+}  # fmt: skip
+
+
+def counted(config: DiTConfig, images: int) -> int:
+    """Operations of a forward and backward pass, as torch counts those it runs."""
+    with torch.device("meta"):
+        network = DiT(config, torch.nn.Linear)
+        network.rope_cos, network.rope_sin = (
+            network.rope_cos.to("meta"),
+            network.rope_sin.to("meta"),
+        )
+        x = torch.empty(images, config.in_channels, config.input_size, config.input_size)
+        t = torch.empty(images, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        network(x, t, t).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_operations_are_those_that_torch_counts(name: str) -> None:
+    config = CONFIGS[name]
+    ours = training_flops(config)
+    # Ours includes gradients of the patches and of timesteps' features, which nothing needs.
+    first = 2 * config.tokens * config.dim * config.patch_size**2 * config.in_channels
+    features = 2 * 256 * config.conditioning_width
+    assert counted(config, 3) == 3 * (ours - first - features)
+
+
+def test_the_published_model() -> None:
+    # 4.2 billion weights, 6 operations each, of which adaLN's act once an image, not on tokens.
+    config = build_config("4.2b", input_size=32, in_channels=4, num_classes=1000, qk_norm=True)
+    every_token = 32 * (4 * 3072**2 + 3 * 3072 * 8192)
+    attention = 3 * 32 * 4 * 256**2 * 3072
+    assert training_flops(config) == pytest.approx(6 * 256 * every_token + attention, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("text", "memory", "peak"),
+    [
+        ("h100", 80e9, 989e12),
+        (" H100 ", 80e9, 989e12),
+        ("4090", 24e9, 165.2e12),
+        ("80GB", 80e9, None),
+        ("80 gb", 80e9, None),
+        ("79.5GiB", 79.5 * 2**30, None),
+        ("512MB", 512e6, None),
+    ],
+)
+def test_gpus(text: str, memory: float, peak: float | None) -> None:
+    gpu = find_gpu(text)
+    assert (gpu.memory, gpu.peak) == (int(memory), peak)
+
+
+@pytest.mark.parametrize("text", ["", "80", "GB", "0GB", "-1GB", "80TB", "h1000", "eighty GB"])
+def test_what_is_no_gpu(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        find_gpu(text)
+    assert repr(text) in str(caught.value)
+    assert "80GB or one of b200, h200, h100" in str(caught.value)
+    assert ("did you mean 'h100'" in str(caught.value)) == (text == "h1000")
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GH200 480GB", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("NVIDIA L40S", "l40s"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GB200", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_peaks_by_the_names_of_devices(device: str, name: str | None) -> None:
+    assert device_peak(device) == (None if name is None else GPUS[name].peak)
