@@ -35,7 +35,7 @@ Seed = Annotated[int, typer.Option(help="Image i is a function of (seed, i).")]
 BatchSize = Annotated[int, typer.Option(help="Images drawn at once.")]
 BackendName = Annotated[str, typer.Option(help="auto, gpu, cpu or reference.")]
 Activations = Annotated[
-    str, typer.Option(help="Of packed models: auto, int8, int16, bf16 or fp32.")
+    str, typer.Option(help="Of packed models: auto, int8, int16, bf16, fp32; on some GPUs fp8.")
 ]
 Threads = Annotated[
     int | None,

@@ -1,9 +1,9 @@
 """The ordered list of backends, and the choice among them with its reasons.
 
-A backend is a module with `NAME`, `AUTO_PRECISION`, `available(device) -> str | None` (the reason
-why not) and `matmul(...)` as `reference.matmul` documents it. `auto` takes the first that is
-available. A backend that the user names and that is not available is an error, never a silent
-fallback.
+A backend is a module with `NAME`, `PRECISIONS`, `AUTO_PRECISION`, `available(device) -> str | None`
+(the reason why not) and `matmul(...)` as `reference.matmul` documents it. `auto` takes the first
+that is available. A backend that the user names and that is not available is an error, never a
+silent fallback.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from torch import Tensor
 
 from terdit_cli.errors import EnvironmentProblem, UsageError, did_you_mean
 from terdit_cli.model.ternary import Activations
-from terdit_cli.runtime import cpu, reference
-from terdit_cli.runtime.reference import PRECISIONS, Precision
+from terdit_cli.runtime import cpu, gpu, reference
+from terdit_cli.runtime.reference import Precision
 
 
 class Backend(Protocol):
     """One way to multiply with packed trits."""
 
     NAME: str
+    PRECISIONS: tuple[Precision, ...]
     AUTO_PRECISION: Precision  # of models that were not trained with int8 activations
 
     def available(self, device: torch.device) -> str | None: ...
@@ -40,10 +41,7 @@ class Backend(Protocol):
     ) -> Tensor: ...
 
 
-BACKENDS: tuple[Backend, ...] = (cpu, reference)
-
-# Named in the interface, absent from this build: a request for one is answered with the reason.
-ABSENT: dict[str, str] = {"gpu": "this build has no GPU kernel"}
+BACKENDS: tuple[Backend, ...] = (gpu, cpu, reference)
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def choose_backend(name: str, device: torch.device) -> Choice:
     if name == "auto":
         name = os.environ.get("TERDIT_BACKEND", "auto")
     reasons = {backend.NAME: backend.available(device) for backend in BACKENDS}
-    missing = ABSENT | {key: reason for key, reason in reasons.items() if reason is not None}
+    missing = {key: reason for key, reason in reasons.items() if reason is not None}
     usable = [backend for backend in BACKENDS if reasons[backend.NAME] is None]
     if name == "auto":
         why = "; ".join(f"not {key}: {reason}" for key, reason in missing.items())
@@ -79,7 +77,7 @@ def choose_backend(name: str, device: torch.device) -> Choice:
             where=f"device {device}",
             fix="use --backend " + " or ".join(["auto", *(backend.NAME for backend in usable)]),
         )
-    known = ["auto", *ABSENT, *(backend.NAME for backend in BACKENDS)]
+    known = ["auto", *(backend.NAME for backend in BACKENDS)]
     raise UsageError(
         "unknown backend",
         got=repr(name) + did_you_mean(name, known),
@@ -94,9 +92,10 @@ def resolve_activations(requested: str, trained: Activations, backend: Backend) 
     A model trained with int8 activations runs as it was trained, in nothing else.
 
     Raises:
-        UsageError: an unknown name, or other activations than those trained with.
+        UsageError: an unknown name, a precision that the backend lacks, or other activations than
+            those trained with.
     """
-    known = ("auto", *PRECISIONS)
+    known = ["auto", *dict.fromkeys(name for each in BACKENDS for name in each.PRECISIONS)]
     if requested not in known:
         raise UsageError(
             "unknown activations",
@@ -113,7 +112,14 @@ def resolve_activations(requested: str, trained: Activations, backend: Backend) 
         )
     if trained == "int8":
         return "int8"
-    for precision in PRECISIONS:
+    if requested == "auto":
+        return backend.AUTO_PRECISION
+    for precision in backend.PRECISIONS:
         if precision == requested:
             return precision
-    return backend.AUTO_PRECISION
+    raise UsageError(
+        f"the {backend.NAME} backend has no {requested} activations",
+        got=f"--activations {requested}",
+        expected="auto, " + ", ".join(backend.PRECISIONS),
+        fix="--activations auto",
+    )

@@ -14,7 +14,7 @@ from terdit_cli.model.dit import DiT
 from terdit_cli.model.info import ModelInfo
 from terdit_cli.models import catalogue
 from terdit_cli.pack.sources import checkpoint_path, open_exported, refuse_overrides
-from terdit_cli.runtime import cpu
+from terdit_cli.runtime import cpu, gpu
 from terdit_cli.runtime.backends import choose_backend, resolve_activations
 from terdit_cli.runtime.packed import empty_network, packed_network
 from terdit_cli.runtime.reference import Precision
@@ -86,6 +86,7 @@ def load(
     native = choice.backend is cpu
     threads = cpu.thread_count() if native else torch.get_num_threads()
     isa = cpu.isa() if native else None
+    gpu_name = torch.cuda.get_device_name(device) if choice.backend is gpu else ""
     why = "as trained" if trained == "int8" else "as asked" if activations != "auto" else "auto"
     return LoadedModel(
         network=network,
@@ -96,7 +97,8 @@ def load(
         isa=isa,
         reason=f"{choice.reason}, "
         + (f"{isa}, " if isa else "")
-        + f"threads {threads}, activations {precision} ({why})",
+        + (gpu_name if choice.backend is gpu else f"threads {threads}")
+        + f", activations {precision} ({why})",
     )
 
 

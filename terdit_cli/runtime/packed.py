@@ -25,16 +25,18 @@ from terdit_cli.model.ternary import Granularity, alpha_shape
 from terdit_cli.pack.exported import ExportedModel
 from terdit_cli.pack.tdt import TdtFile
 from terdit_cli.pack.trits import t2_encode, t2_shape
-from terdit_cli.runtime import cpu
+from terdit_cli.runtime import cpu, gpu
 from terdit_cli.runtime.backends import Backend
 from terdit_cli.runtime.fused import FusedDiT
+from terdit_cli.runtime.gpu_step import GpuDiT
 from terdit_cli.runtime.reference import Precision
 
 
 class PackedTernaryLinear(nn.Module):
     """y = x @ (alpha * trits).T + bias from t2 bytes.
 
-    Buffers: `weight` uint8 [ceil(N/64), ceil(K/4), 64], `alphas` float32 ([1], [N] or [N, G]),
+    Buffers: `weight` uint8 [ceil(N/64), ceil(K/4), 64] (gpu: as `gpu.to_slices` gives it), `alphas`
+    float32 ([1], [N] or [N, G]),
     `bias` float32 [N] or None.
     """
 
@@ -55,8 +57,9 @@ class PackedTernaryLinear(nn.Module):
         self.weight: Tensor
         self.alphas: Tensor
         self.bias: Tensor | None
+        packed_shape = gpu.slices_shape if backend is gpu else t2_shape
         self.register_buffer(
-            "weight", torch.empty(t2_shape(out_features, in_features), dtype=torch.uint8)
+            "weight", torch.empty(packed_shape(out_features, in_features), dtype=torch.uint8)
         )
         self.register_buffer(
             "alphas", torch.empty(alpha_shape(out_features, in_features, granularity))
@@ -142,26 +145,32 @@ def packed_network(
     """Build the network f(x, t, y) of an exported model with its weights packed as t2.
 
     A t2 blob of a .tdt stays mapped from the file on the CPU; other codecs are packed here, one
-    matrix at a time. All other tensors become float32. On the cpu backend the blocks run fused.
+    matrix at a time. All other tensors become float32. On the cpu backend the blocks run fused, on
+    the gpu backend the whole step.
 
     Args:
         precision: as `resolve_activations` gives it for this model.
 
     Raises:
         InputFileError: tensors that do not fit the model's configuration.
-        EnvironmentProblem: a matrix that the cpu backend cannot multiply with.
+        EnvironmentProblem: a matrix that the backend cannot multiply with, or a precision that the
+            GPU lacks.
     """
     info = model.info
+    if backend is gpu:
+        gpu.check_precision(precision, device)
     factory = functools.partial(
         PackedTernaryLinear,
         backend=backend,
         granularity=info.ternary.granularity,
         precision=precision,
     )
-    network = empty_network(info.config, factory, FusedDiT if backend is cpu else DiT)
+    kind = FusedDiT if backend is cpu else GpuDiT if backend is gpu else DiT
+    network = empty_network(info.config, factory, kind)
     # Near exact where it costs nothing: one row an image, which sets the scale of all tokens.
     adaln: Precision = precision
-    if precision == "int8" and info.ternary.activations == "none":
+    near_exact = ("int8", "fp8", "bf16") if backend is gpu else ("int8",)
+    if precision in near_exact and info.ternary.activations == "none":
         adaln = "int16"
     state: dict[str, Tensor] = {}
     for name in model.ternary_names():
@@ -173,16 +182,17 @@ def packed_network(
                 expected="no such layer" if layer is None else list(layer.shape),
                 fix="pack the checkpoint again",
             )
-        if backend is cpu and layer.shape[1] > cpu.LARGEST_K:
+        if backend in (cpu, gpu) and layer.shape[1] > cpu.LARGEST_K:
             raise EnvironmentProblem(
-                "a matrix is too wide for the cpu backend",
+                f"a matrix is too wide for the {backend.NAME} backend",
                 got=f"{name} of shape {list(layer.shape)}",
                 expected=f"at most {cpu.LARGEST_K} inputs",
                 fix="use --backend reference",
             )
         if name.endswith("adaLN_modulation.1"):
             layer.precision = adaln
-        state[f"{name}.weight"] = _packed(model, name, backend).to(device)
+        packed = _packed(model, name, backend).to(device)
+        state[f"{name}.weight"] = gpu.to_slices(packed, *layer.shape) if backend is gpu else packed
         state[f"{name}.alphas"] = _aligned(model.alphas(name)).to(device)
     for name in model.rest_names():
         stored = model.rest(name)

@@ -16,7 +16,7 @@ Shapes: N out features, K in features, G = ceil(K / 128) groups.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,9 @@ from torch import Tensor
 from terdit_cli.model.ternary import ACTIVATION_FLOOR, GROUP_SIZE, ternary_linear
 from terdit_cli.pack.trits import t2_decode
 
-# What becomes of the activations at run time, in every backend.
-Precision = Literal["fp32", "bf16", "int16", "int8"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+# What becomes of the activations at run time: PRECISIONS in every backend, fp8 in the gpu's.
+Precision = Literal["fp32", "bf16", "int16", "int8", "fp8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int16", "int8")
 
 NAME = "reference"
 AUTO_PRECISION: Precision = "fp32"

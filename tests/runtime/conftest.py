@@ -1,13 +1,41 @@
-"""What the tests of the native library share: its instruction sets, and a fresh look for it."""
+"""What the tests of the native library and of the GPU kernels share."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from terdit_cli.runtime import cpu
+from terdit_cli.runtime import cpu, gpu
+
+
+def _why_no_kernels() -> str | None:
+    """Return why the GPU kernels cannot be tested here, or None; takes care of the interpreter.
+
+    Where there is no GPU the kernels run in Triton's interpreter. Triton's own functions are made
+    for it or for a GPU when Triton is imported: here, before any test imports it otherwise.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.cuda.is_available():
+        return gpu.available(torch.device("cuda"))
+    if "triton" in sys.modules:
+        return "Triton was imported without its interpreter"
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    gpu.kernels()
+    importlib.import_module("triton.experimental.gluon")  # which the first launch imports
+    if before is None:
+        del os.environ["TRITON_INTERPRET"]
+    return None
+
+
+WHY_NO_KERNELS = _why_no_kernels()
 
 WHY_NOT = cpu.available(torch.device("cpu"))
 ISAS = [] if WHY_NOT else cpu.isas_usable()
@@ -17,6 +45,17 @@ ISAS = [] if WHY_NOT else cpu.isas_usable()
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TERDIT_BACKEND", "TERDIT_THREADS", "TERDIT_LIBRARY"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param("gpu", marks=pytest.mark.gpu) if torch.cuda.is_available() else "cpu"],
+)
+def kernels_on() -> torch.device:
+    """The device that the GPU kernels run on: a GPU, else the CPU in Triton's interpreter."""
+    if WHY_NO_KERNELS is not None:
+        pytest.skip(WHY_NO_KERNELS)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

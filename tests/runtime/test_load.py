@@ -124,8 +124,10 @@ def test_backend_is_told_and_checked(packed):
         load(packed(), backend="gpu")
     with pytest.raises(UsageError):
         load(packed(), backend="fpga")
-    with pytest.raises(UsageError, match="unknown activations: got 'fp8'"):
-        load(packed(), activations="fp8")
+    with pytest.raises(UsageError, match="unknown activations: got 'fp4'"):
+        load(packed(), activations="fp4")
+    with pytest.raises(UsageError, match="the reference backend has no fp8 activations"):
+        load(packed(), backend="reference", activations="fp8")
 
 
 def test_the_native_backend_is_told_with_its_isa(packed, isa):
