@@ -149,6 +149,7 @@ class DataSection(Section):
 class TrainSection(Section):
     """Steps, batches and arithmetic."""
 
+    init_from: Path | None = None  # ckpt.pt whose weights a new run begins with; None: random
     steps: PositiveInt = 400_000
     global_batch_size: PositiveInt = 256  # images an optimizer step
     micro_batch_size: PositiveInt = 32  # images a forward pass of one process

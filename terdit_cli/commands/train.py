@@ -161,7 +161,8 @@ def _train(
         _check_same_network(recipe, saved)
     source = build.open_data(recipe)
     space = build.open_space(recipe, world.device)
-    trainer = Trainer(recipe, source, space, world, run_folder)
+    start = recipe.train.init_from if saved is None else None
+    trainer = Trainer(recipe, source, space, world, run_folder, start)
     if saved is not None:
         trainer.restore(load_state(saved, trainer.state()), saved.step)
         console.note(f"resuming {recipe.name} after step {saved.step} from {saved.path}")

@@ -32,6 +32,7 @@ from terdit_cli.train.checkpoint import CheckpointWriter, folder_of, read_manife
 from terdit_cli.train.codes import ternarized_once
 from terdit_cli.train.draws import Draws, StepDraws
 from terdit_cli.train.export import CKPT, export_ckpt
+from terdit_cli.train.initial import start_from
 from terdit_cli.train.optim import (
     build_optimizer,
     learning_rate,
@@ -78,8 +79,22 @@ class Trainer:
     """Everything that changes during a run."""
 
     def __init__(
-        self, recipe: Recipe, source: BatchSource, space: Space, world: World, run_folder: Path
+        self,
+        recipe: Recipe,
+        source: BatchSource,
+        space: Space,
+        world: World,
+        run_folder: Path,
+        start: Path | None = None,
     ) -> None:
+        """Build what is trained.
+
+        Args:
+            start: the ckpt.pt whose weights the network begins with; None: random ones.
+
+        Raises:
+            What `start_from` and `spread` raise.
+        """
         self.recipe = recipe
         self.source = source
         self.space = space
@@ -89,6 +104,8 @@ class Trainer:
         self.schedule: Schedule = make_schedule("")
         seed_weights(recipe.seed)
         self.network: DiT = build.build_network(recipe)  # owns the parameters
+        if start is not None:
+            start_from(self.network, start)
         self.model = spread(self.network, world, recipe.train, recipe.parallel)
         self.optimizer = build_optimizer(self.network, recipe.optim)
         self.ema = Ema(self.network, recipe.ema.decay, recipe.ema.warmup)

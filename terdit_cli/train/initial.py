@@ -1,0 +1,71 @@
+"""Start a run from the weights of another: a ternary model from its full-precision twin, say.
+
+Masters are copied. A learned scale that the other run does not have is made of the masters that
+were copied, as `ternary.alpha_init` says, and a norm after adaLN that it does not have begins
+with ones. Continuing to train a full-precision model as a ternary one is the "16-to-1.58-bit"
+schedule of Nielsen et al. (arXiv 2502.11895).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from terdit_cli.errors import UsageError
+from terdit_cli.model.ckpt import load_ckpt
+from terdit_cli.model.dit import DiT
+from terdit_cli.model.ternary import TernaryLinear
+from terdit_cli.train.export import CKPT
+
+_ALPHAS, _ADALN_NORM = ".alphas", ".adaLN_modulation.2.weight"
+
+
+@torch.no_grad()
+def start_from(network: DiT, path: Path) -> None:
+    """Copy the averaged weights of a finished run into a freshly built network.
+
+    Args:
+        network: whole, not yet spread over processes.
+        path: a ckpt.pt, or the run folder that holds one.
+
+    Raises:
+        InputFileError: no checkpoint of terdit.
+        UsageError: of another architecture, or ternary where the network is not.
+    """
+    path = path / CKPT if path.is_dir() else path
+    theirs = load_ckpt(path).state_dict("ema")
+    own = dict(network.named_parameters())
+    _check_fit(own, theirs, path)
+    for name, parameter in own.items():
+        if name in theirs:
+            parameter.copy_(theirs[name])
+    for name, module in network.named_modules():
+        if isinstance(module, TernaryLinear) and name + _ALPHAS not in theirs:
+            module.reset_alphas()
+
+
+def _check_fit(own: dict[str, Tensor], theirs: dict[str, Tensor], path: Path) -> None:
+    made = {name for name in own if name.endswith((_ALPHAS, _ADALN_NORM))}
+    missing = sorted(own.keys() - theirs.keys() - made)
+    extra = sorted(theirs.keys() - own.keys())
+    other = sorted(n for n in own.keys() & theirs.keys() if own[n].shape != theirs[n].shape)
+    if not missing and not extra and not other:
+        return
+    if other:
+        name = other[0]
+        got, expected = f"{name} {list(theirs[name].shape)}", list(own[name].shape)
+    else:
+        name = (missing or extra)[0]
+        got = f"{'no ' if missing else ''}{name}"
+        expected = f"{'one' if missing else 'none'}, as the recipe's model has it"
+    count = len(missing) + len(extra) + len(other)
+    raise UsageError(
+        "the weights to start from do not fit the model of the recipe",
+        got=got + (f", and {count - 1} more differences" if count > 1 else ""),
+        expected=expected,
+        where=f"train.init_from {path}",
+        fix="give `model` and `ternary` the values of that run; what may differ are "
+        "ternary.enabled=true after false, and adaln_norm=true after false",
+    )

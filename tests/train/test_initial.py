@@ -1,0 +1,113 @@
+"""A run that starts from the weights of another."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from terdit_cli.commands.train import TrainResult
+from terdit_cli.errors import InputFileError, UsageError
+from terdit_cli.model.ckpt import load_ckpt
+from terdit_cli.model.ternary import least_squares_alphas, ternarize
+from terdit_cli.recipe import load_recipe
+from terdit_cli.train import build
+from terdit_cli.train.initial import start_from
+from terdit_cli.train.parallel import seed_weights
+
+TWIN = "ternary.enabled=false"
+
+Train = Callable[..., TrainResult]
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory, train: Train) -> Path:
+    """Return the run folder of a full-precision model whose adaLN is no longer zero."""
+    folder = tmp_path_factory.mktemp("twin") / "run"
+    train(folder, TWIN, "train.steps=2")
+    return folder
+
+
+def test_a_ternary_run_starts_from_its_twin(train: Train, twin: Path, tmp_path: Path) -> None:
+    train(tmp_path / "run", f"train.init_from={twin}", "train.steps=1", "optim.lr=1e-9")
+    theirs = load_ckpt(twin / "ckpt.pt").ema
+    ours = load_ckpt(tmp_path / "run" / "ckpt.pt").model
+    assert set(theirs) < set(ours)
+    for name, tensor in theirs.items():  # a step of rate 1e-9 moves no weight by more
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-9, msg=name)
+    scales = [name for name in ours if name.endswith(".alphas")]
+    assert scales
+    for name in scales:
+        weight = theirs[name.replace(".alphas", ".weight")]
+        fitted = least_squares_alphas(weight, ternarize(weight), "tensor")
+        torch.testing.assert_close(ours[name], fitted, rtol=0, atol=2e-9, msg=name)
+    norms = [ours[name] for name in ours if name not in theirs and name not in scales]
+    assert norms
+    assert all(torch.allclose(norm, torch.ones(()), atol=2e-9) for norm in norms)
+
+
+def test_learned_scales_come_along(
+    train: Train, recipe_path: Path, twin: Path, tmp_path: Path
+) -> None:
+    train(tmp_path / "first", f"train.init_from={twin / 'ckpt.pt'}", "train.steps=2")
+    theirs = load_ckpt(tmp_path / "first" / "ckpt.pt").ema
+    recipe = load_recipe(recipe_path, ["ternary.alpha_init=randn"])
+    network = build.build_network(recipe)
+    start_from(network, tmp_path / "first")
+    assert all(torch.equal(p, theirs[name]) for name, p in network.named_parameters())
+
+
+def test_random_scales_stay_random(recipe_path: Path, twin: Path) -> None:
+    recipe = load_recipe(recipe_path, ["ternary.alpha_init=randn"])
+    seed_weights(1)
+    network = build.build_network(recipe)
+    before = {n: p.clone() for n, p in network.named_parameters() if n.endswith(".alphas")}
+    start_from(network, twin)
+    own = dict(network.named_parameters())
+    assert all(own[name].abs().max() > 0 for name in before)
+    assert any(own[name] < 0 for name in before)
+
+
+def test_a_resumed_run_does_without_the_first_one(train: Train, twin: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(twin, first)
+    word = f"train.init_from={first}"
+    train(tmp_path / "run", word, "train.steps=1")
+    shutil.rmtree(first)
+    result = train(tmp_path / "run", word, "train.steps=2", resume="auto")
+    assert result.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["model.dim=64"], "[32, "),
+        (["model.n_layers=3"], "no layers.2"),
+        (["model.n_layers=1"], "layers.1"),
+    ],
+)
+def test_weights_of_another_model_are_refused(
+    recipe_path: Path, twin: Path, words: list[str], problem: str
+) -> None:
+    network = build.build_network(load_recipe(recipe_path, words))
+    with pytest.raises(UsageError, match="do not fit the model") as caught:
+        start_from(network, twin)
+    assert problem in str(caught.value)
+
+
+def test_a_ternary_start_of_a_full_precision_run_is_refused(
+    train: Train, recipe_path: Path, twin: Path, tmp_path: Path
+) -> None:
+    train(tmp_path / "ternary", "train.steps=1")
+    network = build.build_network(load_recipe(recipe_path, [TWIN]))
+    with pytest.raises(UsageError, match="alphas"):
+        start_from(network, tmp_path / "ternary")
+
+
+def test_no_checkpoint_there(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(InputFileError, match=r"none\.pt"):
+        train(tmp_path / "run", f"train.init_from={tmp_path / 'none.pt'}")
+    assert not (tmp_path / "run").exists()
