@@ -36,7 +36,7 @@ def start_from(network: DiT, path: Path) -> None:
     """
     path = path / CKPT if path.is_dir() else path
     theirs = load_ckpt(path).state_dict("ema")
-    own = dict(network.named_parameters())
+    own: dict[str, Tensor] = dict(network.named_parameters())
     _check_fit(own, theirs, path)
     for name, parameter in own.items():
         if name in theirs:
@@ -55,7 +55,7 @@ def _check_fit(own: dict[str, Tensor], theirs: dict[str, Tensor], path: Path) ->
         return
     if other:
         name = other[0]
-        got, expected = f"{name} {list(theirs[name].shape)}", list(own[name].shape)
+        got, expected = f"{name} {list(theirs[name].shape)}", f"{list(own[name].shape)}"
     else:
         name = (missing or extra)[0]
         got = f"{'no ' if missing else ''}{name}"

@@ -84,7 +84,7 @@ def test_a_resumed_run_does_without_the_first_one(train: Train, twin: Path, tmp_
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["model.dim=64"], "[32, "),
+        (["model.dim=64"], "final_layer.adaLN_modulation.1.bias [64]"),
         (["model.n_layers=3"], "no layers.2"),
         (["model.n_layers=1"], "layers.1"),
     ],
