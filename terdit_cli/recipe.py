@@ -75,6 +75,7 @@ class ModelSection(Section):
     num_classes: PositiveInt = 1000
     learn_sigma: bool = True
     qk_norm: bool = True
+    pos_embed: bool = False  # DiT's fixed embedding of positions, besides rotary attention
 
 
 # Sets of fields of `ternary`; those that a set does not name have their defaults.

@@ -45,7 +45,12 @@ MAX_CONDITIONING_WIDTH = 1024
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Upstream's constructor arguments, and `adaln_norm` for the paper's ablation."""
+    """Upstream's constructor arguments, `adaln_norm` for the paper's ablation, and `pos_embed`.
+
+    Upstream tells positions by rotary attention alone, in which only their differences count.
+    `pos_embed` adds DiT's fixed embedding of where a patch lies to the tokens: a small model then
+    need not find out from the borders.
+    """
 
     input_size: int = 32
     patch_size: int = 2
@@ -62,6 +67,7 @@ class DiTConfig:
     learn_sigma: bool = True
     qk_norm: bool = False
     adaln_norm: bool = True
+    pos_embed: bool = False
 
     def __post_init__(self) -> None:
         """Reject shapes that no network can have.
@@ -79,6 +85,8 @@ class DiTConfig:
             raise self._error("dim", f"n_heads {self.n_heads} times an even head width")
         if self.kv_heads < 1 or self.n_heads % self.kv_heads:
             raise self._error("n_kv_heads", f"a divisor of n_heads {self.n_heads}")
+        if self.pos_embed and self.dim % 4:
+            raise self._error("dim", "a multiple of 4, with pos_embed")
         if not 0 <= self.class_dropout_prob < 1:
             raise self._error("class_dropout_prob", "a probability in [0, 1)")
         if not 0 <= self.norm_eps < math.inf:
@@ -167,6 +175,19 @@ def rope_table(head_dim: int, tokens: int) -> tuple[Tensor, Tensor]:
     exponents = torch.arange(0, head_dim, 2, device="cpu").float() / head_dim
     angles = torch.outer(torch.arange(tokens, device="cpu").float(), 1.0 / 10000.0**exponents)
     return angles.cos(), angles.sin()
+
+
+def sincos_table(dim: int, side: int) -> Tensor:
+    """Return DiT's positional embedding of side * side patches, float32 [side^2, dim].
+
+    Half of the features are of the column and half of the row: sines, then cosines, of frequencies
+    from 1 down to 1 / 10000. On the CPU always, as `rope_table`. Source: MAE (arXiv 2111.06377)
+    and DiT's `get_2d_sincos_pos_embed`.
+    """
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, device="cpu").double() / (dim // 4))
+    angles = torch.outer(torch.arange(side, device="cpu").double(), frequencies)  # [side, dim / 4]
+    features = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, dim / 2]
+    return torch.cat([features.repeat(side, 1), features.repeat_interleave(side, 0)], 1).float()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -320,6 +341,9 @@ class DiT(nn.Module):
         cos, sin = rope_table(config.head_dim, config.tokens)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
+        side = config.input_size // config.patch_size
+        table = sincos_table(config.dim, side) if config.pos_embed else None
+        self.register_buffer("pos_embed", table, persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -356,6 +380,12 @@ class DiT(nn.Module):
         x = x.unflatten(2, (p, p, -1)).unflatten(1, (side, side))  # [B, h, w, p, p, C]
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
+    def embed(self, x: Tensor) -> Tensor:
+        """Return the tokens of x [B, C, H, W], [B, T, D] in the dtype of the parameters."""
+        # The residual stream is float32 under bfloat16 autocast.
+        tokens = self.x_embedder(self.patchify(x)).to(self.final_layer.linear.weight.dtype)
+        return tokens if self.pos_embed is None else tokens + self.pos_embed
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict noise and variance.
 
@@ -374,8 +404,7 @@ class DiT(nn.Module):
         expected = (config.in_channels, config.input_size, config.input_size)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, *{expected})")
-        # The residual stream has the parameters' dtype: float32 under bfloat16 autocast.
-        hidden = self.x_embedder(self.patchify(x)).to(self.final_layer.linear.weight.dtype)
+        hidden = self.embed(x)
         c = self.t_embedder(t) + self.y_embedder(y)  # [B, A]
         hidden = self.run_blocks(hidden, c)
         return self.unpatchify(self.final_layer(hidden, c))

@@ -28,7 +28,9 @@ DIFFUSION: dict[str, object] = {
 }
 
 LARGEST_INTEGER = 1 << 20  # of any size in a file; the largest published model needs 18,432
-LARGEST_ROPE_TABLE = 1 << 24  # values; no tensor in a file shows its size. 4.2b-512: 98,304
+LARGEST_TABLE = (
+    1 << 24
+)  # values, of positions: no tensor in a file shows its size. 4.2b-512: 98,304
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class ModelInfo:
                 values[name] = section(**fields)
             check_types(cls, values)
             info = cls(**values)
-            if info.config.tokens * info.config.head_dim > LARGEST_ROPE_TABLE:
+            width = info.config.dim if info.config.pos_embed else info.config.head_dim
+            if info.config.tokens * width > LARGEST_TABLE:
                 raise ValueError(f"a network of {info.config.tokens} tokens is too large")
             if info.class_names and len(info.class_names) != info.config.num_classes:
                 count = len(info.class_names)

@@ -31,7 +31,14 @@ _SIZE_OF_NAME = {"600M": "600m", "3B": "4.2b", "7B": "7b"}
 _VAE_IDS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 _VAE_DOWNSAMPLE = 8
 _OVERRIDES = tuple(field.name for field in dataclasses.fields(DiTConfig))
-_SHOWN = ("dim", "n_layers", "learn_sigma", "qk_norm", "adaln_norm")  # by keys and shapes
+_SHOWN = (
+    "dim",
+    "n_layers",
+    "learn_sigma",
+    "qk_norm",
+    "adaln_norm",
+    "pos_embed",
+)  # by keys and shapes
 
 
 def is_released_folder(path: Path) -> bool:

@@ -223,7 +223,7 @@ class Step:
     def forward(self, x: Tensor, t: Tensor, y: Tensor, modulations: Tensor | None) -> Tensor:
         """Compute f(x, t, y) launch by launch."""
         network = self.network
-        hidden = network.x_embedder(network.patchify(x).contiguous())
+        hidden = network.embed(x)
         c = network.t_embedder(t) + network.y_embedder(y)
         if modulations is None:
             modulations = self.modulations(c)

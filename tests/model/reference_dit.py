@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor
 
 from terdit_cli.model.dit import DiTConfig
@@ -81,6 +82,8 @@ def reference_dit(
         for j in range(side)
     ]
     hidden = affine(w, "x_embedder", torch.stack(tokens, 1))
+    if config.pos_embed:
+        hidden = hidden + get_2d_sincos_pos_embed(config.dim, side, base_size=side)
     angles = t.double()[:, None] * torch.exp(-math.log(10000) * torch.arange(128).double() / 128)
     features = torch.cat([angles.cos(), angles.sin()], 1)
     c = affine(w, "t_embedder.mlp.2", silu(affine(w, "t_embedder.mlp.0", features)))

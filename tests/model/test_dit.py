@@ -31,11 +31,12 @@ def configs(draw) -> DiTConfig:
     n_heads = draw(st.sampled_from([1, 2, 3, 4]))
     kv_heads = draw(st.sampled_from([k for k in range(1, n_heads + 1) if n_heads % k == 0]))
     patch_size = draw(st.sampled_from([1, 2, 3]))
+    dim = n_heads * 2 * draw(st.integers(1, 5))
     return DiTConfig(
         input_size=patch_size * draw(st.integers(1, 3)),
         patch_size=patch_size,
         in_channels=draw(st.integers(1, 4)),
-        dim=n_heads * 2 * draw(st.integers(1, 5)),
+        dim=dim,
         n_layers=draw(st.integers(1, 2)),
         n_heads=n_heads,
         n_kv_heads=kv_heads,
@@ -47,6 +48,7 @@ def configs(draw) -> DiTConfig:
         learn_sigma=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
         adaln_norm=draw(st.booleans()),
+        pos_embed=dim % 4 == 0 and draw(st.booleans()),
     )
 
 

@@ -38,6 +38,7 @@ SHAPES = {
     "plain": BASE,
     "grouped heads": dataclasses.replace(BASE, n_kv_heads=2),
     "one kv head, odd sizes": dataclasses.replace(BASE, dim=60, n_heads=6, n_kv_heads=1),
+    "positions": dataclasses.replace(BASE, pos_embed=True),
     "q/k norm": dataclasses.replace(BASE, qk_norm=True),
     "no norm after adaLN": dataclasses.replace(BASE, adaln_norm=False),
     "q/k norm, grouped, no norm after adaLN": dataclasses.replace(

@@ -32,6 +32,7 @@ BASE = DiTConfig(
 )  # fmt: skip
 SHAPES = {
     "plain": BASE,
+    "positions": dataclasses.replace(BASE, pos_embed=True),
     "q/k norm, one kv head": dataclasses.replace(BASE, qk_norm=True, n_kv_heads=1),
     "no norm after adaLN, odd sizes": dataclasses.replace(
         BASE, dim=28, n_heads=14, adaln_norm=False, n_layers=1
