@@ -28,7 +28,7 @@ demo: install  ## train, pack, sample and score a small ternary DiT (minutes on 
 	$(BIN)/python -m terdit_cli.commands.demo
 
 test: install lint  ## lint, types and all tests
-	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile \
+	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --durations 20 \
 		--cov=terdit_cli --cov-report=term:skip-covered
 
 lint: install  ## ruff and mypy

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,6 +25,21 @@ from terdit_cli.model.ternary import TernaryConfig
 GOLDEN = Path(__file__).parent / "golden"
 RECIPE_TEXT = "model:\n  size: nano\n"
 
+
+def _import_triton() -> None:
+    """Import Triton for its interpreter, where there is no GPU.
+
+    Triton's own functions are made for it or for a GPU when Triton is first imported, which
+    torch does too: so here, before any other test.
+    """
+    os.environ["TRITON_INTERPRET"] = "1"
+    for name in ("terdit_cli.runtime.gpu_kernels", "triton.experimental.gluon"):
+        importlib.import_module(name)
+    del os.environ["TRITON_INTERPRET"]
+
+
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    _import_triton()
 torch.set_num_threads(1)
 settings.register_profile("terdit", deadline=None, derandomize=True)
 settings.load_profile("terdit")

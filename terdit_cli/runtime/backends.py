@@ -1,8 +1,8 @@
 """The ordered list of backends, and the choice among them with its reasons.
 
-A backend is a module with `NAME`, `PRECISIONS`, `AUTO_PRECISION`, `available(device) -> str | None`
-(the reason why not) and `matmul(...)` as `reference.matmul` documents it. `auto` takes the first
-that is available. A backend that the user names and that is not available is an error, never a
+A backend is a module with `NAME`, `PRECISIONS`, `auto_precision()`, `available(device)` (the reason
+why not, or None) and `matmul(...)` as `reference.matmul` documents it. `auto` takes the first that
+is available. A backend that the user names and that is not available is an error, never a
 silent fallback.
 """
 
@@ -26,7 +26,8 @@ class Backend(Protocol):
 
     NAME: str
     PRECISIONS: tuple[Precision, ...]
-    AUTO_PRECISION: Precision  # of models that were not trained with int8 activations
+
+    def auto_precision(self) -> Precision: ...
 
     def available(self, device: torch.device) -> str | None: ...
 
@@ -113,7 +114,7 @@ def resolve_activations(requested: str, trained: Activations, backend: Backend) 
     if trained == "int8":
         return "int8"
     if requested == "auto":
-        return backend.AUTO_PRECISION
+        return backend.auto_precision()
     for precision in backend.PRECISIONS:
         if precision == requested:
             return precision

@@ -31,7 +31,6 @@ from terdit_cli.runtime.reference import INT16_LIMIT, Precision
 
 NAME = "gpu"
 PRECISIONS: tuple[Precision, ...] = (*reference.PRECISIONS, "fp8")
-AUTO_PRECISION: Precision = "int8"  # the arithmetic of the cpu backend's, measured there
 
 LARGEST_K = 65_000  # sums of int16 activations fit int32
 OLDEST = (8, 0)  # compute capability with bfloat16
@@ -44,6 +43,11 @@ _KINDS: dict[str, str] = {
     "fp32": "fp32", "bf16": "bf16", "int16": "int8", "int8": "int8", "fp8": "fp8"
 }  # fmt: skip
 _LIMITS: dict[str, float] = {"int8": 127.0, "int16": INT16_LIMIT, "fp8": FP8_LIMIT}
+
+
+def auto_precision() -> Precision:
+    """Return int8: the arithmetic is the cpu backend's, whose images were compared."""
+    return "int8"
 
 
 @functools.cache

@@ -30,9 +30,13 @@ Precision = Literal["fp32", "bf16", "int16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int16", "int8")
 
 NAME = "reference"
-AUTO_PRECISION: Precision = "fp32"
 
 INT16_LIMIT = 32512.0  # 127 * 256: u = 256 * high + low with both planes in int8
+
+
+def auto_precision() -> Precision:
+    """Return what models that were not trained with int8 activations run in."""
+    return "fp32"
 
 
 def available(device: torch.device) -> str | None:

@@ -262,7 +262,14 @@ def _fake_processes(count: int) -> Iterator[None]:
     """Be rank 0 of `count` processes that answer everything with nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    def begin() -> None:
+        dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+
+    # torch keeps meshes by their shape and finds their groups by name, and names are numbers that
+    # begin anew when all groups are destroyed. Begin anew, so that an equal mesh has equal names.
+    begin()
+    dist.destroy_process_group()
+    begin()
     try:
         yield
     finally:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import os
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,24 +12,15 @@ from terdit_cli.runtime import cpu, gpu
 
 
 def _why_no_kernels() -> str | None:
-    """Return why the GPU kernels cannot be tested here, or None; takes care of the interpreter.
+    """Return why the GPU kernels cannot be tested here, or None.
 
-    Where there is no GPU the kernels run in Triton's interpreter. Triton's own functions are made
-    for it or for a GPU when Triton is imported: here, before any test imports it otherwise.
+    Where there is no GPU they run in Triton's interpreter (`tests/conftest.py`).
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if torch.cuda.is_available():
         return gpu.available(torch.device("cuda"))
-    if "triton" in sys.modules:
-        return "Triton was imported without its interpreter"
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    gpu.kernels()
-    importlib.import_module("triton.experimental.gluon")  # which the first launch imports
-    if before is None:
-        del os.environ["TRITON_INTERPRET"]
-    return None
+    return None if gpu.kernels().INTERPRETED else "Triton was imported without its interpreter"
 
 
 WHY_NO_KERNELS = _why_no_kernels()

@@ -309,9 +309,15 @@ def test_environment_variable(monkeypatch):
 
 def test_activations_of_a_model_trained_without():
     assert resolve_activations("auto", "none", reference) == "fp32"
-    assert resolve_activations("auto", "none", cpu) == cpu.AUTO_PRECISION
+    assert resolve_activations("auto", "none", gpu) == "int8"
     for precision in PRECISIONS:
         assert resolve_activations(precision, "none", cpu) == precision
+
+
+@pytest.mark.parametrize(("isa", "expected"), [("generic", "fp32"), ("avx2", "int8")])
+def test_auto_is_what_is_fast_on_this_cpu(monkeypatch, isa, expected):
+    monkeypatch.setattr(cpu, "isa", lambda: isa)
+    assert resolve_activations("auto", "none", cpu) == expected
 
 
 def test_activations_that_a_backend_lacks():

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_largest_recipe_is_planned_within_a_laptop() -> None:
-    """4.2b would need 17 GB for the weights alone; planning stays under 1.5 GB."""
+    """4.2b would need 17 GB for the weights alone; planning stays under 2 GB."""
     code = """
 import resource, sys
 from terdit_cli.app import main
@@ -46,7 +46,7 @@ finally:
     assert plan["images"] == 604_160_000
     kilobytes = int(done.stderr.splitlines()[-1])
     if sys.platform == "linux":  # elsewhere the unit differs
-        assert kilobytes < 1_500_000
+        assert kilobytes < 2_000_000
 
 
 def small(n_layers: int = 1, **train: object) -> Recipe:

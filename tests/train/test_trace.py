@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from terdit_cli.errors import UsageError
 from terdit_cli.recipe import Recipe
@@ -94,6 +95,14 @@ def test_groups_of_processes_share_copies() -> None:
         StepTracer(made, 3),
     ):
         pass
+
+
+def test_whatever_groups_there_were_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch numbers groups, and finds those of a mesh that it has kept by their numbers.
+    monkeypatch.setattr(distributed_c10d, "_group_count", 1)
+    for _ in range(2):
+        with StepTracer(recipe(1, "fsdp"), 4) as tracer:
+            assert tracer.step(1, False, 0).peak > 0
 
 
 def test_nothing_is_left_behind() -> None:

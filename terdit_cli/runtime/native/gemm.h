@@ -358,6 +358,7 @@ TERDIT_INLINE void finish_rows(const Multiply *job, const Panel *panels, int64_t
                                int64_t rows, const float *steps, const Sums &sums,
                                const Sums &sums2) {
     const int64_t left = job->matrix->rows - n0;
+    const int columns = kWhole || left > kPanel ? kPanel : static_cast<int>(left);
     for (int64_t r = 0; r < rows; r++) {
         const float step = steps ? steps[r] : 1.0f;
         float *out = job->out + (m + r) * job->matrix->rows + n0;
@@ -365,7 +366,7 @@ TERDIT_INLINE void finish_rows(const Multiply *job, const Panel *panels, int64_t
                                 ? job->modulations[(m + r) / job->tokens] + job->gate_at + n0
                                 : nullptr;
 #pragma GCC unroll 4
-        for (int n = 0; n < kPanel && (kWhole || n < left); n += kLanes) {
+        for (int n = 0; n < columns; n += kLanes) {
             vf y = scaled(panels[0], sums, r, step, n);
             if (kKind == kSwiGlu) y = silu(y) * scaled(panels[1], sums2, r, step, n);
             if (kWhole || n + kLanes <= left) {
