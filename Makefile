@@ -28,7 +28,10 @@ demo: install  ## train, pack, sample and score a small ternary DiT (minutes on 
 	$(BIN)/python -m terdit_cli.commands.demo
 
 test: install lint  ## lint, types and all tests
-	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --durations 20 \
+	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+
+coverage: install  ## all tests, with the share of each file's lines that they run
+	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile \
 		--cov=terdit_cli --cov-report=term:skip-covered
 
 lint: install  ## ruff and mypy
@@ -52,7 +55,7 @@ results-quick: install  ## the same comparisons in little, from the packaged ima
 	$(BIN)/terdit study recipes/studies/quick.yaml --out runs/results-quick.md
 
 native-sanitize: install  ## the native code under the address, undefined and thread sanitizers
-	$(BIN)/pytest -q -k sanitizer tests/runtime/test_native_builds.py
+	$(BIN)/pytest -q -m sanitizer
 
 wheel: install  ## build dist/terdit-*.whl for any Linux with glibc 2.28, checked by auditwheel
 	rm -rf build/wheel
@@ -65,4 +68,4 @@ clean:  ## remove everything that the other targets made
 	rm -rf .venv build dist demo runs $(NATIVE)/*.so .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test lint bench bench-metrics add-model results results-quick native-sanitize wheel clean
+.PHONY: help install demo test coverage lint bench bench-metrics add-model results results-quick native-sanitize wheel clean

@@ -116,6 +116,12 @@ class TernarySection(Section):
             return values
         return fields | {key: value for key, value in values.items() if key != "preset"}
 
+    def said(self) -> dict[str, Any]:
+        """Return the fields that say something of the network: full precision has no quantiser."""
+        if self.enabled:
+            return self.model_dump(mode="json")
+        return {"enabled": False, "adaln_norm": bool(self.adaln_norm)}
+
 
 class DataSection(Section):
     """Images and the space the diffusion runs in."""

@@ -1,7 +1,8 @@
 """`make demo`: every verb once, from a recipe to a scored packed model, and one table.
 
 Trains recipes/quickstart.yaml on the embedded images, ternarizes, packs, draws a labelled grid
-from the .tdt and scores it against real images, next to uniform noise and held-out real images.
+from the .tdt and scores it against real images, next to uniform noise, the packaged model of the
+same images and held-out real images.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from terdit_cli.commands import eval_fid, pack, sample, ternarize, train
 from terdit_cli.commands.eval_options import EvalOptions
 from terdit_cli.errors import TerditError
 from terdit_cli.evaluate.result import EvalResult
+from terdit_cli.models import catalogue
 from terdit_cli.train.loggers import read_metrics
 
 RECIPE = Path("recipes/quickstart.yaml")
+PACKAGED = "fashion-mnist"
 FEATURES = "efficientnet-lite0"
 SAMPLER, STEPS, CFG_SCALE = "dpmpp-2m", 20, 2.0
 SCORED = 400  # images of each set
@@ -39,11 +42,17 @@ def run(recipe: Path, folder: Path, overrides: list[str]) -> None:
     frozen = ternarize.run(run_folder, folder / "model.safetensors")
     small = pack.run(frozen.output, folder / "small.tdt", codec="t5", rest="bf16")
     fast = pack.run(frozen.output, packed)
-    grid = sample.run(
-        "all", packed, n=4, steps=STEPS, sampler=SAMPLER, cfg_scale=CFG_SCALE, seed=SEED,
-        batch_size=40, output=folder / "grid.png",
-    )  # fmt: skip
-    distances = _distances(folder, packed)
+    models = {"this model": packed}
+    if PACKAGED in catalogue.names():
+        models["the packaged model"] = catalogue.path_of(PACKAGED)
+    grids = [
+        sample.run(
+            "all", model, n=4, steps=STEPS, sampler=SAMPLER, cfg_scale=CFG_SCALE, seed=SEED,
+            batch_size=40, output=folder / name,
+        ).output
+        for model, name in zip(models.values(), ("grid.png", "packaged.png"), strict=False)
+    ]  # fmt: skip
+    distances = _distances(folder, models)
 
     losses = read_metrics(run_folder)
     rate = float(np.median([entry["images_per_second"] for entry in losses]))
@@ -60,7 +69,7 @@ def run(recipe: Path, folder: Path, overrides: list[str]) -> None:
         ("training", f"{rate:.0f} images/s"),
         *((f"{name}", value) for name, value in distances),
         ("loss curve", run_folder / "loss.png"),
-        ("images of model.tdt", grid.output),
+        *(("images of " + name, path) for name, path in zip(models, grids, strict=True)),
         ("time", console.duration(time.monotonic() - started)),
     ]  # fmt: skip
     console.result_table("terdit demo", ("", ""), rows)
@@ -73,8 +82,8 @@ def _packed(result: pack.PackResult) -> str:
     )
 
 
-def _distances(folder: Path, model: Path) -> list[tuple[str, str]]:
-    """Score noise, the model and held-out images against the same training images."""
+def _distances(folder: Path, models: dict[str, Path]) -> list[tuple[str, str]]:
+    """Score noise, the models and held-out images against the same training images."""
     reference = folder / "reference.npz"
     _score(images="embedded:train", n=SCORED, make_reference=reference)
     noise = folder / "noise.npz"
@@ -83,12 +92,15 @@ def _distances(folder: Path, model: Path) -> list[tuple[str, str]]:
     against = str(reference)
     scores = [
         ("uniform noise", _score(reference=against, images=str(noise))),
-        (
-            "this model",
-            _score(
-                reference=against, model=model, n=SCORED, sampler=SAMPLER, steps=STEPS,
-                cfg_scale=CFG_SCALE, seed=SEED, batch_size=50,
-            ),
+        *(
+            (
+                name,
+                _score(
+                    reference=against, model=model, n=SCORED, sampler=SAMPLER, steps=STEPS,
+                    cfg_scale=CFG_SCALE, seed=SEED, batch_size=50,
+                ),
+            )
+            for name, model in models.items()
         ),
         (
             "held-out real images",

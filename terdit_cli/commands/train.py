@@ -220,13 +220,15 @@ def _check_same_network(recipe: Recipe, saved: Saved) -> None:
     Raises:
         UsageError: `model` or `ternary` differ, or the checkpoint is beyond the last step.
     """
-    old = load_recipe(saved.path / RECIPE).model_dump(mode="json")
-    new = recipe.model_dump(mode="json")
+    old, new = (
+        found.model_dump(mode="json") | {"ternary": found.ternary.said()}
+        for found in (load_recipe(saved.path / RECIPE), recipe)
+    )
     changed = [
         f"{section}.{key}" if isinstance(old[section], dict) else section
         for section in new
         for key in (new[section] if isinstance(new[section], dict) else [""])
-        if (old[section][key] != new[section][key] if key else old[section] != new[section])
+        if (old[section].get(key) != new[section][key] if key else old[section] != new[section])
     ]
     fixed = [key for key in changed if key.split(".")[0] in _FIXED_SECTIONS]
     if fixed:

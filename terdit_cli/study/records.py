@@ -206,7 +206,7 @@ def essence(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json", exclude=set(_OUTSIDE))
     for name in _OUTSIDE_DATA:
         values["data"].pop(name)
-    return values
+    return values | {"ternary": recipe.ternary.said()}
 
 
 def model_asked(study: Study, variant: Variant, seed: int) -> dict[str, Any]:

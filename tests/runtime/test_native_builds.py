@@ -94,7 +94,13 @@ def why_not(build: Build, folder: Path) -> str | None:
     return None if done.returncode == 0 else f"{build.compiler}: {done.stdout.strip()[-200:]}"
 
 
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.sanitizer] if name.endswith("sanitizer") else [])
+        for name in BUILDS
+    ],
+)
 def test_selftest(name: str, tmp_path: Path) -> None:
     build, folder = BUILDS[name], ROOT / "build" / name
     reason = "no cmake" if CMAKE is None else why_not(build, tmp_path)

@@ -64,6 +64,16 @@ def test_a_field_that_did_not_exist_then_counts_as_its_default(study: Study) -> 
     assert "recipe.gone" in differences(old, new)
 
 
+def test_full_precision_does_not_depend_on_how_ternary_would_be(study_file: Path) -> None:
+    plain, rows = (load_study(study_file, words) for words in ([], ["ternary.granularity=row"]))
+    for name, found in (("twin", []), ("ternary", ["recipe.ternary.granularity"])):
+        asked = [model_asked(study, plain.variant(name), 0) for study in (plain, rows)]
+        assert differences(*asked) == found
+    norm = load_study(study_file, ["ternary.adaln_norm=true"])
+    asked = [model_asked(study, plain.variant("twin"), 0) for study in (plain, norm)]
+    assert differences(*asked) == ["recipe.ternary.adaln_norm"]
+
+
 def test_where_the_data_lie_and_how_a_run_is_logged_change_no_model(study_file: Path) -> None:
     plain, moved = (
         load_study(study_file, words)

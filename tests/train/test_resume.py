@@ -243,3 +243,12 @@ def test_other_changes_are_named(
     result = train(tmp_path / "run", "train.steps=42", "seed=4", "data.flip=no", resume="auto")
     assert result.steps == 42
     assert "changed settings: seed, data.flip, train.steps" in capsys.readouterr().err
+
+
+def test_full_precision_does_not_care_how_ternary_would_be(tmp_path: Path, train: Train) -> None:
+    run = tmp_path / "run"
+    train(run, "ternary.enabled=false", "train.steps=1")
+    words = ("ternary.enabled=false", "ternary.granularity=row", "train.steps=2")
+    assert train(run, *words, resume="auto").steps == 2
+    with pytest.raises(UsageError, match=r"other ternary\.adaln_norm"):
+        train(run, *words, "ternary.adaln_norm=true", resume="auto")
