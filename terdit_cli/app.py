@@ -239,6 +239,8 @@ def sample(
         prompt_class, model, n, steps, sampler, cfg_scale, cfg_channels.value, seed, batch_size,
         backend, device, vae, out, activations, threads,
     )  # fmt: skip
+    if not console.is_main():
+        return
     if json:
         console.result_json(dataclasses.asdict(result))
         return

@@ -184,6 +184,7 @@ def _open(options: EvalOptions, device: str) -> Source:
         path, options.sampler, options.steps, options.cfg_scale, options.cfg_channels
     )
     generator = open_generator(path, options.backend, device, options.vae, options.activations)
+    generator.require_memory(options.batch_size, asked.guided)
     return ModelSource(
         generator,
         generator.fit(asked),

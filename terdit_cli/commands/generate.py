@@ -24,11 +24,13 @@ from terdit_cli.data.classes import names_of_classes
 from terdit_cli.data.vae import PixelSpace, Space, VaeSpace
 from terdit_cli.diffusion.noise import ImageNoise
 from terdit_cli.diffusion.sampler import SamplerConfig, sample
-from terdit_cli.errors import UsageError
+from terdit_cli.errors import EnvironmentProblem, UsageError
 from terdit_cli.models import catalogue
 from terdit_cli.models.card import read_card
 from terdit_cli.pack.convert import is_released_folder
 from terdit_cli.pack.sources import checkpoint_path
+from terdit_cli.runtime import gpu
+from terdit_cli.runtime.gpu_step import largest_batch, step_bytes
 from terdit_cli.runtime.load import LoadedModel, load
 
 OnStep = Callable[[int], None]
@@ -99,6 +101,28 @@ class ImageGenerator:
         clip = info.space.kind == "pixel" and sampler.name in ("ddpm", "ddim")
         return dataclasses.replace(sampler, clip_denoised=clip)
 
+    def require_memory(self, batch_size: int, guided: bool) -> None:
+        """Check that a GPU has room for the steps of a batch.
+
+        Raises:
+            EnvironmentProblem: not enough free memory, with the batch size that fits.
+        """
+        if self.model.backend != gpu.NAME:
+            return
+        config, precision = self.model.info.config, self.model.precision
+        rows = 2 if guided else 1
+        needed = step_bytes(config, rows * batch_size, precision)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        if needed <= free:
+            return
+        fits = largest_batch(config, free, precision) // rows
+        raise EnvironmentProblem(
+            "the GPU has too little free memory for this batch",
+            got=f"{free / 1e9:.2f} GB free on {self.device}",
+            expected=f"{needed / 1e9:.2f} GB for {batch_size} images at once",
+            fix=f"--batch-size {fits}" if fits else "free memory on it, or --device cpu",
+        )
+
     @torch.inference_mode()
     def images(
         self,
@@ -121,16 +145,33 @@ class ImageGenerator:
             classes = [class_of(index, config.num_classes, labels, seed) for index in batch]
             y = torch.tensor([rows[class_id] for class_id in classes], device=self.device)
             noise = ImageNoise(seed, batch, shape, self.device)
-            latents = sample(
-                self.model.network,
-                sampler,
-                noise.initial(),
-                y,
-                config.num_classes,
-                noise,
-                on_step=partial(_count_images, on_step),
-            )
-            yield self.space.decode(latents).cpu().numpy(), classes
+            try:
+                latents = sample(
+                    self.model.network,
+                    sampler,
+                    noise.initial(),
+                    y,
+                    config.num_classes,
+                    noise,
+                    on_step=partial(_count_images, on_step),
+                )
+                decoded = self.space.decode(latents).cpu().numpy()
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(error, self.device, len(batch)) from error
+            yield decoded, classes
+
+
+def out_of_memory(
+    error: torch.OutOfMemoryError, device: torch.device, batch_size: int
+) -> EnvironmentProblem:
+    """Return what to tell a user whose GPU is too small."""
+    return EnvironmentProblem(
+        "the GPU has too little memory",
+        got=str(error).split(". ")[0],
+        expected=f"room for {batch_size} images at once" if batch_size else "room for the model",
+        where=device,
+        fix=f"--batch-size {batch_size // 2}" if batch_size > 1 else "--device cpu",
+    )
 
 
 def _count_images(on_step: OnStep, k: int, x: torch.Tensor) -> None:
@@ -187,7 +228,10 @@ def open_generator(
         InputFileError, UsageError, EnvironmentProblem.
     """
     place = usable_device(device)
-    model = load(path, place, backend, activations=activations)
+    try:
+        model = load(path, place, backend, activations=activations)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, place, 0) from error
     info = model.info
     if info.space.kind == "pixel" and vae is not None:
         raise UsageError(

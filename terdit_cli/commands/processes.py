@@ -48,6 +48,15 @@ class Processes:
             distributed.broadcast_object_list(values, src=0)
         return values[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, by rank, in the main one; [] in the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        with _all_alive():
+            distributed.gather_object(value, values, dst=0)
+        return values or []
+
     def device(self, name: str | None) -> str:
         """Return a device by name, or this process's own GPU, or the CPU."""
         if name not in (None, "cuda") or not torch.cuda.is_available():

@@ -15,10 +15,17 @@ from PIL import Image
 import terdit_cli
 from terdit_cli import console
 from terdit_cli.atomic import atomic_path
-from terdit_cli.commands.generate import model_sha256, open_generator, sampler_for
+from terdit_cli.commands.generate import (
+    ImageGenerator,
+    model_sha256,
+    open_generator,
+    sampler_for,
+)
 from terdit_cli.commands.models import model_for
+from terdit_cli.commands.processes import Processes, join_processes
 from terdit_cli.data.classes import find_classes
 from terdit_cli.data.grid import draw_grid, save_png
+from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.errors import UsageError
 from terdit_cli.models import catalogue
 from terdit_cli.runtime.cpu import set_threads
@@ -97,7 +104,10 @@ def run(
     activations: str = "auto",
     threads: int | None = None,
 ) -> SampleResult:
-    """Draw `n` images of each class that `prompt_class` names.
+    """Draw `n` images of each class that `prompt_class` names; under torchrun together.
+
+    Each process draws some of the batches, and the result is that of one process. It is returned
+    in all of them.
 
     Args:
         prompt_class: an id, a name, a comma separated list of either, or "all".
@@ -119,64 +129,48 @@ def run(
     asked = sampler_for(path, sampler, steps, cfg_scale, cfg_channels)
     if threads is not None:
         set_threads(threads)
-    generator = open_generator(path, backend, device, vae, activations)
-    names = generator.class_names
-    classes = find_classes(prompt_class, names)
-    indices = [copy * len(names) + class_id for class_id in classes for copy in range(n)]
-    if output.suffix == ".png" and len(indices) > GRID_LIMIT:
-        raise UsageError(
-            "too many images for one grid",
-            got=len(indices),
-            expected=f"at most {GRID_LIMIT}",
-            fix="write a folder or an .npz: -o samples/",
-        )
-    config = generator.fit(asked)
-    _ = generator.space  # a VAE that cannot be opened is found before the work
-    digest = model_sha256(path)
-    text = {
-        "software": f"terdit {terdit_cli.__version__}",
-        "model": path.name,
-        "model_sha256": digest,
-        "seed": str(seed),
-        "sampler": f"{config.name} {config.steps} steps",
-        "cfg_scale": f"{config.cfg_scale:g} ({config.cfg_channels} channels)",
-    }
-    started = time.monotonic()
-    batches = math.ceil(len(indices) / batch_size)
-    drawn: list[NDArray[np.uint8]] = []
-    done = 0
-    with console.progress("sampling", batches * config.steps) as meter:
-        calls = 0
-
-        def on_step(count: int) -> None:
-            nonlocal calls, done
-            calls += count * (config.nfe // config.steps)
-            done += 1
-            meter.update(done, f"{calls / (time.monotonic() - started):.3g} NFE/s")
-
-        position = 0
-        for images, labels in generator.images(indices, config, seed, batch_size, on_step):
-            if output.suffix in (".png", ".npz"):
-                drawn.append(images)
+    with join_processes() as processes:
+        generator = open_generator(path, backend, processes.device(device), vae, activations)
+        names = generator.class_names
+        classes = find_classes(prompt_class, names)
+        indices = [copy * len(names) + class_id for class_id in classes for copy in range(n)]
+        if output.suffix == ".png" and len(indices) > GRID_LIMIT:
+            raise UsageError(
+                "too many images for one grid",
+                got=len(indices),
+                expected=f"at most {GRID_LIMIT}",
+                fix="write a folder or an .npz: -o samples/",
+            )
+        config = generator.fit(asked)
+        generator.require_memory(batch_size, config.guided)
+        _ = generator.space  # a VAE that cannot be opened is found before the work
+        digest = model_sha256(path)
+        text = {
+            "software": f"terdit {terdit_cli.__version__}",
+            "model": path.name,
+            "model_sha256": digest,
+            "seed": str(seed),
+            "sampler": f"{config.name} {config.steps} steps",
+            "cfg_scale": f"{config.cfg_scale:g} ({config.cfg_channels} channels)",
+        }
+        started = time.monotonic()
+        # Whole batches to each process: every one is computed as if there were one process.
+        batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+        drawn = _draw(generator, config, seed, batches, processes, output, text)
+        seconds = time.monotonic() - started
+        if processes.is_main and output.suffix:
+            labels = [index % len(names) for index in indices]
+            if output.suffix == ".png":
+                captions = [names[class_id][0] for class_id in labels]
+                how = f"{config.name} {config.steps} steps, cfg {config.cfg_scale:g}"
+                title = f"{path.name}, {how}, seed {seed}"
+                columns = n * max(1, round(math.sqrt(len(indices)) / n))  # a class never wraps
+                grid = draw_grid(np.concatenate(drawn), captions, title, columns)
+                save_png(grid, output, text | {"class": ", ".join(dict.fromkeys(captions))})
             else:
-                for image, class_id in zip(images, labels, strict=True):
-                    name = f"class{class_id:04d}-image{indices[position]:06d}.png"
-                    words = text | {"class": names[class_id][0], "index": str(indices[position])}
-                    save_png(Image.fromarray(image), output / name, words)
-                    position += 1
-    seconds = time.monotonic() - started
-    labels = [index % len(names) for index in indices]
-    if output.suffix == ".png":
-        captions = [names[class_id][0] for class_id in labels]
-        how = f"{config.name} {config.steps} steps, cfg {config.cfg_scale:g}"
-        title = f"{path.name}, {how}, seed {seed}"
-        columns = n * max(1, round(math.sqrt(len(indices)) / n))  # a class never wraps
-        grid = draw_grid(np.concatenate(drawn), captions, title, columns)
-        shown = dict.fromkeys(captions)
-        save_png(grid, output, text | {"class": ", ".join(shown)})
-    elif output.suffix == ".npz":
-        with atomic_path(output) as temporary, temporary.open("wb") as file:
-            np.savez(file, arr_0=np.concatenate(drawn), labels=np.array(labels, dtype=np.int64))
+                with atomic_path(output) as temporary, temporary.open("wb") as file:
+                    values = np.array(labels, dtype=np.int64)
+                    np.savez(file, arr_0=np.concatenate(drawn), labels=values)
     return SampleResult(
         output=output,
         images=len(indices),
@@ -190,6 +184,52 @@ def run(
         model_sha256=digest,
         **generator.model.facts(),
     )
+
+
+def _draw(
+    generator: ImageGenerator,
+    config: SamplerConfig,
+    seed: int,
+    batches: list[list[int]],
+    processes: Processes,
+    output: Path,
+    text: dict[str, str],
+) -> list[NDArray[np.uint8]]:
+    """Draw this process's batches.
+
+    Returns, in the main process and unless `output` is a folder, the images of all batches; into a
+    folder each process writes its own.
+    """
+    mine = batches[processes.rank :: processes.size]
+    names = generator.class_names
+    drawn: list[NDArray[np.uint8]] = []
+    started = time.monotonic()
+    done = calls = 0
+    with console.progress("sampling", len(mine) * config.steps) as meter:
+
+        def on_step(count: int) -> None:
+            nonlocal calls, done
+            calls += count * (config.nfe // config.steps)
+            done += 1
+            rate = processes.size * calls / (time.monotonic() - started)
+            meter.update(done, f"{rate:.3g} NFE/s")
+
+        for batch in mine:
+            for images, labels in generator.images(batch, config, seed, len(batch), on_step):
+                if output.suffix:
+                    drawn.append(images)
+                    continue
+                for index, image, class_id in zip(batch, images, labels, strict=True):
+                    name = f"class{class_id:04d}-image{index:06d}.png"
+                    words = text | {"class": names[class_id][0], "index": str(index)}
+                    save_png(Image.fromarray(image), output / name, words)
+    if not output.suffix:
+        processes.wait()
+        return []
+    whole = [np.empty(0, np.uint8)] * len(batches)
+    for rank, part in enumerate(processes.gather(drawn)):
+        whole[rank :: processes.size] = part
+    return whole
 
 
 def _check_output(output: Path) -> None:

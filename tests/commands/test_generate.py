@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from terdit_cli.commands.generate import Labels, class_of, open_generator
+from terdit_cli.commands import generate
+from terdit_cli.commands.generate import ImageGenerator, Labels, class_of, open_generator
 from terdit_cli.diffusion.sampler import SamplerConfig
+from terdit_cli.errors import EnvironmentProblem
 from terdit_cli.runtime import cpu
+from terdit_cli.runtime.gpu_step import step_bytes
 
 
 def bound(freedom: int) -> float:
@@ -84,3 +88,50 @@ def test_any_part_is_the_same_image_by_image(
         assert part[1] == classes[start:end]
         difference = np.abs(part[0].astype(int) - whole[start:end])
         assert difference.max() <= (1 if activations == "fp32" else 16)
+
+
+# A GPU with too little memory
+
+
+@pytest.fixture
+def on_gpu(small_tdt: Path) -> ImageGenerator:
+    """Return a generator that believes to be on a GPU."""
+    generator = open_generator(small_tdt, "reference")
+    model = dataclasses.replace(generator.model, backend="gpu", precision="int8")
+    return dataclasses.replace(generator, model=model, device=torch.device("cuda:0"))
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(
+    on_gpu: ImageGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = on_gpu.model.info.config
+    free = step_bytes(config, 14, "int8")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
+    on_gpu.require_memory(7, guided=True)
+    on_gpu.require_memory(14, guided=False)
+    with pytest.raises(EnvironmentProblem, match="Fix: --batch-size 7") as error:
+        on_gpu.require_memory(8, guided=True)
+    assert "for 8 images at once" in str(error.value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 80e9))
+    with pytest.raises(EnvironmentProblem, match="Fix: free memory"):
+        on_gpu.require_memory(1, guided=True)
+    on_cpu = dataclasses.replace(on_gpu.model, backend="cpu")
+    dataclasses.replace(on_gpu, model=on_cpu).require_memory(10**9, guided=True)
+
+
+def test_memory_that_runs_out_while_sampling_and_loading(
+    small_tdt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 ...")
+
+    generator = open_generator(small_tdt)
+    monkeypatch.setattr(generate, "sample", run_out)
+    sampler = SamplerConfig("ddim", 2)
+    with pytest.raises(EnvironmentProblem, match="--batch-size 2"):
+        list(generator.images(range(5), sampler, 0, 5))
+    with pytest.raises(EnvironmentProblem, match="--device cpu"):
+        list(generator.images(range(1), sampler, 0, 1))
+    monkeypatch.setattr(generate, "load", run_out)
+    with pytest.raises(EnvironmentProblem, match="room for the model"):
+        open_generator(small_tdt)

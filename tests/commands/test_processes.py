@@ -1,4 +1,4 @@
-"""eval-fid by several processes, killed and resumed: the same features and the same JSON."""
+"""eval-fid and sample by several processes, killed and resumed: the same bits as by one."""
 
 from __future__ import annotations
 
@@ -231,3 +231,54 @@ def test_the_work_folder_of_another_run(
     done = terdit(*words, tmp_path)
     assert done.code == 3
     assert "delete the folder" in done.err
+
+
+# sample
+
+
+def drawing(model: Path, output: Path) -> tuple[object, ...]:
+    """Return the words that draw 13 images in batches of 3: the last of them is smaller."""
+    return (
+        "sample", "--model", model, "--prompt-class", 7, "-n", 13, "--steps", 3, "--sampler",
+        "ddim", "--cfg-scale", 2, "--batch-size", 3, "--device", "cpu", "-o", output,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("output", ["s.npz", "grid.png", "folder"])
+def test_two_processes_draw_the_same_images(
+    terdit: Terdit, small_tdt: Path, tmp_path: Path, output: str
+) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    assert terdit(*drawing(small_tdt, tmp_path / "one" / output)).code == 0
+    code, out, err = run_together((*drawing(small_tdt, tmp_path / "two" / output), "--json"), 2)
+    assert code == 0, err
+    result = json.loads(out)  # one object, of one process
+    assert result["images"] == 13
+    ours, theirs = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+        for folder in (tmp_path / "one", tmp_path / "two")
+    )
+    assert ours == theirs
+    assert len(ours) == (13 if output == "folder" else 1)
+
+
+def test_more_processes_than_batches(terdit: Terdit, small_tdt: Path, tmp_path: Path) -> None:
+    words = ("sample", "--model", small_tdt, "--prompt-class", 0, "--steps", 2, "--device", "cpu")
+    code, out, err = run_together((*words, "-o", tmp_path / "a.npz"), 3)
+    assert code == 0, err
+    assert out.count("a.npz: 1 images") == 1
+    assert terdit(*words, "-o", tmp_path / "b.npz").code == 0
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_a_process_that_cannot_write_ends_the_job(small_tdt: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    blocked = tmp_path / "folder" / "class0007-image000037.png"  # of the second process
+    blocked.mkdir()
+    code, out, err = run_together(drawing(small_tdt, tmp_path / "folder"), 2)
+    assert code != 0
+    assert out == ""
+    assert "error: cannot write" in err
+    assert blocked.name in err
+    assert not [line for line in err.splitlines() if line.startswith("[rank")]
