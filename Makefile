@@ -42,6 +42,10 @@ lint: install  ## ruff and mypy
 bench: install  ## docs/bench.md: terdit and its rivals on this CPU (minutes; GGML=libggml-cpu.so)
 	$(BIN)/terdit bench 600m --size 256,512 --threads 1,$$(nproc) $(GGML:%=--ggml %) --out docs/bench.md
 
+bench-gpu: install  ## docs/gpu.md: terdit and its rivals on this GPU (under ten minutes), or what can be counted without
+	$(BIN)/terdit bench 600m,4.2b --device cuda --out docs/gpu.md \
+		|| $(BIN)/terdit bench 600m,4.2b --what roofline --out docs/gpu.md
+
 bench-metrics: install  ## docs/metrics.md: eval-fid's scores and times beside recorded values and other libraries
 	$(BIN)/terdit bench --what metrics --threads $$(nproc) --recorded tests/golden/metrics.json --out docs/metrics.md
 
@@ -68,4 +72,4 @@ clean:  ## remove everything that the other targets made
 	rm -rf .venv build dist demo runs $(NATIVE)/*.so .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test coverage lint bench bench-metrics add-model results results-quick native-sanitize wheel clean
+.PHONY: help install demo test coverage lint bench bench-gpu bench-metrics add-model results results-quick native-sanitize wheel clean

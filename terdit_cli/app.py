@@ -265,6 +265,8 @@ app.command(epilog=_example(*app_study.EXAMPLES))(app_study.study)
         "terdit bench 600m --size 256,512 --threads 1,2 --out docs/bench.md",
         "terdit bench --what metrics --threads 1 --recorded tests/golden/metrics.json",
         "terdit bench recipes/quickstart.yaml --what training",
+        "terdit bench 600m,4.2b --device cuda --out docs/gpu.md",
+        "terdit bench 600m,4.2b --what roofline --gpu a100",
     )
 )
 def bench(
@@ -273,10 +275,19 @@ def bench(
     ] = "600m",
     what: Annotated[
         str,
-        typer.Option(help="gemm, forward, sample, images (of a .tdt), all; metrics; training."),
+        typer.Option(
+            help="gemm, forward, sample, images (of a .tdt), all; metrics; training; roofline."
+        ),
     ] = "all",
     size: Annotated[str, typer.Option(help="Image sizes in pixels, as 256,512.")] = "",
     batch: Annotated[int, typer.Option(help="Rows of a forward; a guided image is two.")] = 2,
+    images: Annotated[
+        str, typer.Option(help="On a GPU: guided images a batch.  [default: 1,8,32]")
+    ] = "",
+    device: Annotated[str, typer.Option(help="cpu, or cuda for the GPU's own tables.")] = "cpu",
+    gpu: Annotated[
+        str, typer.Option(help="Data sheet of the roofline: h100, h200, a100, l4, rtx4090.")
+    ] = "h100",
     threads: Annotated[str, typer.Option(help="Thread counts, as 1,2.  [default: torch's]")] = "",
     activations: Annotated[
         str,
@@ -300,12 +311,23 @@ def bench(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Page to write, .md.")] = None,
     json: Json = False,
 ) -> None:
-    """Measure speed, exactness and memory on this CPU, beside the rivals."""
+    """Measure speed, exactness and memory on this CPU or a GPU, beside the rivals."""
+    line = shlex.join(["terdit", *sys.argv[1:]])
+    if device != "cpu" or what == "roofline":
+        from terdit_cli.commands import bench_gpu
+
+        report = bench_gpu.run(model, what, size, images, device, gpu, repeats, seed, out, line)
+        if json:
+            console.result_json(bench_gpu.as_json(report))
+            return
+        for table in bench_gpu.gpu_tables(report):
+            console.result_table(*table)
+        return
     from terdit_cli.commands import bench as command
 
     result = command.run(
         model, what, size, batch, threads, activations, backend, rivals, repeats, seed, ggml, out,
-        shlex.join(["terdit", *sys.argv[1:]]), recorded,
+        line, recorded,
     )  # fmt: skip
     if json:
         console.result_json(command.as_json(result))

@@ -21,7 +21,15 @@ class RandomModel(ExportedModel):
     scales keep the size of the activations: alpha = 1 / sqrt(2/3 K).
     """
 
-    def __init__(self, size: str, input_size: int, seed: int) -> None:
+    def __init__(
+        self, size: str, input_size: int, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
+        """Describe the model.
+
+        Args:
+            device: where its tensors are made, and with whose generator.
+        """
+        self._device = torch.device(device)
         config = build_config(size, input_size=input_size, in_channels=3, qk_norm=True)
         self.info = ModelInfo(config, TernaryConfig(), SpaceInfo(), image_size=input_size)
         self._seed = seed
@@ -45,11 +53,12 @@ class RandomModel(ExportedModel):
 
     def trits(self, name: str) -> Tensor:
         return torch.randint(
-            -1, 2, self.matrix_shape(name), dtype=torch.int8, generator=self._generator(name)
-        )
+            -1, 2, self.matrix_shape(name), dtype=torch.int8, device=self._device,
+            generator=self._generator(name),
+        )  # fmt: skip
 
     def alphas(self, name: str) -> Tensor:
-        return torch.tensor([(2 / 3 * self.matrix_shape(name)[1]) ** -0.5])
+        return torch.tensor([(2 / 3 * self.matrix_shape(name)[1]) ** -0.5], device=self._device)
 
     def rest_names(self) -> list[str]:
         large = {f"{name}.{part}" for name in self.ternary_names() for part in ("weight", "alphas")}
@@ -57,14 +66,14 @@ class RandomModel(ExportedModel):
 
     def rest(self, name: str) -> Tensor:
         shape = self._state[name].shape
-        noise = torch.randn(shape, generator=self._generator(name))
+        noise = torch.randn(shape, device=self._device, generator=self._generator(name))
         if len(shape) > 1:
             return noise / shape[-1] ** 0.5
         gate = name.endswith("adaLN_modulation.2.weight")  # small gates, as trained models have
         return 0.1 * noise + (0.2 if gate else 0.0 if name.endswith("bias") else 1.0)
 
     def _generator(self, name: str) -> torch.Generator:
-        return torch.Generator().manual_seed(self._seed + zlib.crc32(name.encode()))
+        return torch.Generator(self._device).manual_seed(self._seed + zlib.crc32(name.encode()))
 
 
 def large_weights(info: ModelInfo) -> int:

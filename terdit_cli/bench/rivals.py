@@ -52,9 +52,9 @@ class Rival:
             layer.compile(dynamic=False)
         return lambda: self._call(layer, x)
 
-    def network(self, model: ExportedModel) -> Network:
-        """Return f(x, t, y) with this rival's layers; float32 in and out."""
-        network = dense_network(model, self.layer, self.dtype)
+    def network(self, model: ExportedModel, device: torch.device | str = "cpu") -> Network:
+        """Return f(x, t, y) with this rival's layers on a device; float32 in and out."""
+        network = dense_network(model, self.layer, self.dtype).to(device)
         if self.compiled:
             for block in network.layers:  # alike, so that all share what is compiled for one
                 block.compile(dynamic=False)
@@ -84,7 +84,7 @@ class UnpackLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x float32 [..., K] to [..., N]."""
         quarter, columns = self.packed.shape
-        codes = torch.empty(4, quarter, columns, dtype=torch.uint8)
+        codes = self.packed.new_empty(4, quarter, columns)
         for index, shift in enumerate((6, 4, 2, 0)):
             torch.bitwise_and(self.packed >> shift, 3, out=codes[index])
         weight = self.alpha * (codes.view(4 * quarter, columns).float() - 1)
@@ -93,6 +93,8 @@ class UnpackLinear(nn.Module):
 
 class IntegerLinear(nn.Module):
     """Per-row int8 activations and `torch._int_mm`; compiled, the quantisation is one pass."""
+
+    CUDA_ROWS = 32  # cuBLAS takes no fewer than 17
 
     def __init__(self, trits: Tensor, alpha: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -107,7 +109,10 @@ class IntegerLinear(nn.Module):
         """Map x [..., K] to [..., N] in the dtype of x."""
         rows = x.flatten(0, -2).float()
         step = rows.abs().amax(dim=1, keepdim=True).clamp_min(1e-5) / 127
-        sums = torch._int_mm((rows / step).round().to(torch.int8), self.weight)
+        integers = (rows / step).round().to(torch.int8)
+        if rows.is_cuda and len(rows) < self.CUDA_ROWS:
+            integers = F.pad(integers, (0, 0, 0, self.CUDA_ROWS - len(rows)))
+        sums = torch._int_mm(integers, self.weight)[: len(rows)]
         y = sums.float() * (step * self.alpha)
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).unflatten(0, x.shape[:-1])

@@ -1,0 +1,138 @@
+"""`terdit bench --device cuda`, and `--what roofline`, which needs no GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import terdit_cli
+from terdit_cli.atomic import atomic_path
+from terdit_cli.bench.gpu import CudaStopwatch, GpuFindings, Plan, measure
+from terdit_cli.bench.gpu_page import GpuReport, gpu_goals, gpu_page, gpu_tables
+from terdit_cli.bench.options import DOWNSAMPLE, numbers, words
+from terdit_cli.bench.roofline import RooflineRow, analyse, find_chip
+from terdit_cli.errors import EnvironmentProblem, UsageError, did_you_mean
+from terdit_cli.model.dit import SIZES, build_config
+from terdit_cli.runtime import gpu
+
+ROOFLINE = "roofline"
+LARGEST_IMAGES = 256
+
+__all__ = ["as_json", "gpu_tables", "run"]
+
+
+def run(
+    model: str = "600m,4.2b",
+    what: str = "all",
+    size: str = "",
+    images: str = "",
+    device: str = "cuda",
+    chip: str = "h100",
+    repeats: int = 7,
+    seed: int = 0,
+    output: Path | None = None,
+    command: str = "terdit bench --device cuda",
+) -> GpuReport:
+    """Measure on a GPU, or only count.
+
+    Args:
+        model: named sizes, comma separated.
+        what: "all" to measure and count, "roofline" to count.
+        size: image sizes in pixels, "" for 256,512.
+        images: guided images a batch, "" for 1,8,32.
+        device: "cuda" or "cuda:N"; with "roofline" it does not matter.
+        chip: whose data sheet bounds the products.
+        output: the .md file to write.
+
+    Raises:
+        UsageError: unknown sizes or chips; EnvironmentProblem: no usable GPU.
+    """
+    plan = Plan(
+        models=words(model),
+        sizes=numbers("--size", size) or Plan.sizes,
+        images=numbers("--images", images) or Plan.images,
+        repeats=repeats,
+        seed=seed,
+    )
+    _check(plan, what, output)
+    limits = find_chip(chip)
+    findings, why_not = GpuFindings(), None
+    if what == ROOFLINE:
+        why_not = "only counted"
+    else:
+        place = torch.device(device)
+        why_not = gpu.available(place)
+        if why_not is not None:
+            raise EnvironmentProblem(
+                "there is no GPU to measure",
+                got=why_not,
+                expected="an NVIDIA GPU of compute capability 8.0 or newer, and Triton",
+                fix="terdit bench --what roofline counts without one",
+            )
+        name = torch.cuda.get_device_name(place)
+        findings = measure(plan, place, CudaStopwatch(place), name)
+    rows: list[RooflineRow] = []
+    for name in plan.models:
+        for pixels in plan.sizes:
+            config = build_config(name, input_size=pixels // DOWNSAMPLE, qk_norm=True)
+            for count in plan.images:
+                rows += analyse(config, limits, count, name, pixels)
+    report = GpuReport(
+        command=command,
+        machine=f"torch {torch.__version__}, Python {platform.python_version()}, "
+        f"terdit {terdit_cli.__version__}",
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        seed=seed,
+        repeats=repeats,
+        why_not=why_not,
+        findings=findings,
+        roofline=rows,
+    )
+    if output is not None:
+        with atomic_path(output) as temporary:
+            temporary.write_text(gpu_page(report), encoding="utf-8")
+    return report
+
+
+def _check(plan: Plan, what: str, output: Path | None) -> None:
+    """Raise UsageError for what cannot be measured or written."""
+    if what not in ("all", ROOFLINE):
+        raise UsageError(
+            "wrong --what for a GPU", got=repr(what), expected=f"all or {ROOFLINE}",
+            fix="--what all",
+        )  # fmt: skip
+    for name in plan.models:
+        if name not in SIZES:
+            raise UsageError(
+                "unknown model size", got=repr(name) + did_you_mean(name, SIZES),
+                expected="of " + ", ".join(SIZES), fix="terdit bench 600m,4.2b --device cuda",
+            )  # fmt: skip
+    for pixels in plan.sizes:
+        if pixels < 2 * DOWNSAMPLE or pixels % (2 * DOWNSAMPLE):
+            raise UsageError(
+                "wrong --size", got=pixels, expected=f"a multiple of {2 * DOWNSAMPLE}",
+                fix="--size 256",
+            )  # fmt: skip
+    for count in plan.images:
+        if not 1 <= count <= LARGEST_IMAGES:
+            raise UsageError("wrong --images", got=count, expected=f"1 to {LARGEST_IMAGES}")
+    if output is not None and output.suffix != ".md":
+        raise UsageError(
+            "unknown kind of page", got=output.suffix, expected=".md", where=output,
+            fix="--out gpu.md",
+        )  # fmt: skip
+
+
+def as_json(report: GpuReport) -> dict[str, Any]:
+    """Return plain JSON types, with the goals beside the figures."""
+    goals = [
+        dataclasses.asdict(goal)
+        | {"found": goal.found._asdict() if goal.found else None, "met": goal.met}
+        for goal in gpu_goals(report.findings)
+    ]
+    return dataclasses.asdict(report) | {"goals": goals}
