@@ -26,7 +26,7 @@ from terdit_cli.errors import Interrupted, TerditError, UsageError
 from terdit_cli.options import (
     Activations,
     BackendName,
-    BatchSize,
+    BatchSizeThatFits,
     CfgChannels,
     CfgScale,
     Device,
@@ -202,6 +202,8 @@ def _parse_fields(words: list[str]) -> dict[str, Any]:
         'terdit sample --prompt-class "Ankle boot" -n 4',
         "terdit sample --model model.tdt --prompt-class 207 --steps 50 --sampler dpmpp-2m",
         "terdit sample --model runs/quickstart --prompt-class all -n 8 -o samples.npz",
+        "torchrun --nproc-per-node 2 -m terdit_cli sample --model model.tdt --prompt-class all "
+        "-n 50 -o samples/",
     )
 )
 def sample(
@@ -221,7 +223,7 @@ def sample(
     cfg_scale: CfgScale = None,
     cfg_channels: GuidedChannels = CfgChannels.three,
     seed: Seed = 0,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSizeThatFits = None,
     backend: BackendName = "auto",
     activations: Activations = "auto",
     threads: Threads = None,
@@ -239,8 +241,6 @@ def sample(
         prompt_class, model, n, steps, sampler, cfg_scale, cfg_channels.value, seed, batch_size,
         backend, device, vae, out, activations, threads,
     )  # fmt: skip
-    if not console.is_main():
-        return
     if json:
         console.result_json(dataclasses.asdict(result))
         return

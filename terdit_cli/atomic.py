@@ -63,6 +63,14 @@ def check_writable(target: Path) -> None:
         raise write_problem(target, OSError(number, os.strerror(number)))
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents; raises what `atomic_path` raises."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_problem(folder, error) from error
+
+
 def write_problem(target: Path, error: OSError) -> EnvironmentProblem:
     """Turn the operating system's refusal to write `target` into a sentence with a way out."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

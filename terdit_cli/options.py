@@ -33,6 +33,10 @@ GuidedChannels = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Image i is a function of (seed, i).")]
 BatchSize = Annotated[int, typer.Option(help="Images drawn at once.")]
+BatchSizeThatFits = Annotated[
+    int | None,
+    typer.Option(help="Images drawn at once.  [default: 8, or fewer if a GPU's memory asks it]"),
+]
 BackendName = Annotated[str, typer.Option(help="auto, gpu, cpu or reference.")]
 Activations = Annotated[
     str, typer.Option(help="Of packed models: auto, int8, int16, bf16, fp32; on some GPUs fp8.")
@@ -42,7 +46,7 @@ Threads = Annotated[
     typer.Option(envvar="TERDIT_THREADS", help="CPU threads.  [default: torch's]"),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: a GPU if there is one]")
+    str | None, typer.Option(help="auto, cpu, cuda, cuda:1.  [default: a GPU if there is one]")
 ]
 Vae = Annotated[str | None, typer.Option(help="VAE folder or hub id instead of the model's.")]
 RawWeights = Annotated[

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from terdit_cli.atomic import atomic_path, check_writable
+from terdit_cli.atomic import atomic_path, check_writable, make_folder
 from terdit_cli.errors import EnvironmentProblem
 
 
@@ -70,6 +70,17 @@ def test_a_file_where_a_folder_is_needed_and_the_reverse(tmp_path: Path) -> None
             temporary.write_text("x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
     assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_a_folder_with_its_parents(tmp_path: Path) -> None:
+    for _ in range(2):
+        make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "b"):
+        with pytest.raises(EnvironmentProblem, match="a file where a folder is needed") as error:
+            make_folder(path)
+        assert str(path) in str(error.value)
 
 
 def test_errors_about_other_files_pass_through(tmp_path: Path) -> None:

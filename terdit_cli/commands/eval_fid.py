@@ -184,14 +184,13 @@ def _open(options: EvalOptions, device: str) -> Source:
         path, options.sampler, options.steps, options.cfg_scale, options.cfg_channels
     )
     generator = open_generator(path, options.backend, device, options.vae, options.activations)
-    generator.require_memory(options.batch_size, asked.guided)
     return ModelSource(
         generator,
         generator.fit(asked),
         options.n or DEFAULT_IMAGES,
         options.seed,
         options.labels,
-        options.batch_size,
+        generator.batch_size(options.batch_size, asked.guided),
         model_sha256(path),
     )
 

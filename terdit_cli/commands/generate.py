@@ -24,14 +24,15 @@ from terdit_cli.data.classes import names_of_classes
 from terdit_cli.data.vae import PixelSpace, Space, VaeSpace
 from terdit_cli.diffusion.noise import ImageNoise
 from terdit_cli.diffusion.sampler import SamplerConfig, sample
-from terdit_cli.errors import EnvironmentProblem, UsageError
+from terdit_cli.errors import EnvironmentProblem, TerditError, UsageError
 from terdit_cli.models import catalogue
 from terdit_cli.models.card import read_card
 from terdit_cli.pack.convert import is_released_folder
 from terdit_cli.pack.sources import checkpoint_path
-from terdit_cli.runtime import gpu
-from terdit_cli.runtime.gpu_step import largest_batch, step_bytes
+from terdit_cli.runtime.gpu_memory import explained, free_bytes
 from terdit_cli.runtime.load import LoadedModel, load
+
+DEFAULT_BATCH = 8  # images drawn at once
 
 OnStep = Callable[[int], None]
 Labels = Literal["balanced", "uniform"]
@@ -101,26 +102,27 @@ class ImageGenerator:
         clip = info.space.kind == "pixel" and sampler.name in ("ddpm", "ddim")
         return dataclasses.replace(sampler, clip_denoised=clip)
 
-    def require_memory(self, batch_size: int, guided: bool) -> None:
-        """Check that a GPU has room for the steps of a batch.
+    def batch_size(self, asked: int | None, guided: bool) -> int:
+        """Return how many images to draw at once: what was asked for, or what a GPU has room for.
+
+        Args:
+            asked: None: `DEFAULT_BATCH`, or as many fewer as fit.
 
         Raises:
-            EnvironmentProblem: not enough free memory, with the batch size that fits.
+            EnvironmentProblem: fewer fit than were asked for, or not one.
         """
-        if self.model.backend != gpu.NAME:
-            return
-        config, precision = self.model.info.config, self.model.precision
-        rows = 2 if guided else 1
-        needed = step_bytes(config, rows * batch_size, precision)
-        free, _ = torch.cuda.mem_get_info(self.device)
-        if needed <= free:
-            return
-        fits = largest_batch(config, free, precision) // rows
+        wanted = asked or DEFAULT_BATCH
+        fits = self.model.largest_batch(guided)
+        if fits is None or fits >= wanted:
+            return wanted
+        if asked is None and fits:
+            return fits
         raise EnvironmentProblem(
-            "the GPU has too little free memory for this batch",
-            got=f"{free / 1e9:.2f} GB free on {self.device}",
-            expected=f"{needed / 1e9:.2f} GB for {batch_size} images at once",
-            fix=f"--batch-size {fits}" if fits else "free memory on it, or --device cpu",
+            "too little GPU memory for this batch",
+            got=f"{free_bytes(self.device) / 1e9:.2f} GB free",
+            expected=f"room for {wanted} images at once" if fits else "room for one image",
+            where=self.device,
+            fix=_smaller(fits),
         )
 
     @torch.inference_mode()
@@ -143,9 +145,10 @@ class ImageGenerator:
         for start in range(0, len(indices), batch_size):
             batch = indices[start : start + batch_size]
             classes = [class_of(index, config.num_classes, labels, seed) for index in batch]
-            y = torch.tensor([rows[class_id] for class_id in classes], device=self.device)
+            y = torch.tensor([rows[class_id] for class_id in classes], device=self.model.conditions)
             noise = ImageNoise(seed, batch, shape, self.device)
-            try:
+            what = f"{len(batch)} images at once"
+            with explained(what, self.device, _smaller(len(batch) // 2)):
                 latents = sample(
                     self.model.network,
                     sampler,
@@ -155,23 +158,14 @@ class ImageGenerator:
                     noise,
                     on_step=partial(_count_images, on_step),
                 )
-                decoded = self.space.decode(latents).cpu().numpy()
-            except torch.OutOfMemoryError as error:
-                raise out_of_memory(error, self.device, len(batch)) from error
-            yield decoded, classes
+                images = self.space.decode(latents).cpu().numpy()
+            yield images, classes
 
 
-def out_of_memory(
-    error: torch.OutOfMemoryError, device: torch.device, batch_size: int
-) -> EnvironmentProblem:
-    """Return what to tell a user whose GPU is too small."""
-    return EnvironmentProblem(
-        "the GPU has too little memory",
-        got=str(error).split(". ")[0],
-        expected=f"room for {batch_size} images at once" if batch_size else "room for the model",
-        where=device,
-        fix=f"--batch-size {batch_size // 2}" if batch_size > 1 else "--device cpu",
-    )
+def _smaller(batch_size: int) -> str:
+    if batch_size:
+        return f"--batch-size {batch_size}"
+    return "free memory of that GPU, name another with --device, or use --device cpu"
 
 
 def _count_images(on_step: OnStep, k: int, x: torch.Tensor) -> None:
@@ -228,10 +222,7 @@ def open_generator(
         InputFileError, UsageError, EnvironmentProblem.
     """
     place = usable_device(device)
-    try:
-        model = load(path, place, backend, activations=activations)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(error, place, 0) from error
+    model = load(path, place, backend, activations=activations)
     info = model.info
     if info.space.kind == "pixel" and vae is not None:
         raise UsageError(
@@ -242,19 +233,45 @@ def open_generator(
 
 
 def usable_device(name: str | None) -> torch.device:
-    """Return a device by name, or the default one; raises UsageError."""
-    if name is None:
+    """Return a device by name, or the default one for None and "auto".
+
+    Raises:
+        UsageError: no such kind of device. EnvironmentProblem: a GPU that is not there.
+    """
+    if name in (None, "auto"):
         return default_device()
+    kind: type[TerditError] = UsageError
     try:
         device = torch.device(name)
+        if device.type == "cuda":
+            _require_gpu(device)
+            kind = EnvironmentProblem
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(
+        raise kind(
             "the device cannot be used",
             got=f"{name!r}: {str(error).splitlines()[0]}",
             fix="--device cpu",
         ) from error
     return device
+
+
+def _require_gpu(device: torch.device) -> None:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        why = "finds no GPU" if torch.version.cuda else "is built without CUDA"
+        raise EnvironmentProblem(
+            "this machine has no GPU to use",
+            got=f"--device {device}; torch {torch.__version__} {why}",
+            fix="--device cpu, or install NVIDIA's driver and torch for CUDA",
+        )
+    if (device.index or 0) >= count:
+        raise EnvironmentProblem(
+            "this machine has no such GPU",
+            got=f"--device {device}",
+            expected="cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}",
+            fix="--device cuda",
+        )
 
 
 def model_sha256(path: Path) -> str:

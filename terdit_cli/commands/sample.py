@@ -14,8 +14,9 @@ from PIL import Image
 
 import terdit_cli
 from terdit_cli import console
-from terdit_cli.atomic import atomic_path
+from terdit_cli.atomic import atomic_path, make_folder
 from terdit_cli.commands.generate import (
+    DEFAULT_BATCH,
     ImageGenerator,
     model_sha256,
     open_generator,
@@ -96,7 +97,7 @@ def run(
     cfg_scale: float | None = None,
     cfg_channels: str = "3",
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     backend: str = "auto",
     device: str | None = None,
     vae: str | None = None,
@@ -113,6 +114,7 @@ def run(
         prompt_class: an id, a name, a comma separated list of either, or "all".
         model: a path, the name of a packaged model, or None: see `find_model`.
         steps, sampler, cfg_scale: None: see `sampler_for`.
+        batch_size: images drawn at once; None: see `ImageGenerator.batch_size`.
         output: .png (a labelled grid), .npz (arr_0 uint8 [N, H, W, 3], labels int64 [N]) or a
             folder (one PNG an image).
         activations: see `open_generator`.
@@ -121,15 +123,15 @@ def run(
     Raises:
         UsageError, InputFileError, EnvironmentProblem.
     """
-    for name, value in (("-n", n), ("--batch-size", batch_size)):
-        if value < 1:
-            raise UsageError(f"wrong {name}", got=value, expected="a positive number")
-    _check_output(output)
-    path = find_model(model, prompt_class)
-    asked = sampler_for(path, sampler, steps, cfg_scale, cfg_channels)
-    if threads is not None:
-        set_threads(threads)
     with join_processes() as processes:
+        for name, value in (("-n", n), ("--batch-size", batch_size)):
+            if value is not None and value < 1:
+                raise UsageError(f"wrong {name}", got=value, expected="a positive number")
+        _check_output(output)
+        path = find_model(model, prompt_class)
+        asked = sampler_for(path, sampler, steps, cfg_scale, cfg_channels)
+        if threads is not None:
+            set_threads(threads)
         generator = open_generator(path, backend, processes.device(device), vae, activations)
         names = generator.class_names
         classes = find_classes(prompt_class, names)
@@ -142,8 +144,15 @@ def run(
                 fix="write a folder or an .npz: -o samples/",
             )
         config = generator.fit(asked)
-        generator.require_memory(batch_size, config.guided)
         _ = generator.space  # a VAE that cannot be opened is found before the work
+        # The same in all processes, whatever else their GPUs do: images depend on it a little.
+        size = processes.least(generator.batch_size(batch_size, config.guided))
+        if size < (batch_size or DEFAULT_BATCH):
+            console.note(f"--batch-size {size}: the GPU has too little memory for {DEFAULT_BATCH}")
+        if not output.suffix and processes.size > 1:
+            if processes.is_main:
+                make_folder(output)
+            processes.require_shared(output, "-o")
         digest = model_sha256(path)
         text = {
             "software": f"terdit {terdit_cli.__version__}",
@@ -154,23 +163,20 @@ def run(
             "cfg_scale": f"{config.cfg_scale:g} ({config.cfg_channels} channels)",
         }
         started = time.monotonic()
-        # Whole batches to each process: every one is computed as if there were one process.
-        batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-        drawn = _draw(generator, config, seed, batches, processes, output, text)
+        drawn = _draw(generator, config, seed, indices, size, processes, output, text)
         seconds = time.monotonic() - started
-        if processes.is_main and output.suffix:
+        if drawn is not None:
             labels = [index % len(names) for index in indices]
             if output.suffix == ".png":
                 captions = [names[class_id][0] for class_id in labels]
                 how = f"{config.name} {config.steps} steps, cfg {config.cfg_scale:g}"
                 title = f"{path.name}, {how}, seed {seed}"
                 columns = n * max(1, round(math.sqrt(len(indices)) / n))  # a class never wraps
-                grid = draw_grid(np.concatenate(drawn), captions, title, columns)
+                grid = draw_grid(drawn, captions, title, columns)
                 save_png(grid, output, text | {"class": ", ".join(dict.fromkeys(captions))})
             else:
                 with atomic_path(output) as temporary, temporary.open("wb") as file:
-                    values = np.array(labels, dtype=np.int64)
-                    np.savez(file, arr_0=np.concatenate(drawn), labels=values)
+                    np.savez(file, arr_0=drawn, labels=np.array(labels, dtype=np.int64))
     return SampleResult(
         output=output,
         images=len(indices),
@@ -190,45 +196,61 @@ def _draw(
     generator: ImageGenerator,
     config: SamplerConfig,
     seed: int,
-    batches: list[list[int]],
+    indices: list[int],
+    batch_size: int,
     processes: Processes,
     output: Path,
     text: dict[str, str],
-) -> list[NDArray[np.uint8]]:
-    """Draw this process's batches.
+) -> NDArray[np.uint8] | None:
+    """Draw the images `indices` together with the other processes.
 
-    Returns, in the main process and unless `output` is a folder, the images of all batches; into a
-    folder each process writes its own.
+    Whole batches are dealt out: each is computed as if there were one process.
+
+    Returns:
+        uint8 [N, H, W, 3] in the main process. None in the others, and where `output` is a folder:
+        there each process writes its own.
     """
-    mine = batches[processes.rank :: processes.size]
-    names = generator.class_names
-    drawn: list[NDArray[np.uint8]] = []
+    starts = range(0, len(indices), batch_size)
+    mine = starts[processes.rank :: processes.size]
+    whole: NDArray[np.uint8] | None = None
+    parts: list[NDArray[np.uint8]] = []  # of this process, to be sent
     started = time.monotonic()
-    done = calls = 0
-    with console.progress("sampling", len(mine) * config.steps) as meter:
+    calls = config.nfe // config.steps
+    with console.progress("sampling", len(indices) * config.steps) as meter:
 
         def on_step(count: int) -> None:
-            nonlocal calls, done
-            calls += count * (config.nfe // config.steps)
-            done += 1
-            rate = processes.size * calls / (time.monotonic() - started)
-            meter.update(done, f"{rate:.3g} NFE/s")
+            """Show what all processes have done together, in steps of an image."""
+            done = processes.add("steps", count)
+            meter.update(done, f"{done * calls / (time.monotonic() - started):.3g} NFE/s")
 
-        for batch in mine:
-            for images, labels in generator.images(batch, config, seed, len(batch), on_step):
-                if output.suffix:
-                    drawn.append(images)
-                    continue
+        for start in mine:
+            batch = indices[start : start + batch_size]
+            images, labels = next(generator.images(batch, config, seed, len(batch), on_step))
+            if not output.suffix:
                 for index, image, class_id in zip(batch, images, labels, strict=True):
                     name = f"class{class_id:04d}-image{index:06d}.png"
-                    words = text | {"class": names[class_id][0], "index": str(index)}
+                    words = text | {
+                        "class": generator.class_names[class_id][0],
+                        "index": str(index),
+                    }
                     save_png(Image.fromarray(image), output / name, words)
-    if not output.suffix:
-        processes.wait()
-        return []
-    whole = [np.empty(0, np.uint8)] * len(batches)
-    for rank, part in enumerate(processes.gather(drawn)):
-        whole[rank :: processes.size] = part
+            elif processes.is_main:
+                if whole is None:  # the first batch of all is the main process's
+                    whole = np.empty((len(indices), *images.shape[1:]), np.uint8)
+                whole[start : start + len(batch)] = images
+            else:
+                parts.append(images)
+        if not output.suffix:
+            processes.wait()
+            on_step(0)
+            return None
+        for part in parts:
+            processes.send(part)
+        if whole is not None:
+            for number, start in enumerate(starts):
+                if number % processes.size:
+                    processes.receive(whole[start : start + batch_size], number % processes.size)
+                    on_step(0)
     return whole
 
 

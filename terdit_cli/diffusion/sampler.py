@@ -9,6 +9,8 @@ where ab' is alpha_bar of the next step and s = eta times the ddpm deviation. No
 callable: noise(k) is the draw of the k-th step, counted from the noisiest, asked for at every
 step of ddpm and ddim even where its factor is 0, so that a recorded trajectory can be replayed.
 
+The network gets t where y lies, which need not be beside x.
+
 Shapes: B images, C channels, H, W pixels or latents. x stays float32. t [B] int64, y [B] int64.
 """
 
@@ -193,8 +195,8 @@ def ddpm_loop(
     """Return [B, C, H, W] by ancestral sampling over any schedule (Ho et al., algorithm 2)."""
     x = z.float()
     for k in range(schedule.num_steps):
-        t = torch.full((len(x),), schedule.num_steps - 1 - k, device=x.device)
-        output = schedule.call(network, x, t, y)
+        t, told = _timesteps(schedule.num_steps - 1 - k, x, y)
+        output = schedule.call(network, x, told, y)
         p = schedule.p_mean_variance(output, x, t, clip_denoised)
         draw = _draw(noise, k, x)
         last = k == schedule.num_steps - 1
@@ -218,8 +220,8 @@ def ddim_loop(
     """Return [B, C, H, W] by DDIM over any schedule (Song et al. 2021, equations 12 and 16)."""
     x = z.float()
     for k in range(schedule.num_steps):
-        t = torch.full((len(x),), schedule.num_steps - 1 - k, device=x.device)
-        output = schedule.call(network, x, t, y)
+        t, told = _timesteps(schedule.num_steps - 1 - k, x, y)
+        output = schedule.call(network, x, told, y)
         x0 = schedule.p_mean_variance(output, x, t, clip_denoised).x0
         eps = schedule.eps_from_x0(x, t, x0)
         now, after = at(schedule.alpha_bar, t), at(schedule.alpha_bar_prev, t)
@@ -250,16 +252,22 @@ def solver_loop(
     schedule = make_schedule("")
     x = z.float() * scheduler.init_noise_sigma
     for k, timestep in enumerate(scheduler.timesteps):
-        t = torch.full((len(x),), int(timestep), device=x.device)
+        t, told = _timesteps(int(timestep), x, y)
         x_t = scheduler.scale_model_input(x, timestep)
         # Only eps goes on: the solvers misread or refuse the variance channels.
-        eps, _ = split_output(network(x_t, t, y), x_t)
+        eps, _ = split_output(network(x_t, told, y), x_t)
         if config.clip_denoised:
             eps = schedule.eps_from_x0(x_t, t, schedule.x0_from_eps(x_t, t, eps).clamp(-1, 1))
         x = scheduler.step(eps, timestep, x).prev_sample
         if on_step is not None:
             on_step(k, x)
     return x
+
+
+def _timesteps(step: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `step` for each image, int64 [B]: beside x for the arithmetic, beside y for f."""
+    t = torch.full((len(x),), step, device=x.device)
+    return t, t if y.device == x.device else torch.full((len(x),), step, device=y.device)
 
 
 def _scheduler(config: SamplerConfig) -> Any:

@@ -72,11 +72,18 @@ def choose_backend(name: str, device: torch.device) -> Choice:
         if name == backend.NAME:
             return Choice(backend, f"backend {name} (as asked)")
     if name in missing:
+        named = next(backend for backend in BACKENDS if name == backend.NAME)
+        elsewhere = [
+            f"--device {kind}"
+            for kind in ("cuda", "cpu")
+            if kind != device.type and named.available(torch.device(kind)) is None
+        ]
+        others = [backend.NAME for backend in usable]
         raise EnvironmentProblem(
             f"backend {name!r} cannot run",
             got=missing[name],
             where=f"device {device}",
-            fix="use --backend " + " or ".join(["auto", *(backend.NAME for backend in usable)]),
+            fix="use " + " or ".join([*elsewhere, "--backend auto", *others]),
         )
     known = ["auto", *(backend.NAME for backend in BACKENDS)]
     raise UsageError(

@@ -69,10 +69,10 @@ def _no_triton() -> str | None:
 
 def available(device: torch.device) -> str | None:
     """Return the reason why this backend cannot run on a device, or None."""
+    if not torch.cuda.is_available():
+        return f"device {device}, torch finds no CUDA device"
     if device.type != "cuda":
         return f"device {device}"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
     if torch.version.hip is not None:
         return "it is made for NVIDIA's GPUs"
     capability = torch.cuda.get_device_capability(device)
@@ -130,7 +130,7 @@ class Rows(NamedTuple):
     precision: Precision
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make a device the current one, where Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -167,7 +167,7 @@ def make_rows(
     if not count:
         return Rows(values, steps, precision)
     block = max(16, 1 << (width - 1).bit_length())
-    with _on(x.device):
+    with on(x.device):
         kernels().rows_kernel[(count,)](
             x, weight, shift, scale, values, steps,
             width, tokens, x.stride(0), 0 if weight is None else weight.stride(0),
@@ -231,7 +231,7 @@ def multiply(
         problem = problem_of(rows, alphas, columns, epilogue)
         tile = gpu_config.choose(problem, device_facts(out.device))
     grid = -(-columns // tile.BN) * -(-count * planes // tile.BM)
-    with _on(out.device):
+    with on(out.device):
         kernels().linear_kernel[(grid,)](
             rows.values, packed, alphas, bias, rows.steps, gates, out,
             count, columns, width, alphas.shape[-1], tokens, rows.values.stride(0),
@@ -268,7 +268,7 @@ def rotate(
     k_weight, k_bias = k_norm or (None, None)
     tokens, half = cosines.shape
     block = max(16, 1 << (max(q_width, k_width) - 1).bit_length())
-    with _on(heads.device):
+    with on(heads.device):
         kernels().rotary_kernel[(len(heads), 2)](
             heads, cosines, sines, q_weight, q_bias, k_weight, k_bias,
             tokens, heads.stride(0), q_width, k_width, half, QK_NORM_EPS,

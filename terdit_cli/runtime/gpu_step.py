@@ -33,6 +33,7 @@ from terdit_cli.runtime.gpu import make_rows, multiply
 from terdit_cli.runtime.reference import Precision
 
 CACHE_BYTES = 128 << 20  # of modulations, for each network
+SPARE_BYTES = 64 << 20  # for the libraries' workspaces and the sampler's own tensors
 # Batches are filled up to one of these, so that few graphs serve all; larger ones run without.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 
@@ -316,7 +317,7 @@ class GpuDiT(DiT):
         if not len(x):
             return x.new_empty(0, config.out_channels, config.input_size, config.input_size)
         # One at a time: a graph has one place for its inputs.
-        with self._lock, torch.no_grad():
+        with self._lock, torch.no_grad(), gpu.on(x.device):  # the device of streams and graphs
             step = self._step
             if step is None or not step.is_valid():
                 with torch.inference_mode(False):  # buffers that can still be written to
@@ -340,7 +341,20 @@ def step_bytes(config: DiTConfig, batch: int, precision: Precision) -> int:
     return rows * (4 * config.dim + max(attention, feed)) + modulations
 
 
+def sampling_bytes(config: DiTConfig, batch: int, precision: Precision) -> int:
+    """Return about how many bytes sampling takes beside the weights, in steps of `batch` images.
+
+    A captured step keeps its memory, and that of the last, smaller batch first runs beside it.
+    """
+    rows = next((size for size in BUCKETS if size >= batch), batch)
+    steps = step_bytes(config, rows + min(rows, BUCKETS[-1]), precision)
+    return steps + CACHE_BYTES + SPARE_BYTES
+
+
 def largest_batch(config: DiTConfig, free: int, precision: Precision) -> int:
-    """Return how many images' steps fit into `free` bytes, 0 where not one does."""
+    """Return the most images whose `sampling_bytes` are at most `free`, 0 where not one fits."""
     one = step_bytes(config, 1, precision)
-    return max(0, free // one)
+    steps = max(0, free - CACHE_BYTES - SPARE_BYTES) // one
+    if steps >= 2 * BUCKETS[-1]:
+        return steps - BUCKETS[-1]
+    return max((size for size in BUCKETS if 2 * size <= steps), default=0)

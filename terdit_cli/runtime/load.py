@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from terdit_cli.model.dit import DiT
 from terdit_cli.model.info import ModelInfo
 from terdit_cli.models import catalogue
 from terdit_cli.pack.sources import checkpoint_path, open_exported, refuse_overrides
-from terdit_cli.runtime import cpu, gpu
+from terdit_cli.runtime import cpu, gpu, gpu_memory, gpu_step
 from terdit_cli.runtime.backends import choose_backend, resolve_activations
 from terdit_cli.runtime.packed import empty_network, packed_network
 from terdit_cli.runtime.reference import Precision
@@ -26,11 +27,29 @@ class LoadedModel:
 
     network: DiT
     info: ModelInfo
+    device: torch.device
     backend: str  # of a packed model; "torch" for a checkpoint
     precision: Precision
     threads: int
     isa: str | None  # of the cpu backend
     reason: str  # for a line on stderr: what runs, and why
+
+    @property
+    def conditions(self) -> torch.device:
+        """Where y, and with it t, should lie: the GPU's step keeps modulations by their values."""
+        return torch.device("cpu") if self.backend == gpu.NAME else self.device
+
+    def largest_batch(self, guided: bool) -> int | None:
+        """Return how many images at once the GPU's free memory holds; None: not known.
+
+        Args:
+            guided: each image is two of the network's.
+        """
+        if self.backend != gpu.NAME:
+            return None
+        free = gpu_memory.free_bytes(self.device)
+        rows = gpu_step.largest_batch(self.info.config, free, self.precision)
+        return rows // 2 if guided else rows
 
     def facts(self) -> dict[str, Any]:
         """Return how it runs, for a result that is to be repeated."""
@@ -63,9 +82,22 @@ def load(
 
     Raises:
         InputFileError, UsageError, EnvironmentProblem: see `open_exported`, `choose_backend` and
-            `resolve_activations`.
+            `resolve_activations`. EnvironmentProblem: the weights do not fit the GPU's memory.
     """
     path, device = catalogue.resolve(path), torch.device(device)
+    fix = "free memory of that GPU, name another with --device, or use --device cpu"
+    with gpu_memory.explained("the model's weights", device, fix):
+        return _load(path, device, backend, weights, activations, overrides)
+
+
+def _load(
+    path: Path,
+    device: torch.device,
+    backend: str,
+    weights: Literal["ema", "raw"],
+    activations: str,
+    overrides: dict[str, Any],
+) -> LoadedModel:
     checkpoint = checkpoint_path(path)
     choice = choose_backend(backend, device)
     if checkpoint is not None:
@@ -91,6 +123,7 @@ def load(
     return LoadedModel(
         network=network,
         info=model.info,
+        device=device,
         backend=choice.backend.NAME,
         precision=precision,
         threads=threads,
@@ -121,6 +154,7 @@ def _from_checkpoint(
     return LoadedModel(
         network=_masters(checkpoint, weights).to(device),
         info=info,
+        device=device,
         backend="torch",
         precision="int8" if info.ternary.enabled and info.ternary.activations == "int8" else "fp32",
         threads=torch.get_num_threads(),

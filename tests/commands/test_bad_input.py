@@ -166,6 +166,7 @@ def test_pack(
         (["--prompt-class", "1", "--cfg-scale", "-1"], 2, ["got -1"]),
         (["--prompt-class", "1", "--seed", "-1"], 2, ["got -1", "--seed"]),
         (["--prompt-class", "1", "--device", "toaster"], 2, ["'toaster'", "--device cpu"]),
+        (["--prompt-class", "1", "--device", "cuda:99"], 4, ["got --device cuda:99", "Fix: --de"]),
         (["--prompt-class", "1", "--vae", "some/vae"], 2, ["some/vae", "no VAE"]),
         (["--prompt-class", "1", "--backend", "gpu"], 4, ["'gpu' cannot run", "--backend auto"]),
         (["--prompt-class", "1", "--backend", "qpu"], 2, ["unknown backend"]),

@@ -12,11 +12,18 @@ import torch
 from numpy.typing import NDArray
 
 from terdit_cli.commands import generate
-from terdit_cli.commands.generate import ImageGenerator, Labels, class_of, open_generator
+from terdit_cli.commands.generate import (
+    ImageGenerator,
+    Labels,
+    class_of,
+    open_generator,
+    usable_device,
+)
+from terdit_cli.diffusion.noise import ImageNoise
 from terdit_cli.diffusion.sampler import SamplerConfig
-from terdit_cli.errors import EnvironmentProblem
+from terdit_cli.errors import EnvironmentProblem, UsageError
 from terdit_cli.runtime import cpu
-from terdit_cli.runtime.gpu_step import step_bytes
+from terdit_cli.runtime.gpu_step import sampling_bytes
 
 
 def bound(freedom: int) -> float:
@@ -90,48 +97,94 @@ def test_any_part_is_the_same_image_by_image(
         assert difference.max() <= (1 if activations == "fp32" else 16)
 
 
-# A GPU with too little memory
+# GPUs, which are not there
+
+Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture
 def on_gpu(small_tdt: Path) -> ImageGenerator:
     """Return a generator that believes to be on a GPU."""
     generator = open_generator(small_tdt, "reference")
-    model = dataclasses.replace(generator.model, backend="gpu", precision="int8")
-    return dataclasses.replace(generator, model=model, device=torch.device("cuda:0"))
+    cuda = torch.device("cuda:0")
+    model = dataclasses.replace(generator.model, backend="gpu", precision="int8", device=cuda)
+    return dataclasses.replace(generator, model=model, device=cuda)
 
 
-def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(
-    on_gpu: ImageGenerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def set_free(patch: Patch, free: int) -> None:
+    patch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 10**9))
+    patch.setattr(torch.cuda, "get_device_name", lambda device: "Small GPU")
+
+
+def test_the_batch_is_what_a_gpu_has_room_for(on_gpu: ImageGenerator, monkeypatch: Patch) -> None:
     config = on_gpu.model.info.config
-    free = step_bytes(config, 14, "int8")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
-    on_gpu.require_memory(7, guided=True)
-    on_gpu.require_memory(14, guided=False)
-    with pytest.raises(EnvironmentProblem, match="Fix: --batch-size 7") as error:
-        on_gpu.require_memory(8, guided=True)
-    assert "for 8 images at once" in str(error.value)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 80e9))
-    with pytest.raises(EnvironmentProblem, match="Fix: free memory"):
-        on_gpu.require_memory(1, guided=True)
-    on_cpu = dataclasses.replace(on_gpu.model, backend="cpu")
-    dataclasses.replace(on_gpu, model=on_cpu).require_memory(10**9, guided=True)
+    set_free(monkeypatch, sampling_bytes(config, 8, "int8"))
+    assert on_gpu.batch_size(4, guided=True) == 4
+    assert on_gpu.batch_size(8, guided=False) == 8
+    assert on_gpu.batch_size(None, guided=False) == 8
+    assert on_gpu.batch_size(None, guided=True) == 4
+    with pytest.raises(EnvironmentProblem, match=r"Fix: --batch-size 4\.") as error:
+        on_gpu.batch_size(5, guided=True)
+    assert "expected room for 5 images at once (cuda:0)" in str(error.value)
+    set_free(monkeypatch, 100)
+    for asked in (1, None):
+        with pytest.raises(EnvironmentProblem, match=r"room for one image .*--device cpu") as error:
+            on_gpu.batch_size(asked, guided=True)
+        assert error.value.exit_code == 4
+    on_cpu = dataclasses.replace(on_gpu, model=dataclasses.replace(on_gpu.model, backend="cpu"))
+    assert on_cpu.batch_size(10**9, guided=True) == 10**9
+    assert on_cpu.batch_size(None, guided=True) == 8
 
 
-def test_memory_that_runs_out_while_sampling_and_loading(
-    small_tdt: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_runs_out_while_sampling(on_gpu: ImageGenerator, monkeypatch: Patch) -> None:
     def run_out(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 ...")
 
-    generator = open_generator(small_tdt)
+    on_cpu = ImageNoise(0, [0], (1, 28, 28))
+    monkeypatch.setattr(generate, "ImageNoise", lambda *_: on_cpu)
     monkeypatch.setattr(generate, "sample", run_out)
+    set_free(monkeypatch, 10**8)
     sampler = SamplerConfig("ddim", 2)
-    with pytest.raises(EnvironmentProblem, match="--batch-size 2"):
-        list(generator.images(range(5), sampler, 0, 5))
-    with pytest.raises(EnvironmentProblem, match="--device cpu"):
-        list(generator.images(range(1), sampler, 0, 1))
-    monkeypatch.setattr(generate, "load", run_out)
-    with pytest.raises(EnvironmentProblem, match="room for the model"):
-        open_generator(small_tdt)
+    with pytest.raises(
+        EnvironmentProblem, match=r"for 5 images at once.*--batch-size 2\."
+    ) as error:
+        list(on_gpu.images(range(5), sampler, 0, 5))
+    assert "got 0.10 GB free of 80.00 GB (cuda:0, Small GPU)" in str(error.value)
+    with pytest.raises(EnvironmentProblem, match=r"for 1 images.* use --device cpu"):
+        list(on_gpu.images(range(1), sampler, 0, 1))
+
+
+def test_labels_lie_where_the_network_wants_them(
+    on_gpu: ImageGenerator, monkeypatch: Patch
+) -> None:
+    """On the gpu backend the CPU, on others beside the noise."""
+    seen: list[tuple[str, str]] = []
+
+    def sample(network: object, config: object, z: torch.Tensor, y: torch.Tensor, *_: object,
+               **__: object) -> torch.Tensor:  # fmt: skip
+        seen.append((z.device.type, y.device.type))
+        return torch.zeros(z.shape)
+
+    monkeypatch.setattr(generate, "sample", sample)
+    meta = torch.device("meta")
+    for backend in ("gpu", "reference"):
+        model = dataclasses.replace(on_gpu.model, backend=backend, device=meta)
+        generator = dataclasses.replace(on_gpu, model=model, device=meta)
+        list(generator.images([3], SamplerConfig("ddim", 2), 0, 1))
+    assert seen == [("meta", "cpu"), ("meta", "meta")]
+
+
+def test_a_device_that_is_not_there(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert usable_device("auto") == usable_device(None) == torch.device("cpu")
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(EnvironmentProblem, match=r"no GPU to use.*--device cpu, or") as e:
+            usable_device(name)
+        assert f"got --device {name}; torch {torch.__version__}" in str(e.value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(EnvironmentProblem, match=r"no such GPU: got --device cuda:2, .*to cuda:1"):
+        usable_device("cuda:2")
+    for name in ("toaster", "cuda:x"):
+        with pytest.raises(UsageError, match="cannot be used"):
+            usable_device(name)

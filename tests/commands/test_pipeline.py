@@ -20,6 +20,7 @@ from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.ternary import TernaryLinear, ternarize
 from terdit_cli.pack.tdt import TdtFile
 from terdit_cli.runtime import cpu
+from terdit_cli.runtime.load import LoadedModel
 
 Terdit = Callable[..., Any]
 FASHION = "T-shirt/top"
@@ -293,6 +294,25 @@ def test_an_image_depends_on_nothing_but_seed_class_and_copy(
     assert np.abs(alone["arr_0"].astype(int) - images[3:4]).max() <= 1
     assert np.abs(named["arr_0"].astype(int) - images[6:8]).max() <= 1
     assert np.abs(packed["arr_0"].astype(int) - images[3:4]).max() > 20
+
+
+def test_the_batch_that_a_gpu_has_room_for(
+    terdit: Terdit, small_tdt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoadedModel, "largest_batch", lambda model, guided: 3 if guided else 6)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 8 * 10**9))
+    output = tmp_path / "a.npz"
+    words = ("sample", "--model", small_tdt, "--prompt-class", "all", "--steps", 2, "-o", output)
+    done = terdit(*words, "--device", "auto")
+    assert done.code == 0, done.err
+    assert "--batch-size 3: the GPU has too little memory for 8" in done.err
+    images = np.load(output)["arr_0"]
+    assert terdit(*words, "--batch-size", 3).code == 0
+    np.testing.assert_array_equal(np.load(output)["arr_0"], images)
+    done = terdit(*words, "--batch-size", 7, "--cfg-scale", 1)
+    assert (done.code, done.out) == (4, "")
+    assert "got 1.00 GB free, expected room for 7 images at once" in done.err
+    assert "Fix: --batch-size 6." in done.err
 
 
 def test_the_same_call_gives_the_same_bytes(

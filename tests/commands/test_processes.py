@@ -8,13 +8,16 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from terdit_cli.commands.processes import Processes
 from terdit_cli.evaluate.shards import FACTS_FILE
 
 Terdit = Callable[..., Any]
@@ -282,3 +285,119 @@ def test_a_process_that_cannot_write_ends_the_job(small_tdt: Path, tmp_path: Pat
     assert "error: cannot write" in err
     assert blocked.name in err
     assert not [line for line in err.splitlines() if line.startswith("[rank")]
+
+
+# Runs the command line with a fault: words are a folder for exit codes, the fault, the command.
+FAULTY = """
+import os, signal, sys, time
+from pathlib import Path
+from terdit_cli import app
+from terdit_cli.commands import generate
+from terdit_cli.errors import InputFileError
+
+notes, fault, rank = Path(sys.argv.pop(1)), sys.argv.pop(1), os.environ["RANK"]
+draw = generate.sample
+
+def sample(*words, **options):
+    if fault == "none":
+        return draw(*words, **options)
+    if rank == "1" and fault.startswith("killed"):
+        time.sleep(2 if fault == "killed later" else 0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == "1" and fault == "error":
+        raise InputFileError("something is wrong with the file")
+    if fault == "killed later":
+        return draw(*words, **options)
+    (notes / f"drawing-{rank}").touch()
+    while True:
+        time.sleep(0.1)
+
+generate.sample = sample
+try:
+    app.main()
+except SystemExit as stop:
+    (notes / f"exit-{rank}").write_text(str(stop.code or 0))
+    raise
+"""
+
+
+class Faulty:
+    """A job of two processes that draws images and has a fault."""
+
+    def __init__(self, folder: Path, fault: str, words: tuple[object, ...]) -> None:
+        self.notes = folder / "notes"
+        self.notes.mkdir()
+        script = folder / "faulty.py"
+        script.write_text(FAULTY)
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+        self.process = subprocess.Popen(
+            [sys.executable, *launcher, script, self.notes, fault, *map(str, words)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def end(self) -> tuple[list[str], list[str]]:
+        """Return the exit codes by rank, "" of one that was killed, and the lines of errors."""
+        out, err = self.process.communicate(timeout=PATIENCE)
+        assert self.process.returncode == 1, err
+        assert out == ""
+        codes = [self.notes / f"exit-{rank}" for rank in range(2)]
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        return [path.read_text() if path.exists() else "" for path in codes], errors
+
+
+@pytest.mark.parametrize(
+    ("fault", "codes", "message"),
+    [
+        ("killed", ["4", ""], "of this job was killed: got no last word from rank 1. Fix: look"),
+        ("killed later", ["4", ""], "another process of this job has ended: got "),
+        ("error", ["3", "3"], "something is wrong with the file."),
+    ],
+)
+def test_a_job_ends_with_one_message(
+    small_tdt: Path, tmp_path: Path, fault: str, codes: list[str], message: str
+) -> None:
+    """Whether the main process is drawing or waits for the other's images."""
+    output = tmp_path / "out" / "grid.png"
+    found, errors = Faulty(tmp_path, fault, drawing(small_tdt, output)).end()
+    assert found == codes
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not output.parent.exists()
+
+
+def test_an_error_of_all_processes_is_told_once(small_tdt: Path, tmp_path: Path) -> None:
+    words = ("sample", "--model", small_tdt, "--prompt-class", "nothing", "--device", "cpu")
+    found, errors = Faulty(tmp_path, "none", words).end()
+    assert found == ["2", "2"]
+    assert len(errors) == 1
+    assert "'nothing'" in errors[0]
+
+
+def test_a_signal_to_torchrun_is_told_once(small_tdt: Path, tmp_path: Path) -> None:
+    job = Faulty(tmp_path, "endless", drawing(small_tdt, tmp_path / "out" / "grid.png"))
+    deadline = time.monotonic() + PATIENCE
+    while len(list(job.notes.glob("drawing-*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.process.send_signal(signal.SIGTERM)
+    found, errors = job.end()
+    assert found == ["143", "143"]
+    assert len(errors) == 1
+    assert "stopped by SIGTERM: nothing half-written is left" in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_devices_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    third = Processes(6, 8, 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert third.device(None) == third.device("auto") == third.device("cpu") == "cpu"
+    assert third.device("cuda") == "cuda"  # which is refused when it is used
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert third.device(None) == third.device("auto") == third.device("cuda") == "cuda:2"
+    assert (third.device("cpu"), third.device("cuda:3")) == ("cpu", "cuda:3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert third.device(None) == "cuda:0"

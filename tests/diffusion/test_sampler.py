@@ -193,6 +193,25 @@ def test_calls_counted_and_callbacks_ordered(name, cfg_scale):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+def test_the_network_gets_t_where_y_lies(name, cfg_scale):
+    """A GPU's network may want both on the CPU; here y is on a device without values."""
+    config = SamplerConfig(name, 5, cfg_scale=cfg_scale, clip_denoised=True)
+    z = ImageNoise(0, range(3), (1, 4, 4)).initial()
+
+    def network(x, t, y):
+        assert t.device == y.device
+        assert t.dtype == torch.int64
+        assert len(t) == len(y) == len(x)
+        return torch.cat([0.1 * x, 0 * x], dim=1)
+
+    y = torch.tensor([0, 1, 2])
+    noise = ImageNoise(0, range(3), (1, 4, 4))
+    beside = sample(network, config, z, y, 9, noise)
+    assert torch.equal(sample(network, config, z, y.to("meta"), 9, noise), beside)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_image_does_not_depend_on_its_batch(name):
     config = SamplerConfig(name, 20, cfg_scale=3.0)
 

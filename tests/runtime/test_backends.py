@@ -286,6 +286,13 @@ def test_unavailable_backend_is_never_replaced():
     assert "Fix: use --backend auto or " in str(error.value)
 
 
+def test_a_backend_of_another_device_is_told_where_it_runs(monkeypatch):
+    monkeypatch.setattr(gpu, "available", lambda device: None if device.type == "cuda" else "no")
+    with pytest.raises(EnvironmentProblem, match=r"'gpu' cannot run: got no \(device cpu\)") as e:
+        choose_backend("gpu", CPU)
+    assert "Fix: use --device cuda or --backend auto or " in str(e.value)
+
+
 def test_unknown_backend():
     with pytest.raises(
         UsageError, match=r"unknown backend: got 'refrence' \(did you mean"

@@ -355,10 +355,11 @@ class _Cuda:
 
 def test_reasons_why_not(monkeypatch):
     cuda = torch.device("cuda")
-    assert gpu.available(torch.device("cpu")) == "device cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.available(cuda) == "torch finds no CUDA device"
+    for device in (torch.device("cpu"), cuda):
+        assert gpu.available(device) == f"device {device}, torch finds no CUDA device"
     _Cuda(monkeypatch, (7, 5))
+    assert gpu.available(torch.device("cpu")) == "device cpu"
     reason = gpu.available(cuda)
     assert reason == "Old GPU is of compute capability 7.5, it takes 8.0"
     _Cuda(monkeypatch, (8, 0))

@@ -216,10 +216,40 @@ def test_memory_of_a_step():
     one = gpu_step.step_bytes(config, 1, "int8")
     assert gpu_step.step_bytes(config, 8, "int8") == 8 * one
     assert one > 256 * (4 * 3072 + 3 * 8192)  # the residual stream and w2's input
-    assert gpu_step.largest_batch(config, 10 * one, "int8") == 10
-    assert gpu_step.largest_batch(config, one - 1, "int8") == 0
+    # A captured step is of a bucket, and beside it that of the last, smaller batch.
+    assert gpu_step.sampling_bytes(config, 9, "int8") == gpu_step.sampling_bytes(config, 16, "int8")
+    assert gpu_step.sampling_bytes(config, 100, "int8") >= 164 * one
     # 4.2b with guidance inside 2.5 GB beside 2-bit codes and the float32 rest
-    assert 1_099_187_328 + 2 * one + gpu_step.CACHE_BYTES < 2_500_000_000
+    assert 1_099_187_328 + gpu_step.sampling_bytes(config, 2, "int8") < 2_500_000_000
+
+
+@pytest.mark.parametrize("free", [0, 2 * 10**8, 3 * 10**8, 10**9, 2 * 10**9, 10**10, 7 * 10**10])
+def test_the_largest_batch_fits_and_one_more_does_not(free):
+    config = DiTConfig(dim=3072, n_layers=32, n_heads=32, qk_norm=True)
+    for precision in gpu.PRECISIONS:
+        batch = gpu_step.largest_batch(config, free, precision)
+        assert batch == 0 or gpu_step.sampling_bytes(config, batch, precision) <= free
+        assert gpu_step.sampling_bytes(config, batch + 1, precision) > free
+
+
+def test_a_step_runs_with_its_device_as_the_current_one(make, random_inputs, monkeypatch):
+    """Streams and graphs are of the current device, which need not be that of x."""
+    network, _ = make(dataclasses.replace(BASE, n_layers=1), "int8")
+    entered: list[torch.device] = []
+    plain, on = gpu_step.Step.run, gpu.on
+
+    def running(step: gpu_step.Step, *inputs: Tensor) -> Tensor:
+        assert entered == [inputs[0].device]
+        return plain(step, *inputs)
+
+    def entering(device: torch.device) -> Any:
+        entered.append(device)
+        return on(device)
+
+    monkeypatch.setattr(gpu_step.Step, "run", running)
+    monkeypatch.setattr(gpu, "on", entering)
+    run(network, random_inputs(BASE, 1))
+    assert entered[1:]
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from terdit_cli.model.dit import DiTConfig
 from terdit_cli.model.ternary import TernaryConfig
 from terdit_cli.pack.qat import CheckpointExport
 from terdit_cli.pack.tdt import write_tdt
+from terdit_cli.runtime import load as load_module
 from terdit_cli.runtime.fused import FusedDiT
 from terdit_cli.runtime.load import load
 
@@ -135,6 +137,29 @@ def test_the_native_backend_is_told_with_its_isa(packed, isa):
     assert isinstance(loaded.network, FusedDiT)
     assert (loaded.backend, loaded.isa, loaded.precision) == ("cpu", isa, "int16")
     assert f"(as asked), {isa}, threads " in loaded.reason
+
+
+def test_where_conditions_lie(packed):
+    loaded = load(packed(), device="meta", backend="reference")
+    assert loaded.conditions == torch.device("meta")
+    assert dataclasses.replace(loaded, backend="gpu").conditions == torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", ["packed", "checkpoint"])
+def test_weights_that_do_not_fit_the_gpu(packed, run_folder, monkeypatch, kind):
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    path = packed() if kind == "packed" else run_folder
+    monkeypatch.setattr(load_module, "packed_network", run_out)
+    monkeypatch.setattr(load_module, "_masters", run_out)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 8 * 10**9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Small GPU")
+    backend = "reference" if kind == "packed" else "auto"
+    with pytest.raises(EnvironmentProblem, match="too little GPU memory for the model's") as error:
+        load(path, "cuda:1", backend)
+    assert "got 1.00 GB free of 8.00 GB (cuda:1, Small GPU)" in str(error.value)
+    assert "Fix: free memory of that GPU, name another with --device, or" in str(error.value)
 
 
 def test_checkpoints_choose_nothing(run_folder):
