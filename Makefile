@@ -44,7 +44,7 @@ bench: install  ## docs/bench.md: terdit and its rivals on this CPU (minutes; GG
 
 bench-gpu: install  ## docs/gpu.md: terdit and its rivals on this GPU (under ten minutes), or what can be counted without
 	$(BIN)/terdit bench 600m,4.2b --device cuda --out docs/gpu.md \
-		|| $(BIN)/terdit bench 600m,4.2b --what roofline --out docs/gpu.md
+		|| $(BIN)/terdit bench 600m,4.2b --what kernels --out docs/gpu.md
 
 bench-metrics: install  ## docs/metrics.md: eval-fid's scores and times beside recorded values and other libraries
 	$(BIN)/terdit bench --what metrics --threads $$(nproc) --recorded tests/golden/metrics.json --out docs/metrics.md

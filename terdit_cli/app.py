@@ -276,7 +276,8 @@ def bench(
     what: Annotated[
         str,
         typer.Option(
-            help="gemm, forward, sample, images (of a .tdt), all; metrics; training; roofline."
+            help="gemm, forward, sample, images (of a .tdt), all; metrics; training; "
+            "roofline, kernels (of GPUs)."
         ),
     ] = "all",
     size: Annotated[str, typer.Option(help="Image sizes in pixels, as 256,512.")] = "",
@@ -313,7 +314,7 @@ def bench(
 ) -> None:
     """Measure speed, exactness and memory on this CPU or a GPU, beside the rivals."""
     line = shlex.join(["terdit", *sys.argv[1:]])
-    if device != "cpu" or what == "roofline":
+    if device != "cpu" or what in ("roofline", "kernels"):
         from terdit_cli.commands import bench_gpu
 
         report = bench_gpu.run(model, what, size, images, device, gpu, repeats, seed, out, line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from terdit_cli.bench.gpu import GpuFindings, GpuRow
 from terdit_cli.bench.page import Table
@@ -39,6 +40,7 @@ class GpuReport:
     why_not: str | None  # the reason why nothing was measured
     findings: GpuFindings
     roofline: list[RooflineRow]
+    kernels: list[dict[str, Any]]  # compiled ahead, as `gpu_compile.table` gives them
 
 
 def gpu_goals(findings: GpuFindings) -> list[Goal]:
@@ -91,7 +93,8 @@ def gpu_tables(report: GpuReport) -> list[Table]:
     found = [_goal_table(findings)] if findings.device or report.why_not else []
     if findings.device:
         found += [_peak_table(findings), _forward_table(findings.rows), _adaln_table(findings)]
-    return found + roofline_tables(report.roofline)
+    found += roofline_tables(report.roofline)
+    return found + ([_kernel_table(report.kernels)] if report.kernels else [])
 
 
 def _goal_table(findings: GpuFindings) -> Table:
@@ -181,6 +184,21 @@ def roofline_tables(rows: Sequence[RooflineRow]) -> list[Table]:
         )  # fmt: skip
         found.append(Table(f"Limits on {chip}, by its data sheet", header, lines))
     return found
+
+
+def _kernel_table(kernels: Sequence[dict[str, Any]]) -> Table:
+    rows = [
+        (
+            f"sm_{each['sm']}", each["kernel"], each.get("tile", ""), str(each["registers"]),
+            byte_size(each["shared"]), str(each["spills"]), " ".join(each["tensor_cores"]),
+        )
+        for each in kernels
+    ]  # fmt: skip
+    header = (
+        "chip", "kernel", "tile BN x BM x BK, warps, stages", "registers", "shared memory",
+        "spilled bytes", "tensor cores",
+    )  # fmt: skip
+    return Table("Kernels compiled ahead", header, rows)
 
 
 def gpu_page(report: GpuReport) -> str:

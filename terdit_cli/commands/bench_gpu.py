@@ -1,8 +1,9 @@
-"""`terdit bench --device cuda`, and `--what roofline`, which needs no GPU."""
+"""`terdit bench --device cuda`; `--what roofline` and `--what kernels` need no GPU."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 
 import terdit_cli
+from terdit_cli import console
 from terdit_cli.atomic import atomic_path
+from terdit_cli.bench import gpu_compile
 from terdit_cli.bench.gpu import CudaStopwatch, GpuFindings, Plan, measure
 from terdit_cli.bench.gpu_page import GpuReport, gpu_goals, gpu_page, gpu_tables
 from terdit_cli.bench.options import DOWNSAMPLE, numbers, words
@@ -20,7 +23,7 @@ from terdit_cli.errors import EnvironmentProblem, UsageError, did_you_mean
 from terdit_cli.model.dit import SIZES, build_config
 from terdit_cli.runtime import gpu
 
-ROOFLINE = "roofline"
+ROOFLINE, KERNELS = "roofline", "kernels"
 LARGEST_IMAGES = 256
 
 __all__ = ["as_json", "gpu_tables", "run"]
@@ -42,10 +45,11 @@ def run(
 
     Args:
         model: named sizes, comma separated.
-        what: "all" to measure and count, "roofline" to count.
+        what: "all" to measure and count, "roofline" to count, "kernels" to count and to compile
+            the kernels ahead.
         size: image sizes in pixels, "" for 256,512.
         images: guided images a batch, "" for 1,8,32.
-        device: "cuda" or "cuda:N"; with "roofline" it does not matter.
+        device: "cuda" or "cuda:N"; where nothing is measured it does not matter.
         chip: whose data sheet bounds the products.
         output: the .md file to write.
 
@@ -62,8 +66,14 @@ def run(
     _check(plan, what, output)
     limits = find_chip(chip)
     findings, why_not = GpuFindings(), None
-    if what == ROOFLINE:
-        why_not = "only counted"
+    compiled: list[dict[str, Any]] = []
+    if what == KERNELS:
+        _require_compiler()
+        for target in gpu_compile.TARGETS:
+            console.note(f"bench: compiling for sm_{target}")
+            compiled += gpu_compile.table(target)
+    if what != "all":
+        why_not = "nothing was measured"
     else:
         place = torch.device(device)
         why_not = gpu.available(place)
@@ -92,6 +102,7 @@ def run(
         why_not=why_not,
         findings=findings,
         roofline=rows,
+        kernels=compiled,
     )
     if output is not None:
         with atomic_path(output) as temporary:
@@ -99,11 +110,19 @@ def run(
     return report
 
 
+def _require_compiler() -> None:
+    """Raise EnvironmentProblem where Triton cannot compile."""
+    if importlib.util.find_spec("triton") is None:
+        raise EnvironmentProblem("Triton is not installed", fix="pip install 'terdit[gpu]'")
+    if gpu.kernels().INTERPRETED:
+        raise EnvironmentProblem("Triton runs its interpreter", fix="unset TRITON_INTERPRET")
+
+
 def _check(plan: Plan, what: str, output: Path | None) -> None:
     """Raise UsageError for what cannot be measured or written."""
-    if what not in ("all", ROOFLINE):
+    if what not in ("all", ROOFLINE, KERNELS):
         raise UsageError(
-            "wrong --what for a GPU", got=repr(what), expected=f"all or {ROOFLINE}",
+            "wrong --what for a GPU", got=repr(what), expected=f"all, {ROOFLINE} or {KERNELS}",
             fix="--what all",
         )  # fmt: skip
     for name in plan.models:

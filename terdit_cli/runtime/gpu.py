@@ -39,7 +39,7 @@ OLDEST_TRITON = (3, 6)
 FP8_LIMIT = 448.0  # the largest e4m3
 QK_NORM_EPS = 1e-5  # of nn.LayerNorm
 
-_KINDS: dict[str, str] = {
+KINDS: dict[str, str] = {
     "fp32": "fp32", "bf16": "bf16", "int16": "int8", "int8": "int8", "fp8": "fp8"
 }  # fmt: skip
 _LIMITS: dict[str, float] = {"int8": 127.0, "int16": INT16_LIMIT, "fp8": FP8_LIMIT}
@@ -196,7 +196,7 @@ def device_facts(device: torch.device) -> Device:
 
 def problem_of(rows: Rows, alphas: Tensor, columns: int, epilogue: Epilogue) -> Problem:
     """Return what the tile of a product with `columns` outputs is chosen by."""
-    return Problem(_KINDS[rows.precision], alphas.dim() == 2, epilogue, len(rows.values), columns)
+    return Problem(KINDS[rows.precision], alphas.dim() == 2, epilogue, len(rows.values), columns)
 
 
 def multiply(
@@ -237,7 +237,7 @@ def multiply(
             count, columns, width, alphas.shape[-1], tokens, rows.values.stride(0),
             packed.stride(0), 0 if len(alphas) == 1 else 1,
             0 if gates is None else gates.stride(0), out.stride(0),
-            KIND=_KINDS[rows.precision], PLANES=planes, GROUPED=alphas.dim() == 2, SWIGLU=swiglu,
+            KIND=KINDS[rows.precision], PLANES=planes, GROUPED=alphas.dim() == 2, SWIGLU=swiglu,
             HAS_STEPS=rows.steps is not None, HAS_BIAS=bias is not None,
             GATED=gates is not None, EVEN=width == 4 * packed.shape[1],
             BN=tile.BN, BM=tile.BM, BK=tile.BK,

@@ -4,9 +4,11 @@ interpreter on a small network with a stopwatch that counts calls.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,7 +94,7 @@ def findings() -> GpuFindings:
 
 def report(found: GpuFindings, why_not: str | None = None) -> GpuReport:
     limits = analyse(build_config("nano", input_size=8), CHIPS["h100"], 1, "nano", 64)
-    return GpuReport("terdit bench", "torch", "2026-01-01", 0, 7, why_not, found, limits)
+    return GpuReport("terdit bench", "torch", "2026-01-01", 0, 7, why_not, found, limits, [])
 
 
 def test_goals_are_met_missed_or_not_measured() -> None:
@@ -126,6 +128,22 @@ def test_counting_needs_no_gpu(tmp_path: Path) -> None:
     assert json.loads(json.dumps(bench_gpu.as_json(found)))["roofline"][0]["product"] == "wq wk wv"
 
 
+def test_compiled_kernels_are_a_table() -> None:
+    kernel = {
+        "sm": 90, "kernel": "int8-plain", "tile": "128x256x64 w8 s3", "registers": 200,
+        "shared": 100_000, "spills": 0, "tensor_cores": ["wgmma"],
+    }  # fmt: skip
+    text = gpu_page(dataclasses.replace(report(GpuFindings(), "none"), kernels=[kernel]))
+    assert "| sm_90 | int8-plain | 128x256x64 w8 s3 | 200 | 100.0 kB | 0 | wgmma |" in text
+
+
+def test_compiling_needs_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(gpu, "kernels", lambda: SimpleNamespace(INTERPRETED=True))
+    with pytest.raises(EnvironmentProblem, match="unset TRITON_INTERPRET"):
+        bench_gpu.run("nano", "kernels")
+
+
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
 def test_measuring_without_a_gpu_is_refused() -> None:
     with pytest.raises(EnvironmentProblem, match="no GPU to measure"):
@@ -136,7 +154,7 @@ def test_measuring_without_a_gpu_is_refused() -> None:
     ("words", "problem"),
     [
         ({"model": "600n"}, "did you mean '600m'"),
-        ({"what": "gemm"}, "all or roofline"),
+        ({"what": "gemm"}, "all, roofline or kernels"),
         ({"size": "100"}, "a multiple of 16"),
         ({"images": "0"}, "1 to 256"),
         ({"chip": "h101"}, "of h100"),
