@@ -260,7 +260,7 @@ app.command(epilog=_example(*app_study.EXAMPLES))(app_study.study)
     epilog=_example(
         "terdit bench",
         "terdit bench 4.2b --what gemm --threads 1,2 --rivals bf16,int8-ao",
-        "terdit bench model.tdt --what images",
+        "terdit bench model.tdt --what images --device cpu",
         "terdit bench model.tdt --what forward --rivals none --json",
         "terdit bench 600m --size 256,512 --threads 1,2 --out docs/bench.md",
         "terdit bench --what metrics --threads 1 --recorded tests/golden/metrics.json",
@@ -314,7 +314,7 @@ def bench(
 ) -> None:
     """Measure speed, exactness and memory on this CPU or a GPU, beside the rivals."""
     line = shlex.join(["terdit", *sys.argv[1:]])
-    if device != "cpu" or what in ("roofline", "kernels"):
+    if what in ("roofline", "kernels") or (device != "cpu" and what != "images"):
         from terdit_cli.commands import bench_gpu
 
         report = bench_gpu.run(model, what, size, images, device, gpu, repeats, seed, out, line)
@@ -328,7 +328,7 @@ def bench(
 
     result = command.run(
         model, what, size, batch, threads, activations, backend, rivals, repeats, seed, ggml, out,
-        line, recorded,
+        line, recorded, device,
     )  # fmt: skip
     if json:
         console.result_json(command.as_json(result))

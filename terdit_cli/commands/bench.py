@@ -27,6 +27,7 @@ from terdit_cli.bench.page import page, tables
 from terdit_cli.bench.random_model import RandomModel
 from terdit_cli.bench.results import BenchResult, ForwardRow, GemmRow, Goal, Machine, PeakRow
 from terdit_cli.commands import bench_images, bench_training
+from terdit_cli.commands.generate import usable_device
 from terdit_cli.errors import UsageError
 from terdit_cli.model.dit import SIZES
 from terdit_cli.pack.tdt import TdtFile, write_tdt
@@ -57,6 +58,7 @@ def run(
     output: Path | None = None,
     command: str = "terdit bench",
     recorded: Path | None = None,
+    device: str = "cpu",
 ) -> BenchResult:
     """Measure, and write the page to `output`.
 
@@ -71,6 +73,7 @@ def run(
         output: the .md file to write.
         command: how it was called, for the page.
         recorded: a .json of metrics that others computed, for "metrics".
+        device: where images are drawn; all else is of CPUs (`bench_gpu.py` is of GPUs).
 
     Raises:
         UsageError, InputFileError, EnvironmentProblem.
@@ -98,7 +101,7 @@ def run(
         )  # fmt: skip
     if ggml is not None:
         rivals.open_ggml(ggml)
-    choice = choose_backend(backend, torch.device("cpu"))
+    choice = choose_backend(backend, usable_device(device))
     if model not in SIZES and what != "training":
         with TdtFile(Path(model)) as file:  # a bad file is found before the work
             trained = file.info.ternary.activations
@@ -110,14 +113,15 @@ def run(
     machine = _machine()
     if machine.load is not None and machine.load > BUSY:
         console.warn(f"the machine is busy (load {machine.load:.1f}): figures will scatter")
-    result = _measure(dataclasses.replace(options, backend=choice.backend.NAME), machine)
+    options = dataclasses.replace(options, backend=choice.backend.NAME)
+    result = _measure(options, machine, device)
     if output is not None:
         with atomic_path(output) as temporary:
             temporary.write_text(page(result), encoding="utf-8")
     return result
 
 
-def _measure(options: Options, machine: Machine) -> BenchResult:
+def _measure(options: Options, machine: Machine, device: str) -> BenchResult:
     if options.what == "metrics":
         agreement, scores = metrics.measure(options)
         return BenchResult(
@@ -165,7 +169,9 @@ def _measure(options: Options, machine: Machine) -> BenchResult:
             samples = network.sample(options, path, folder)
         images = []
         if options.what in ("images", "all") and options.model not in SIZES:
-            images = bench_images.compare(path, options.backend, options.activations, options.seed)
+            images = bench_images.compare(
+                path, options.backend, options.activations, options.seed, device
+            )
     return BenchResult(
         model=options.model,
         command=options.command,

@@ -21,7 +21,9 @@ SAMPLER = SamplerConfig("dpmpp-2m", 20, cfg_scale=2.0)
 BATCH = 50
 
 
-def compare(model: Path, backend: str, activations: tuple[str, ...], seed: int) -> list[ImagesRow]:
+def compare(
+    model: Path, backend: str, activations: tuple[str, ...], seed: int, device: str = "cpu"
+) -> list[ImagesRow]:
     """Draw 100 images of a .tdt with fp32 and with each of `activations`, and compare.
 
     A model that was trained with int8 activations runs with no others: nothing to compare.
@@ -32,12 +34,12 @@ def compare(model: Path, backend: str, activations: tuple[str, ...], seed: int) 
     with TdtFile(model) as file:
         if file.info.ternary.activations == "int8" or set(activations) <= {"fp32"}:
             return []
-    drawn = _draw(open_generator(model, backend, "cpu", activations="fp32"), "fp32", seed)
+    drawn = _draw(open_generator(model, backend, device, activations="fp32"), "fp32", seed)
     rows = []
     for name in activations:
         if name == "fp32":
             continue
-        images = _draw(open_generator(model, backend, "cpu", activations=name), name, seed)
+        images = _draw(open_generator(model, backend, device, activations=name), name, seed)
         difference = np.abs(images.astype(np.int16) - drawn.astype(np.int16))
         each = np.square(difference, dtype=np.float64).reshape(len(images), -1).mean(1)
         rows.append(
