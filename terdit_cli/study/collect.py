@@ -85,21 +85,28 @@ class Findings:
     def models_of(self, name: str) -> list[Model]:
         return [model for model in self.models if model.variant.name == name]
 
-    def finals(self, name: str, cfg_scale: float) -> list[tuple[Model, Score]]:
-        """Return the scores of a variant at its last step with all images, by seed."""
+    def finals(
+        self, name: str, cfg_scale: float, n: int | None = None
+    ) -> list[tuple[Model, Score]]:
+        """Return the scores of a variant at its last step, by seed.
+
+        Args:
+            n: of so many images; None: of as many as all variants have.
+        """
         variant = self.study.variant(name)
-        key = (self.study.steps_of(variant)[-1], cfg_scale, self.study.evaluation.n)
+        key = (self.study.steps_of(variant)[-1], cfg_scale, n or self.study.evaluation.n)
         return [(m, m.scores[key]) for m in self.models_of(name) if key in m.scores]
 
-    def distance(self, name: str, cfg_scale: float) -> Mean | None:
+    def distance(self, name: str, cfg_scale: float, n: int | None = None) -> Mean | None:
         """Return the distance of a variant at its last step; None where it is missing."""
-        found = {m.seed: s.distance for m, s in self.finals(name, cfg_scale)}
+        found = {m.seed: s.distance for m, s in self.finals(name, cfg_scale, n)}
         found = {seed: value for seed, value in found.items() if math.isfinite(value)}
         return Mean(found) if found else None
 
-    def ratio(self, name: str, cfg_scale: float) -> Mean | None:
+    def ratio(self, name: str, cfg_scale: float, n: int | None = None) -> Mean | None:
         """Return a variant's distance : the twin's, seed by seed; None without a common seed."""
-        ours, theirs = (self.distance(one, cfg_scale) for one in (name, self.study.headline.twin))
+        pair = (name, self.study.headline.twin)
+        ours, theirs = (self.distance(one, cfg_scale, n) for one in pair)
         if ours is None or theirs is None:
             return None
         common = ours.values.keys() & theirs.values.keys()
@@ -141,7 +148,7 @@ class Findings:
         headline = self.study.headline
         parts = []
         for scale in self.study.evaluation.cfg_scales:
-            ratio = self.ratio(headline.ternary, scale)
+            ratio = self.ratio(headline.ternary, scale, self.study.headline_images)
             if ratio is None:
                 continue
             spread = f" ({ratio.spread})" if ratio.spread else ""
@@ -149,7 +156,8 @@ class Findings:
             parts.append(f"{guidance(scale)} {ratio.mean:.3f}{spread}, {met}")
         if not parts:
             return "no pair of scores yet"
-        pair = f"{self.distance_name}, ternary : twin (goal at most {headline.goal:g})"
+        images = f"{self.study.headline_images:,} images"
+        pair = f"{self.distance_name} of {images}, ternary : twin (goal at most {headline.goal:g})"
         return f"{pair}: " + "; ".join(parts)
 
 

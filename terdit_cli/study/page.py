@@ -86,6 +86,10 @@ def _study(findings: Findings) -> Iterator[Block]:
     )
     for scale in study.evaluation.cfg_scales:
         yield main_table(findings, scale)
+    if study.headline_images != study.evaluation.n:
+        yield Text(f"The headline's pair with {study.headline_images:,} images:")
+        for scale in study.evaluation.cfg_scales:
+            yield main_table(findings, scale, study.headline_images)
     yield Heading(3, "Distance over training")
     yield Figures(curves(findings))
     if figures := bars(findings):
@@ -146,9 +150,12 @@ def _setting(findings: Findings) -> str:
         pipeline = scores[0].evaluation.get("pipeline", evaluation.features)
     else:
         pipeline = evaluation.features
-    curve = ""
+    others = []
     if evaluation.curve_images != evaluation.n:
-        curve = f" ({evaluation.curve_images:,} for the curves)"
+        others.append(f"{evaluation.curve_images:,} for the curves")
+    if study.headline_images != evaluation.n:
+        others.append(f"{study.headline_images:,} for the headline's pair")
+    curve = f" ({', '.join(others)})" if others else ""
     return (
         f"Base recipe {study.recipe.name}, seeds {', '.join(map(str, study.seeds))}. "
         f"{evaluation.n:,} images a model{curve} from its averaged weights, {evaluation.sampler} "
@@ -183,9 +190,10 @@ def _cards(findings: Findings) -> Iterator[Card]:
     study = findings.study
     headline = study.headline
     for scale in study.evaluation.cfg_scales:
-        ratio = findings.ratio(headline.ternary, scale)
-        ours = findings.distance(headline.ternary, scale)
-        theirs = findings.distance(headline.twin, scale)
+        n = study.headline_images
+        ratio = findings.ratio(headline.ternary, scale, n)
+        ours = findings.distance(headline.ternary, scale, n)
+        theirs = findings.distance(headline.twin, scale, n)
         if ratio is None or ours is None or theirs is None:
             continue
         seeds = f"; {len(ratio.values)} seeds" + (f", {ratio.spread}" if ratio.spread else "")
@@ -193,7 +201,8 @@ def _cards(findings: Findings) -> Iterator[Card]:
         yield Card(
             f"ternary : twin, {guidance(scale)}",
             f"{ratio.mean:.3f}",
-            f"{findings.distance_name} {number(ours.mean)} : {number(theirs.mean)}{seeds}; "
+            f"{findings.distance_name} of {n:,} images {number(ours.mean)} : "
+            f"{number(theirs.mean)}{seeds}; "
             f"goal at most {headline.goal:g}",
             ratio.mean <= headline.goal,
         )

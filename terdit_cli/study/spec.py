@@ -109,6 +109,7 @@ class Headline(Section):
     ternary: str
     twin: str  # full precision, all else equal
     goal: Annotated[float, Field(gt=0)] = 1.10  # ternary distance : twin's, at most
+    n: Annotated[int, Field(ge=10)] | None = None  # images of the pair; None: evaluation.n
 
 
 class Quick(Section):
@@ -179,6 +180,11 @@ class Study(Section):
     def variant(self, name: str) -> Variant:
         return next(variant for variant in self.variants if variant.name == name)
 
+    @property
+    def headline_images(self) -> int:
+        """Return how many images of each of the headline's pair give its ratio."""
+        return self.headline.n or self.evaluation.n
+
     def seeds_of(self, variant: Variant) -> tuple[int, ...]:
         return tuple(dict.fromkeys(variant.seeds or self.seeds))
 
@@ -195,6 +201,8 @@ class Study(Section):
         found = {self.evaluation.curve_images} if variant.is_trained else set()
         if step == self.steps_of(variant)[-1]:
             found.add(self.evaluation.n)
+            if variant.name in (self.headline.ternary, self.headline.twin):
+                found.add(self.headline_images)
         return tuple(sorted(found or {self.evaluation.curve_images}))
 
     def closure(self, wanted: Iterable[str]) -> list[Variant]:
@@ -279,6 +287,7 @@ def _quick(study: Study, path: Path, overrides: tuple[str, ...]) -> dict[str, An
         "steps": quick.steps or study.steps,
         "variants": [variant.model_dump() | {"seeds": None, "steps": None} for variant in kept],
         "evaluation": evaluation,
+        "headline": study.headline.model_dump() | {"n": None},
         "grids": [name for name in study.grids if name in names],
         "bars": [
             figure.model_dump() | {"variants": left}

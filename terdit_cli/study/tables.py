@@ -15,16 +15,20 @@ from terdit_cli.study.records import Footprint
 _MOST_CLASSES = 40  # columns of the table of classes
 
 
-def main_table(findings: Findings, scale: float) -> Table:
-    """Return the distances and what goes with them, of one guidance."""
+def main_table(findings: Findings, scale: float, n: int | None = None) -> Table:
+    """Return the distances and what goes with them, of one guidance.
+
+    Args:
+        n: images of a model; None: as many as all variants have.
+    """
     study = findings.study
     rows = []
     for variant in study.variants:
-        scores = [score for _, score in findings.finals(variant.name, scale)]
-        distance = findings.distance(variant.name, scale)
+        scores = [score for _, score in findings.finals(variant.name, scale, n)]
+        distance = findings.distance(variant.name, scale, n)
         if distance is None:
             continue
-        ratio = findings.ratio(variant.name, scale)
+        ratio = findings.ratio(variant.name, scale, n)
         rows.append(
             (
                 variant.label,

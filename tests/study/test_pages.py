@@ -91,6 +91,28 @@ def test_the_headline_is_the_mean_of_the_ratios_seed_by_seed(
     assert f"**{ratio.mean:.3f}**" in row
 
 
+def test_the_headline_may_have_more_images_than_the_rest(
+    study: Study, tmp_path: Path, invent: Invent
+) -> None:
+    values = study.model_dump()
+    values["headline"]["n"] = 90
+    study, folder = Study.model_validate(values), Folder(tmp_path / "runs" / study.name)
+    assert study.images_at(study.variant("ternary"), 40) == (20, 40, 90)
+    assert study.images_at(study.variant("no-norm"), 40) == (20, 40)
+    invent(study, folder)
+    found, text, _ = pages(study, folder, tmp_path / "r.md")
+    many, few = found.ratio("ternary", 2.0, 90), found.ratio("ternary", 2.0)
+    assert many is not None
+    assert few is not None
+    assert few.mean == pytest.approx(many.mean)  # the invented bias is the same for both
+    ours = found.distance("ternary", 2.0, 90)
+    assert ours is not None
+    assert ours.mean < found.distance("ternary", 2.0).mean  # type: ignore[union-attr]
+    assert "of 90 images" in found.verdict
+    assert "The headline's pair with 90 images" in text
+    assert found.missing == 0
+
+
 def test_the_page_asks_for_nothing_and_is_well_formed(
     study: Study, folder: Folder, tmp_path: Path
 ) -> None:
