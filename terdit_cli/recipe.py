@@ -175,6 +175,13 @@ class TrainSection(Section):
         return self
 
 
+class DistillSection(Section):
+    """A trained model whose predictions are learned beside the noise itself."""
+
+    teacher: Path | None = None  # ckpt.pt or run folder; None: no distillation
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5  # of the teacher; the noise has the rest
+
+
 class ParallelSection(Section):
     """How several processes share the work; one process alone takes no notice of it."""
 
@@ -262,6 +269,7 @@ class Recipe(Section):
     ternary: TernarySection = TernarySection()
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
+    distill: DistillSection = DistillSection()
     parallel: ParallelSection = ParallelSection()
     optim: OptimSection = OptimSection()
     ema: EmaSection = EmaSection()

@@ -34,6 +34,7 @@ def print_plan(recipe: Recipe, plan: Plan, json: bool) -> None:
         (f"optimizer, two moments, {moments}", size(plan.optimizer_bytes)),
         ("EMA, fp32", size(plan.ema_bytes)),
         ("record of codes, to count flips", size(plan.record_bytes)),
+        *([("teacher, fp32", size(plan.teacher_bytes))] if plan.teacher_bytes else []),
         (
             f"activations, {train.micro_batch_size} images, {train.precision}",
             size(plan.activation_bytes),

@@ -38,6 +38,13 @@ HALF_LEVEL = 1 / 255  # half the distance of two uint8 levels mapped to [-1, 1]
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # f(x, t, y) -> [B, 2C or C, H, W]
 
 
+class Teacher(NamedTuple):
+    """A trained network, and its weight in the objective beside the noise itself, in (0, 1]."""
+
+    network: Network
+    weight: float
+
+
 class Gaussian(NamedTuple):
     """A diagonal normal distribution; three tensors [B, C, H, W] float32."""
 
@@ -159,22 +166,39 @@ class Schedule:
         return Prediction(self.q_posterior(x0, x_t, t).mean, variance, log_variance, x0)
 
     def training_losses(
-        self, network: Network, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor
+        self,
+        network: Network,
+        x0: Tensor,
+        t: Tensor,
+        y: Tensor,
+        noise: Tensor,
+        teacher: Teacher | None = None,
     ) -> dict[str, Tensor]:
         """Return loss = mse + vb for each image: tensors [B] float32 named loss, mse, vb.
 
         vb is in bits per dimension, not rescaled, and teaches only the variance: the predicted
         mean is detached in it (Nichol and Dhariwal, section 3.1). A network with C output
         channels learns no variance: its loss is the mse, and there is no vb.
+
+        With a teacher there are two more: distill, the squared difference of the predictions,
+        and objective = (1 - weight) * mse + weight * distill + vb, which is then to be minimised.
         """
         x_t = self.q_sample(x0, t, noise)
+        if teacher is not None:  # first, before the network's activations fill the memory
+            with torch.no_grad():
+                theirs = self.call(teacher.network, x_t, t, y).float()
         output = self.call(network, x_t, t, y).float()
         eps, v = split_output(output, x_t)
         mse = image_mean((noise.float() - eps) ** 2)
-        if v is None:
-            return {"loss": mse, "mse": mse}
-        vb = self._variational_bound(torch.cat([eps.detach(), v], dim=1), x0.float(), x_t, t)
-        return {"loss": mse + vb, "mse": mse, "vb": vb}
+        losses = {"loss": mse, "mse": mse}
+        if v is not None:
+            vb = self._variational_bound(torch.cat([eps.detach(), v], dim=1), x0.float(), x_t, t)
+            losses |= {"loss": mse + vb, "vb": vb}
+        if teacher is not None:
+            distill = image_mean((split_output(theirs, x_t)[0] - eps) ** 2)
+            objective = losses["loss"] + teacher.weight * (distill - mse)
+            losses |= {"distill": distill, "objective": objective}
+        return losses
 
     def _variational_bound(self, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Return a term of the variational bound [B] in bits: a likelihood at t = 0, else a KL."""

@@ -9,15 +9,16 @@ from typing import Any, Literal
 
 import torch
 
-from terdit_cli.errors import InputFileError, UsageError
+from terdit_cli.errors import UsageError
 from terdit_cli.model.ckpt import Checkpoint, load_ckpt
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.info import ModelInfo
+from terdit_cli.model.restore import restore_network
 from terdit_cli.models import catalogue
 from terdit_cli.pack.sources import checkpoint_path, open_exported, refuse_overrides
 from terdit_cli.runtime import cpu, gpu, gpu_memory, gpu_step
 from terdit_cli.runtime.backends import choose_backend, resolve_activations
-from terdit_cli.runtime.packed import empty_network, packed_network
+from terdit_cli.runtime.packed import packed_network
 from terdit_cli.runtime.reference import Precision
 
 
@@ -152,7 +153,7 @@ def _from_checkpoint(
     info = checkpoint.info
     kind = "ternary masters" if info.ternary.enabled else "full precision"
     return LoadedModel(
-        network=_masters(checkpoint, weights).to(device),
+        network=restore_network(checkpoint, weights).to(device),
         info=info,
         device=device,
         backend="torch",
@@ -161,18 +162,3 @@ def _from_checkpoint(
         isa=None,
         reason=f"torch ({kind}, not packed)",
     )
-
-
-def _masters(checkpoint: Checkpoint, weights: Literal["ema", "raw"]) -> DiT:
-    """Rebuild the training network of a checkpoint with its float32 masters."""
-    network = empty_network(checkpoint.info.config, checkpoint.info.ternary.linear())
-    try:
-        network.load_state_dict(checkpoint.state_dict(weights), strict=True, assign=True)
-    except RuntimeError as error:
-        raise InputFileError(
-            "the checkpoint does not fit its own configuration",
-            got=" ".join(str(error).split())[:400],
-            where=checkpoint.path,
-            fix="copy it again",
-        ) from error
-    return network.eval().requires_grad_(False)

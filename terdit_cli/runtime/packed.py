@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from terdit_cli.errors import EnvironmentProblem, InputFileError
 from terdit_cli.model.ckpt import release_pages
-from terdit_cli.model.dit import DiT, DiTConfig, LinearFactory
+from terdit_cli.model.dit import DiT
+from terdit_cli.model.restore import empty_network
 from terdit_cli.model.ternary import Granularity, alpha_shape
 from terdit_cli.pack.exported import ExportedModel
 from terdit_cli.pack.tdt import TdtFile
@@ -117,26 +117,6 @@ class MappedFile:
                 where=self.path,
                 fix="load it again; replace a model by renaming a new file over it",
             )
-
-
-class _NothingToFill(TorchFunctionMode):
-    """Skip normal initial values: on the meta device, where there is nothing to fill, they import
-    torch._dynamo, which takes 70 MB and more than a second.
-    """
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is nn.init.normal_:
-            return kwargs["tensor"]
-        return function(*args, **kwargs)
-
-
-def empty_network(config: DiTConfig, linear: LinearFactory, kind: type[DiT] = DiT) -> DiT:
-    """Return a network without values, on the meta device, for a state dict to be assigned to."""
-    with torch.device("meta"), _NothingToFill():
-        return kind(config, linear)
 
 
 def packed_network(

@@ -1,6 +1,6 @@
 """What a run will need, without running it: bytes of one process, operations, days.
 
-    total = masters + two moments + averages + code record      (all the time)
+    total = masters + two moments + averages + code record + teacher      (all the time)
           + the step's peak: activations, codes, gathered weights, gradients, temporaries
 
 The step is traced by the code that trains, on shapes alone (`trace.py`), so a 4.2b model on 64
@@ -17,9 +17,10 @@ from terdit_cli.errors import UsageError
 from terdit_cli.recipe import Recipe
 from terdit_cli.train import build
 from terdit_cli.train.flips import record_bytes
-from terdit_cli.train.flops import find_gpu, training_flops
+from terdit_cli.train.flops import BACKWARD_AND_FORWARD, find_gpu, training_flops
 from terdit_cli.train.optim import moment_bytes
 from terdit_cli.train.parallel import grad_accum_steps
+from terdit_cli.train.teacher import open_teacher
 from terdit_cli.train.trace import Share, StepTracer
 
 FP32_BYTES = 4
@@ -41,6 +42,7 @@ class Plan:
     optimizer_bytes: int
     ema_bytes: int
     record_bytes: int  # codes before a logged step, from which flips are counted
+    teacher_bytes: int
     codes_bytes: int
     activation_bytes: int  # kept for the backward pass without activation checkpointing
     checkpointed_bytes: int  # and with it
@@ -74,7 +76,8 @@ def plan_run(
 
     Raises:
         UsageError: an unknown GPU, a share that is none or of an unknown peak, a batch that
-            does not divide.
+            does not divide; a teacher of other images.
+        InputFileError: no checkpoint where the recipe's teacher should be.
     """
     gpu = None if gpu_memory is None else find_gpu(gpu_memory)
     peak = gpu.peak if gpu is not None and recipe.train.precision == "bf16" else None
@@ -83,16 +86,23 @@ def plan_run(
     train = recipe.train
     accumulate = grad_accum_steps(train, gpus)
     every = int(train.activation_checkpointing)
+    teacher = open_teacher(recipe)  # its activations die before the student's begin
     with StepTracer(recipe, gpus) as tracer:
         steps = {k: tracer.step(train.micro_batch_size, accumulate > 1, k) for k in (0, every or 1)}
         parameters = tracer.parameters()
         lasting = _lasting_bytes(parameters, recipe)
+        if teacher is not None:
+            lasting["teacher"] = sum(tensor.nbytes for tensor in teacher.ema.values())
         offload = gpus > 1 and recipe.parallel.cpu_offload
-        on_device = lasting["record"] if offload else sum(lasting.values())
+        stays = ("record", "teacher")  # whatever is offloaded
+        on_device = sum(v for name, v in lasting.items() if not offload or name in stays)
         largest = None
         if gpu is not None:
             largest = _largest_micro_batch(tracer, recipe, gpu.memory * USABLE - on_device)
     flops = training_flops(build.model_config(recipe)) * train.global_batch_size
+    if teacher is not None:
+        of_teacher = training_flops(teacher.info.config) // BACKWARD_AND_FORWARD
+        flops += of_teacher * train.global_batch_size
     mfu = MFU if mfu is None else mfu
     seconds = None if peak is None else train.steps * flops / (gpus * peak * mfu)
     return Plan(
@@ -105,6 +115,7 @@ def plan_run(
         optimizer_bytes=lasting["moments"],
         ema_bytes=lasting["averages"],
         record_bytes=lasting["record"],
+        teacher_bytes=lasting.get("teacher", 0),
         codes_bytes=steps[every].codes,
         activation_bytes=steps[0].kept,
         checkpointed_bytes=steps[every or 1].kept,

@@ -100,6 +100,7 @@ class Observer:
             "mse": _mean([result.mse for result in results]),
             "vb": _mean([result.vb for result in results]),
             "loss_by_quarter": _quarters(results),
+            **self._distilled(results),
             "lr": float(trainer.optimizer.param_groups[0]["lr"]),
             "grad_norm": results[-1].grad_norm if results else None,
             "images_per_second": rate,
@@ -116,6 +117,11 @@ class Observer:
             log.append(entry)
         self._restart()
         return entry
+
+    def _distilled(self, results: list[StepResult]) -> dict[str, Any]:
+        if self._trainer.recipe.distill.teacher is None:
+            return {}
+        return {"distill": _mean([result.distill for result in results])}
 
     def draw(self, title: str) -> None:
         """Draw loss.png, on the main process."""

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from terdit_cli.data.loader import BatchSource
 from terdit_cli.data.vae import Space
-from terdit_cli.diffusion.process import Schedule, make_schedule
+from terdit_cli.diffusion.process import Schedule, Teacher, make_schedule
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.ema import Ema
 from terdit_cli.recipe import Recipe
@@ -50,8 +50,10 @@ from terdit_cli.train.parallel import (
     spread,
 )
 from terdit_cli.train.preview import draw_preview
+from terdit_cli.train.teacher import load_teacher
 
 QUARTERS = 4
+_MEANS = 4  # loss, mse, vb, distill
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class StepResult:
     loss: float
     mse: float
     vb: float
+    distill: float  # squared difference to the teacher's predictions; 0 without one
     grad_norm: float
     quarter_losses: tuple[float, ...] = (0.0,) * QUARTERS
     quarter_shares: tuple[float, ...] = (0.0,) * QUARTERS
@@ -93,7 +96,7 @@ class Trainer:
             start: the ckpt.pt whose weights the network begins with; None: random ones.
 
         Raises:
-            What `start_from` and `spread` raise.
+            What `start_from`, `load_teacher` and `spread` raise.
         """
         self.recipe = recipe
         self.source = source
@@ -106,6 +109,8 @@ class Trainer:
         self.network: DiT = build.build_network(recipe)  # owns the parameters
         if start is not None:
             start_from(self.network, start)
+        teacher = load_teacher(recipe, world.device)
+        self._teacher = None if teacher is None else Teacher(teacher, recipe.distill.weight)
         self.model = spread(self.network, world, recipe.train, recipe.parallel)
         self.optimizer = build_optimizer(self.network, recipe.optim)
         self.ema = Ema(self.network, recipe.ema.decay, recipe.ema.warmup)
@@ -193,7 +198,7 @@ class Trainer:
             The losses of the global batch and the norm of its gradient, the same everywhere.
         """
         self.network.train()
-        sums = torch.zeros(3 + 2 * QUARTERS, device=self.world.device)
+        sums = torch.zeros(_MEANS + 2 * QUARTERS, device=self.world.device)
         draws = self._draws.of_step(self.step).chunk(self.accumulate)
         parts = (images.chunk(self.accumulate), labels.chunk(self.accumulate), draws)
         with ternarized_once(self.network, self.recipe.train.compile):
@@ -205,9 +210,9 @@ class Trainer:
             self.network.parameters(), math.inf if limit is None else limit, foreach=True
         )
         heard = torch.tensor(notices, dtype=sums.dtype).to(self.world.device)
-        loss, mse, vb, *quarters = self.world.mean(torch.cat([sums, heard])).tolist()
+        loss, mse, vb, distill, *quarters = self.world.mean(torch.cat([sums, heard])).tolist()
         result = StepResult(
-            loss, mse, vb, float(whole(norm)),
+            loss, mse, vb, distill, float(whole(norm)),
             tuple(quarters[:QUARTERS]), tuple(quarters[QUARTERS : 2 * QUARTERS]),
             tuple(share > 0 for share in quarters[2 * QUARTERS :]),
         )  # fmt: skip
@@ -224,18 +229,20 @@ class Trainer:
         """Add a micro-batch's share of the gradient.
 
         Returns:
-            Its mean loss, mse and vb, and the quarters' losses and shares: [3 + 2 * QUARTERS].
+            Its mean loss, mse, vb and distill, and the quarters' losses and shares:
+            [_MEANS + 2 * QUARTERS].
         """
         device, null = self.world.device, self.network.config.null_class
         x0 = self.space.encode(batch, drawn.encoding).to(device)
         y = y if null is None else torch.where(drawn.dropped, null, y)
         t, noise, y = drawn.t.to(device), drawn.noise.to(device), y.to(device)
         with autocast(self.recipe.train, device):
-            losses = self.schedule.training_losses(self.model, x0, t, y, noise)
-        (losses["loss"].mean() / self.accumulate).backward()
-        # Without learned sigma there is no variational bound.
-        vb = losses.get("vb", torch.zeros_like(losses["loss"]))
-        parts = [losses["loss"], losses["mse"], vb]
+            losses = self.schedule.training_losses(self.model, x0, t, y, noise, self._teacher)
+        objective = losses.get("objective", losses["loss"])
+        (objective.mean() / self.accumulate).backward()
+        # Without learned sigma there is no variational bound, without a teacher no difference.
+        nothing = torch.zeros_like(losses["loss"])
+        parts = [losses.get(name, nothing) for name in ("loss", "mse", "vb", "distill")]
         quarter = t * QUARTERS // self.schedule.num_steps
         inside = quarter == torch.arange(QUARTERS, device=device)[:, None]  # [QUARTERS, B]
         quarters = torch.cat([inside * losses["loss"], inside.float()])  # [2 * QUARTERS, B]

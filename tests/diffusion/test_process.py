@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from terdit_cli.diffusion.process import discretised_log_likelihood, make_schedule, spaced_timesteps
+from terdit_cli.diffusion.process import (
+    Teacher,
+    discretised_log_likelihood,
+    make_schedule,
+    spaced_timesteps,
+)
 from terdit_cli.errors import UsageError
 
 RESPACINGS = {"full1000": "", "250": "250", "50": "50", "ddim25": "ddim25"}
@@ -183,6 +188,26 @@ def test_vb_teaches_only_the_variance(case):
     ].sum().backward()
     assert output.grad[:, :4].abs().max() == 0
     assert output.grad[:, 4:].abs().amax(dim=(1, 2, 3)).min() > 0
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_a_teacher_takes_the_place_of_some_of_the_noise(case, weight):
+    output = case.model_output.clone().requires_grad_()
+    theirs = (case.model_output + torch.randn_like(case.model_output)).requires_grad_()
+    arguments = (lambda *_: output, case.x_start, case.t, case.y, case.noise)
+    plain = case.schedule.training_losses(*arguments)
+    losses = case.schedule.training_losses(*arguments, Teacher(lambda *_: theirs, weight))
+    for name, value in plain.items():
+        assert torch.equal(losses[name], value)
+    # The gradient is that of one target between the two.
+    eps = case.model_output.shape[1] // 2
+    target = (1 - weight) * case.noise + weight * theirs.detach()[:, :eps]
+    (gradient,) = torch.autograd.grad(losses["objective"].sum(), output)
+    (of_vb,) = torch.autograd.grad(plain["vb"].sum(), output)
+    expected = 2 * (output.detach()[:, :eps] - target) / target[0].numel()
+    assert_within_roundings(gradient[:, :eps], expected, roundings=16)
+    assert torch.equal(gradient[:, eps:], of_vb[:, eps:])
+    assert theirs.grad is None
 
 
 def test_losses_are_float32_whatever_the_network_returns(case):

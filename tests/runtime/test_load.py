@@ -152,7 +152,7 @@ def test_weights_that_do_not_fit_the_gpu(packed, run_folder, monkeypatch, kind):
 
     path = packed() if kind == "packed" else run_folder
     monkeypatch.setattr(load_module, "packed_network", run_out)
-    monkeypatch.setattr(load_module, "_masters", run_out)
+    monkeypatch.setattr(load_module, "restore_network", run_out)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 8 * 10**9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Small GPU")
     backend = "reference" if kind == "packed" else "auto"

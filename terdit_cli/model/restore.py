@@ -1,0 +1,52 @@
+"""Networks made for a state dict: built without values, then given a checkpoint's tensors."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from terdit_cli.errors import InputFileError
+from terdit_cli.model.ckpt import Checkpoint
+from terdit_cli.model.dit import DiT, DiTConfig, LinearFactory
+
+
+def empty_network(config: DiTConfig, linear: LinearFactory, kind: type[DiT] = DiT) -> DiT:
+    """Return a network without values, on the meta device, for a state dict to be assigned to."""
+    with torch.device("meta"), _NothingToFill():
+        return kind(config, linear)
+
+
+def restore_network(checkpoint: Checkpoint, weights: Literal["ema", "raw"] = "ema") -> DiT:
+    """Return the trained network of a checkpoint with its float32 masters, frozen, in eval mode.
+
+    Raises:
+        InputFileError: the tensors do not fit the checkpoint's own configuration.
+    """
+    network = empty_network(checkpoint.info.config, checkpoint.info.ternary.linear())
+    try:
+        network.load_state_dict(checkpoint.state_dict(weights), strict=True, assign=True)
+    except RuntimeError as error:
+        raise InputFileError(
+            "the checkpoint does not fit its own configuration",
+            got=" ".join(str(error).split())[:400],
+            where=checkpoint.path,
+            fix="copy it again",
+        ) from error
+    return network.eval().requires_grad_(False)
+
+
+class _NothingToFill(TorchFunctionMode):
+    """Skip normal initial values: on the meta device, where there is nothing to fill, they import
+    torch._dynamo, which takes 70 MB and more than a second.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is nn.init.normal_:
+            return kwargs["tensor"]
+        return function(*args, **kwargs)

@@ -1,0 +1,62 @@
+"""The teacher of a distilled run: a trained network whose predictions the student learns.
+
+A noisy image does not tell which noise is in it, so the noise is a target of high variance; a
+teacher predicts its mean. Both see the same noisy images, timesteps and labels, the dropped
+ones too (Hinton et al., arXiv 1503.02531; of noise predictions: Kim et al., arXiv 2305.15798).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from terdit_cli.errors import UsageError
+from terdit_cli.model.ckpt import Checkpoint, load_ckpt
+from terdit_cli.model.dit import DiT
+from terdit_cli.model.restore import restore_network
+from terdit_cli.recipe import Recipe
+from terdit_cli.train import build
+from terdit_cli.train.export import CKPT
+
+_SAME = ("in_channels", "input_size", "num_classes", "null_class")
+
+
+def load_teacher(recipe: Recipe, device: torch.device) -> DiT | None:
+    """Return the averaged network of `distill.teacher`, frozen; None where there is none.
+
+    Every process has a whole one.
+
+    Raises:
+        InputFileError: no checkpoint of terdit.
+        UsageError: of other images or classes than the recipe's model.
+    """
+    checkpoint = open_teacher(recipe)
+    if checkpoint is None:
+        return None
+    network = restore_network(checkpoint).to(device)
+    if recipe.train.compile:
+        for block in network.layers:
+            block.compile()
+    return network
+
+
+def open_teacher(recipe: Recipe) -> Checkpoint | None:
+    """Return the checkpoint of `distill.teacher`, mapped and checked; None where there is none.
+
+    Raises:
+        As `load_teacher`.
+    """
+    path = recipe.distill.teacher
+    if path is None:
+        return None
+    checkpoint = load_ckpt(path / CKPT if path.is_dir() else path)
+    theirs, ours = checkpoint.info.config, build.model_config(recipe)
+    other = [name for name in _SAME if getattr(theirs, name) != getattr(ours, name)]
+    if other:
+        raise UsageError(
+            "the teacher does not see what the student sees",
+            got=", ".join(f"{name} {getattr(theirs, name)}" for name in other),
+            expected=", ".join(f"{name} {getattr(ours, name)}" for name in other),
+            where=f"distill.teacher {path}",
+            fix="distil from a model of the same images and classes",
+        )
+    return checkpoint
