@@ -30,6 +30,7 @@ from terdit_cli.study.document import (
 )
 from terdit_cli.study.drawings import bars, codes, curves, loss_against_distance, sizes
 from terdit_cli.study.figures import number
+from terdit_cli.study.spec import AFTER
 from terdit_cli.study.tables import (
     class_table,
     cost_of,
@@ -262,7 +263,10 @@ def _what_differs(findings: Findings, name: str) -> str:
             f"{_label(findings, variant.of)}, packed {pack.codec}, rest {pack.rest}, "
             f"activations {pack.activations}"
         )
-    return ", ".join(variant.overrides) or "the base recipe"
+    words = ", ".join(variant.overrides) or "the base recipe"
+    if variant.after is not None:
+        words = words.replace(AFTER, f"ckpt.pt of {_label(findings, variant.after)}")
+    return words
 
 
 def _commands(findings: Findings) -> Commands:

@@ -9,6 +9,7 @@ Strict as recipes are: every mistake is named, all at once.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -244,7 +245,7 @@ def load_study(path: Path, overrides: Iterable[str] = (), quick: bool = False) -
     values = read_mapping(path, "study")
     study = _parse(values, path)
     changes: dict[str, Any] = {
-        "recipe": path.parent / study.recipe,
+        "recipe": Path(os.path.normpath(path.parent / study.recipe)),  # for commands on the page
         "overrides": (*study.overrides, *overrides),
     }
     if quick:

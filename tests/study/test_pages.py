@@ -113,6 +113,18 @@ def test_the_headline_may_have_more_images_than_the_rest(
     assert found.missing == 0
 
 
+def test_a_variant_that_begins_with_another_names_it(
+    study: Study, folder: Folder, tmp_path: Path
+) -> None:
+    values = study.model_dump()
+    warm = {"name": "warm", "label": "begun with it", "question": "Does it help?", "after": "twin"}
+    values["variants"] += ({**warm, "overrides": ("train.init_from=$after",)},)
+    _, text, _ = pages(Study.model_validate(values), folder, tmp_path / "r.md")
+    row = next(line for line in text.splitlines() if line.startswith("| begun with it |"))
+    label = study.variant("twin").label
+    assert f"train.init_from=ckpt.pt of {label}" in row
+
+
 def test_the_page_asks_for_nothing_and_is_well_formed(
     study: Study, folder: Folder, tmp_path: Path
 ) -> None:
