@@ -179,7 +179,8 @@ class DistillSection(Section):
     """A trained model whose predictions are learned beside the noise itself."""
 
     teacher: Path | None = None  # ckpt.pt or run folder; None: no distillation
-    weight: Annotated[float, Field(gt=0, le=1)] = 0.5  # of the teacher; the noise has the rest
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.5  # of the teacher; the noise has the rest
+    features: NonNegativeFloat = 0.0  # of the relative difference of the last blocks' outputs
 
 
 class ParallelSection(Section):

@@ -39,7 +39,7 @@ Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # f(x, t, y) -> [B, 2C or 
 
 
 class Teacher(NamedTuple):
-    """A trained network, and its weight in the objective beside the noise itself, in (0, 1]."""
+    """A trained network, and its weight in the objective beside the noise itself, in [0, 1]."""
 
     network: Network
     weight: float

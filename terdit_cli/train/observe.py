@@ -119,9 +119,13 @@ class Observer:
         return entry
 
     def _distilled(self, results: list[StepResult]) -> dict[str, Any]:
-        if self._trainer.recipe.distill.teacher is None:
-            return {}
-        return {"distill": _mean([result.distill for result in results])}
+        distill = self._trainer.recipe.distill
+        entry = {}
+        if distill.teacher is not None:
+            entry["distill"] = _mean([result.distill for result in results])
+            if distill.features:
+                entry["distill_features"] = _mean([result.features for result in results])
+        return entry
 
     def draw(self, title: str) -> None:
         """Draw loss.png, on the main process."""

@@ -3,11 +3,13 @@
 A noisy image does not tell which noise is in it, so the noise is a target of high variance; a
 teacher predicts its mean. Both see the same noisy images, timesteps and labels, the dropped
 ones too (Hinton et al., arXiv 1503.02531; of noise predictions: Kim et al., arXiv 2305.15798).
+Where they are of one width, the student may learn what the teacher's last block gives as well.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from terdit_cli.errors import UsageError
 from terdit_cli.model.ckpt import Checkpoint, load_ckpt
@@ -37,6 +39,41 @@ def load_teacher(recipe: Recipe, device: torch.device) -> DiT | None:
         for block in network.layers:
             block.compile()
     return network
+
+
+class FeatureMatch:
+    """Compares what the last blocks of student and teacher gave in their last forwards."""
+
+    def __init__(self, student: DiT, teacher: DiT, weight: float) -> None:
+        """Look into both networks from now on.
+
+        Args:
+            weight: of the difference in the objective.
+
+        Raises:
+            UsageError: they have hidden states of different widths.
+        """
+        if student.config.dim != teacher.config.dim:
+            raise UsageError(
+                "the features of a teacher of another width cannot be compared",
+                got=f"dim {teacher.config.dim}",
+                expected=f"dim {student.config.dim}, as the recipe's model has it",
+                where="distill.features",
+                fix="set distill.features=0, or distil from a model of the same width",
+            )
+        self.weight = weight
+        self._seen: dict[str, Tensor] = {}
+        # Not the blocks themselves: torch.compile would have to trace the hook.
+        for name, network in (("student", student), ("teacher", teacher)):
+            network.final_layer.register_forward_pre_hook(
+                lambda _, inputs, name=name: self._seen.update({name: inputs[0]})
+            )
+
+    def difference(self) -> Tensor:
+        """Return mean (h - h_teacher)^2 / mean h_teacher^2 of each image, float32 [B]."""
+        ours, theirs = (self._seen.pop(name).float() for name in ("student", "teacher"))
+        size = theirs.square().mean(dim=(1, 2))
+        return (ours - theirs).square().mean(dim=(1, 2)) / size
 
 
 def open_teacher(recipe: Recipe) -> Checkpoint | None:

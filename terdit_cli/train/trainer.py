@@ -50,10 +50,10 @@ from terdit_cli.train.parallel import (
     spread,
 )
 from terdit_cli.train.preview import draw_preview
-from terdit_cli.train.teacher import load_teacher
+from terdit_cli.train.teacher import FeatureMatch, load_teacher
 
 QUARTERS = 4
-_MEANS = 4  # loss, mse, vb, distill
+_NAMES = ("loss", "mse", "vb", "distill", "features")
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class StepResult:
     mse: float
     vb: float
     distill: float  # squared difference to the teacher's predictions; 0 without one
+    features: float  # relative squared difference to its features; 0 where they are not matched
     grad_norm: float
     quarter_losses: tuple[float, ...] = (0.0,) * QUARTERS
     quarter_shares: tuple[float, ...] = (0.0,) * QUARTERS
@@ -110,7 +111,11 @@ class Trainer:
         if start is not None:
             start_from(self.network, start)
         teacher = load_teacher(recipe, world.device)
-        self._teacher = None if teacher is None else Teacher(teacher, recipe.distill.weight)
+        self._teacher = self._features = None
+        if teacher is not None:
+            self._teacher = Teacher(teacher, recipe.distill.weight)
+            if weight := recipe.distill.features:
+                self._features = FeatureMatch(self.network, teacher, weight)
         self.model = spread(self.network, world, recipe.train, recipe.parallel)
         self.optimizer = build_optimizer(self.network, recipe.optim)
         self.ema = Ema(self.network, recipe.ema.decay, recipe.ema.warmup)
@@ -198,7 +203,7 @@ class Trainer:
             The losses of the global batch and the norm of its gradient, the same everywhere.
         """
         self.network.train()
-        sums = torch.zeros(_MEANS + 2 * QUARTERS, device=self.world.device)
+        sums = torch.zeros(len(_NAMES) + 2 * QUARTERS, device=self.world.device)
         draws = self._draws.of_step(self.step).chunk(self.accumulate)
         parts = (images.chunk(self.accumulate), labels.chunk(self.accumulate), draws)
         with ternarized_once(self.network, self.recipe.train.compile):
@@ -210,9 +215,11 @@ class Trainer:
             self.network.parameters(), math.inf if limit is None else limit, foreach=True
         )
         heard = torch.tensor(notices, dtype=sums.dtype).to(self.world.device)
-        loss, mse, vb, distill, *quarters = self.world.mean(torch.cat([sums, heard])).tolist()
+        loss, mse, vb, distill, features, *quarters = self.world.mean(
+            torch.cat([sums, heard])
+        ).tolist()
         result = StepResult(
-            loss, mse, vb, distill, float(whole(norm)),
+            loss, mse, vb, distill, features, float(whole(norm)),
             tuple(quarters[:QUARTERS]), tuple(quarters[QUARTERS : 2 * QUARTERS]),
             tuple(share > 0 for share in quarters[2 * QUARTERS :]),
         )  # fmt: skip
@@ -229,8 +236,7 @@ class Trainer:
         """Add a micro-batch's share of the gradient.
 
         Returns:
-            Its mean loss, mse, vb and distill, and the quarters' losses and shares:
-            [_MEANS + 2 * QUARTERS].
+            The means of `_NAMES`, and the quarters' losses and shares: one tensor of all.
         """
         device, null = self.world.device, self.network.config.null_class
         x0 = self.space.encode(batch, drawn.encoding).to(device)
@@ -239,10 +245,13 @@ class Trainer:
         with autocast(self.recipe.train, device):
             losses = self.schedule.training_losses(self.model, x0, t, y, noise, self._teacher)
         objective = losses.get("objective", losses["loss"])
+        if self._features is not None:
+            losses["features"] = self._features.difference()
+            objective = objective + self._features.weight * losses["features"]
         (objective.mean() / self.accumulate).backward()
-        # Without learned sigma there is no variational bound, without a teacher no difference.
+        # Without learned sigma there is no variational bound, without a teacher no differences.
         nothing = torch.zeros_like(losses["loss"])
-        parts = [losses.get(name, nothing) for name in ("loss", "mse", "vb", "distill")]
+        parts = [losses.get(name, nothing) for name in _NAMES]
         quarter = t * QUARTERS // self.schedule.num_steps
         inside = quarter == torch.arange(QUARTERS, device=device)[:, None]  # [QUARTERS, B]
         quarters = torch.cat([inside * losses["loss"], inside.float()])  # [2 * QUARTERS, B]

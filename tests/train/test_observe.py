@@ -99,18 +99,18 @@ def test_an_entry(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
 
 def test_a_quarter_without_images_has_no_loss(make_trainer: Callable[..., Trainer]) -> None:
     observer = Observer(make_trainer())
-    half = StepResult(1.0, 0.8, 0.2, 0.0, 1.0, (0.75, 0.25, 0.0, 0.0), (0.5, 0.5, 0.0, 0.0))
+    half = StepResult(1.0, 0.8, 0.2, 0.0, 0.0, 1.0, (0.75, 0.25, 0.0, 0.0), (0.5, 0.5, 0.0, 0.0))
     observer.add(half)
     assert observer.log()["loss_by_quarter"] == {"1": 1.5, "2": 0.5, "3": None, "4": None}
 
 
 def test_skipped_steps_count_for_nothing_else(make_trainer: Callable[..., Trainer]) -> None:
     observer = Observer(make_trainer())
-    observer.add(StepResult(1.0, 1.0, 0.0, 0.0, 2.0))
-    observer.add(StepResult(math.nan, math.nan, 0.0, 0.0, math.nan))
+    observer.add(StepResult(1.0, 1.0, 0.0, 0.0, 0.0, 2.0))
+    observer.add(StepResult(math.nan, math.nan, 0.0, 0.0, 0.0, math.nan))
     entry = observer.log()
     assert (entry["loss"], entry["grad_norm"], entry["skipped_steps"]) == (1.0, 2.0, 1)
-    observer.add(StepResult(1.0, 1.0, 0.0, 0.0, math.inf))
+    observer.add(StepResult(1.0, 1.0, 0.0, 0.0, 0.0, math.inf))
     entry = observer.log()
     assert (entry["loss"], entry["grad_norm"], entry["skipped_steps"]) == (None, None, 2)
     assert entry["images_per_second"] == 0
@@ -130,7 +130,7 @@ def test_waiting_is_counted_and_pauses_are_not(
 
     for _ in observer.timed(batches()):
         clock[0] += 6  # a step takes six
-        observer.add(StepResult(1.0, 1.0, 0.0, 0.0, 1.0))
+        observer.add(StepResult(1.0, 1.0, 0.0, 0.0, 0.0, 1.0))
         clock[0] += 50
         observer.pause(50)
     entry = observer.log()

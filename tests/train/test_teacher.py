@@ -54,6 +54,29 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it(
     assert logged(tmp_path / "run")[0]["distill"] == 0.0
 
 
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_the_features_of_the_last_block_are_learned(
+    train: Train, teacher: Path, tmp_path: Path, compiled: str
+) -> None:
+    words = [f"distill.teacher={teacher}", "distill.weight=0", "distill.features=10"]
+    words += ["model.dim=48", "train.steps=30", "logging.every=10", f"train.compile={compiled}"]
+    train(tmp_path / "run", *words, "optim.lr=5e-3")
+    differences = [entry["distill_features"] for entry in logged(tmp_path / "run")]
+    assert differences[-1] < 0.6 * differences[0]
+
+
+def test_features_of_a_copy_are_equal_and_of_a_wider_one_refused(
+    train: Train, teacher: Path, tmp_path: Path
+) -> None:
+    words = [f"distill.teacher={teacher}", "distill.features=1", "train.steps=1"]
+    copied = [f"train.init_from={teacher}", "ternary.enabled=false", "model.dim=48"]
+    train(tmp_path / "copy", *words, *copied, "logging.every=1")
+    assert logged(tmp_path / "copy")[0]["distill_features"] == 0.0
+    with pytest.raises(UsageError, match="another width") as caught:
+        train(tmp_path / "narrow", *words)
+    assert "got dim 48, expected dim 32" in str(caught.value)
+
+
 def test_the_teacher_is_the_averaged_network_frozen(recipe_path: Path, teacher: Path) -> None:
     recipe = load_recipe(recipe_path, [f"distill.teacher={teacher}"])
     network = load_teacher(recipe, torch.device("cpu"))
