@@ -100,9 +100,9 @@ class TernarySection(Section):
     preset: Annotated[Literal["best", "paper"] | None, Field(exclude=True)] = None
     enabled: bool = True
     scale: Literal["learned", "absmean"] = "learned"
-    alpha_init: Literal["randn", "absmean"] = "randn"
+    alpha_init: Literal["randn", "absmean"] = "absmean"
     adaln_norm: bool | None = None  # None: as `enabled` (the full-precision parent has none)
-    granularity: Literal["tensor", "row", "group128"] = "tensor"
+    granularity: Literal["tensor", "row", "group128"] = "row"
     activations: Literal["none", "int8"] = "none"
 
     @model_validator(mode="before")

@@ -30,7 +30,7 @@ RECIPE = """\
 name: small
 model:
   {size: nano, n_layers: 2, dim: 32, n_heads: 2, patch_size: 7, multiple_of: 16, num_classes: 10}
-ternary: {alpha_init: absmean}
+ternary: {granularity: tensor}
 data: {source: embedded, split: heldout, image_size: 28, channels: 1, flip: false, workers: 1}
 train: {steps: 40, global_batch_size: 8, micro_batch_size: 8, precision: fp32}
 optim: {lr: 3e-3}

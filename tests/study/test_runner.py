@@ -36,7 +36,7 @@ RECIPE = """\
 name: dots
 model:
   {size: nano, n_layers: 1, dim: 16, n_heads: 2, patch_size: 4, multiple_of: 16, num_classes: 3}
-ternary: {alpha_init: absmean}
+ternary: {granularity: tensor}
 data: {source: folder, path: IMAGES, image_size: 8, channels: 3, flip: false, workers: 1}
 train: {steps: 4, global_batch_size: 4, micro_batch_size: 4, precision: fp32}
 optim: {lr: 3e-3}

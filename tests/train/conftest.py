@@ -26,7 +26,7 @@ name: small
 seed: 3
 model:
   {size: nano, n_layers: 2, dim: 32, n_heads: 2, patch_size: 7, multiple_of: 16, num_classes: 10}
-ternary: {alpha_init: absmean}
+ternary: {granularity: tensor}
 data: {source: embedded, split: heldout, image_size: 28, channels: 1, flip: true, workers: 1}
 train: {steps: 40, global_batch_size: 8, micro_batch_size: 4, precision: fp32}
 optim: {lr: 2e-3, weight_decay: 0.01, warmup_steps: 5, schedule: cosine}

@@ -110,7 +110,9 @@ def gradients_of_a_step(recipe_path: Path, *words: str) -> tuple[dict[str, Tenso
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     schedule = make_schedule("")
 
-    def losses(network: Any, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def losses(
+        network: Any, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor, teacher: None
+    ) -> dict[str, Tensor]:
         mean = x0.mean(dim=(1, 2, 3))
         return schedule.training_losses(
             network,
@@ -118,6 +120,7 @@ def gradients_of_a_step(recipe_path: Path, *words: str) -> tuple[dict[str, Tenso
             (mean * 1e5).long() % 1000,
             y,
             torch.sin(1e3 * (x0 + mean[:, None, None, None])),
+            teacher,
         )
 
     trainer.schedule = SimpleNamespace(num_steps=1000, training_losses=losses)  # type: ignore[assignment]

@@ -45,7 +45,7 @@ name: odd
 seed: 5
 model:
   {size: nano, n_layers: 3, dim: 30, n_heads: 3, patch_size: 7, multiple_of: 7, num_classes: 10}
-ternary: {alpha_init: absmean}
+ternary: {granularity: tensor}
 data: {source: embedded, split: heldout, image_size: 28, channels: 1, flip: true, workers: 1}
 train: {steps: 40, global_batch_size: 12, micro_batch_size: 1, precision: fp32}
 optim: {lr: 2e-3, weight_decay: 0.01, warmup_steps: 5, schedule: cosine, eps: 1e-4}
