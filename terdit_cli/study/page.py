@@ -39,6 +39,7 @@ from terdit_cli.study.tables import (
     loss_table,
     main_table,
     nearest_table,
+    steps_taken,
 )
 
 ENOUGH_IMAGES = 10_000  # for a distance that others can compare with
@@ -83,7 +84,8 @@ def _study(findings: Findings) -> Iterator[Block]:
         f"{_label(findings, study.headline.twin)} of the same seed; "
         '"as its class": generated images that a linear probe on the same features takes for '
         'their class; "nearer than reals": images closer to a training image than 99 % of the '
-        "training images are to each other, as about 1 % of new images would be."
+        "training images are to each other, as about 1 % of new images would be. Steps of A "
+        "+ B: begun with the weights of a model that had taken A."
     )
     for scale in study.evaluation.cfg_scales:
         yield main_table(findings, scale)
@@ -127,7 +129,7 @@ def _study(findings: Findings) -> Iterator[Block]:
                 variant.question,
                 _what_differs(findings, variant.name),
                 ", ".join(map(str, study.seeds_of(variant))),
-                f"{study.steps_of(variant)[-1]:,}",
+                steps_taken(study, variant),
             )
             for variant in study.variants
         ],
@@ -190,6 +192,8 @@ def _notes(findings: Findings) -> Iterator[str]:
 def _cards(findings: Findings) -> Iterator[Card]:
     study = findings.study
     headline = study.headline
+    names = (headline.ternary, headline.twin)
+    pair = " : ".join(steps_taken(study, study.variant(name)) for name in names)
     for scale in study.evaluation.cfg_scales:
         n = study.headline_images
         ratio = findings.ratio(headline.ternary, scale, n)
@@ -203,7 +207,7 @@ def _cards(findings: Findings) -> Iterator[Card]:
             f"ternary : twin, {guidance(scale)}",
             f"{ratio.mean:.3f}",
             f"{findings.distance_name} of {n:,} images {number(ours.mean)} : "
-            f"{number(theirs.mean)}{seeds}; "
+            f"{number(theirs.mean)}{seeds}; steps {pair}; "
             f"goal at most {headline.goal:g}",
             ratio.mean <= headline.goal,
         )

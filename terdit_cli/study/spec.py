@@ -197,6 +197,13 @@ class Study(Section):
             return self.steps_of(self.variant(variant.of))[-1:]
         return tuple(sorted(set(self.steps)))
 
+    def steps_taken(self, variant: Variant) -> tuple[int, ...]:
+        """Return the last step of each training that a variant's weights went through, in order."""
+        begun = f"train.init_from={AFTER}" in variant.overrides
+        earlier = variant.of or (variant.after if begun else None)
+        before = self.steps_taken(self.variant(earlier)) if earlier else ()
+        return before if variant.of else (*before, self.steps_of(variant)[-1])
+
     def images_at(self, variant: Variant, step: int) -> tuple[int, ...]:
         """Return the numbers of images that a model is scored with: curves, and the last step."""
         found = {self.evaluation.curve_images} if variant.is_trained else set()

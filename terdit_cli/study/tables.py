@@ -11,6 +11,7 @@ from terdit_cli.study.collect import Findings, Model, guidance
 from terdit_cli.study.document import Block, Heading, Table, Text
 from terdit_cli.study.figures import number
 from terdit_cli.study.records import Footprint
+from terdit_cli.study.spec import Study, Variant
 
 _MOST_CLASSES = 40  # columns of the table of classes
 
@@ -42,13 +43,19 @@ def main_table(findings: Findings, scale: float, n: int | None = None) -> Table:
                 _percent([s.nearest.share_closer for s in scores if s.nearest]),
                 str(len(scores)),
                 f"{scores[0].n:,}",
+                steps_taken(study, variant),
             )
         )
     header = (
         guidance(scale), findings.distance_name, "range", ": twin", "range", "precision", "recall",
-        "KID", "as its class", "nearer than reals", "seeds", "images",
+        "KID", "as its class", "nearer than reals", "seeds", "images", "steps",
     )  # fmt: skip
     return Table(header, rows, _strong(findings))
+
+
+def steps_taken(study: Study, variant: Variant) -> str:
+    """Return "8,000", or "8,000 + 8,000" of a variant that begins with another one's weights."""
+    return " + ".join(f"{steps:,}" for steps in study.steps_taken(variant))
 
 
 def _strong(findings: Findings) -> list[str]:

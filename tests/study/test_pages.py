@@ -123,6 +123,7 @@ def test_a_variant_that_begins_with_another_names_it(
     row = next(line for line in text.splitlines() if line.startswith("| begun with it |"))
     label = study.variant("twin").label
     assert f"train.init_from=ckpt.pt of {label}" in row
+    assert row.endswith("| 40 + 40 |")
 
 
 def test_the_page_asks_for_nothing_and_is_well_formed(
