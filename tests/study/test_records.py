@@ -54,12 +54,12 @@ def test_a_record_is_made_again_where_what_it_depends_on_has_changed(tmp_path: P
 def test_a_field_that_did_not_exist_then_counts_as_its_default(study: Study) -> None:
     new = model_asked(study, study.variant("ternary"), 0)
     old = {"recipe": {**new["recipe"], "ternary": dict(new["recipe"]["ternary"])}}
-    del old["recipe"]["ternary"]["granularity"]  # "tensor", its default
+    del old["recipe"]["ternary"]["alpha_init"]  # "absmean", its default
     assert differences(old, new) == []
-    del old["recipe"]["ternary"]["alpha_init"]  # "absmean", which is not
-    assert differences(old, new) == ["recipe.ternary.alpha_init"]
+    del old["recipe"]["ternary"]["granularity"]  # "tensor", which is not
+    assert differences(old, new) == ["recipe.ternary.granularity"]
     nested = model_asked(study, study.variant("packed"), 0)
-    assert differences({**nested, "of": old}, nested) == ["of.recipe.ternary.alpha_init"]
+    assert differences({**nested, "of": old}, nested) == ["of.recipe.ternary.granularity"]
     old["recipe"]["gone"] = 1
     assert "recipe.gone" in differences(old, new)
 
