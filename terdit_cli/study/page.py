@@ -285,9 +285,8 @@ def _commands(findings: Findings) -> Commands:
             where = f"{training.machine}; {training.date}; {console.duration(training.seconds)}"
             rows.append((f"{name}: training", training.command, where))
         for (step, scale, n), score in sorted(model.scores.items()):
-            where = f"{score.machine}; {score.date}; {console.duration(score.seconds)}"
             what = f"{name}: step {step:,}, {guidance(scale)}, {n:,} images"
-            rows.append((what, score.command, where))
+            rows.append((what, score.command, f"{score.machine}; {score.date}"))
         if model.footprint is not None:
             cost = model.footprint
             rows.append((f"{name}: latency", cost.command, f"{cost.machine}; {cost.date}"))

@@ -49,7 +49,7 @@ class Record(BaseModel):
     command: str
     machine: str
     date: str
-    seconds: float
+    seconds: float  # of a training: of all its sittings; else of the call that finished it
 
 
 class Training(Record):

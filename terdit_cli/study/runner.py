@@ -63,6 +63,7 @@ from terdit_cli.study.spec import (
 from terdit_cli.train.checkpoint import complete_checkpoints, read_manifest
 from terdit_cli.train.export import CKPT, export_ckpt
 from terdit_cli.train.flops import BACKWARD_AND_FORWARD, training_flops
+from terdit_cli.train.loggers import logged_seconds, read_metrics
 
 LATENCY_REPEATS = 3
 DIVERGED = 5  # exit code of a training that could not go on
@@ -200,7 +201,7 @@ class Runner:
                 where=place.run,
                 fix="delete the run folder to train it again, or take the step out of the study",
             )
-        seconds = round(done.seconds, 1)
+        seconds = round(logged_seconds(read_metrics(place.run), recipe.train.global_batch_size), 1)
         save(place.training, Training(command=done.command, seconds=seconds, **facts))
         return True
 

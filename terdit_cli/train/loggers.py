@@ -6,6 +6,7 @@ numbers under the same names, nested ones as "flipped/wq".
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import secrets
@@ -68,6 +69,14 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
             break
         entries.append(entry)
     return entries
+
+
+def logged_seconds(entries: list[dict[str, Any]], global_batch_size: int) -> float:
+    """Return how long the logged steps took, of all sittings; samples and checkpoints left out."""
+    steps = [0, *(entry["step"] for entry in entries)]
+    counts = [after - before for before, after in itertools.pairwise(steps)]
+    rates = [entry["images_per_second"] for entry in entries]
+    return sum(n * global_batch_size / rate for n, rate in zip(counts, rates, strict=True) if rate)
 
 
 class MetricsLog:

@@ -17,6 +17,7 @@ from terdit_cli.recipe import Recipe
 from terdit_cli.train.loggers import (
     MetricsLog,
     TensorBoardLog,
+    logged_seconds,
     open_logs,
     read_metrics,
     scalars,
@@ -166,3 +167,10 @@ def test_a_missing_package_is_a_sentence(
     assert caught.value.exit_code == 4
     for word in (*words, "pip install 'terdit[logging]'", "is not installed"):
         assert word in str(caught.value)
+
+
+def test_logged_seconds_are_of_all_sittings() -> None:
+    rates = [(10, 64.0), (20, 128.0), (25, 32.0)]
+    entries = [{"step": step, "images_per_second": rate} for step, rate in rates]
+    assert logged_seconds(entries, 64) == 10 + 5 + 10
+    assert logged_seconds([], 64) == 0
