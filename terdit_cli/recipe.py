@@ -180,6 +180,7 @@ class DistillSection(Section):
 
     teacher: Path | None = None  # ckpt.pt or run folder; None: no distillation
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5  # of the teacher; the noise has the rest
+    schedule: Literal["constant", "linear"] = "constant"  # linear: weight falls to 0 at the end
     features: NonNegativeFloat = 0.0  # of the relative difference of the last blocks' outputs
 
 

@@ -15,7 +15,7 @@ from terdit_cli.errors import UsageError
 from terdit_cli.model.ckpt import Checkpoint, load_ckpt
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.restore import restore_network
-from terdit_cli.recipe import Recipe
+from terdit_cli.recipe import DistillSection, Recipe
 from terdit_cli.train import build
 from terdit_cli.train.export import CKPT
 
@@ -39,6 +39,15 @@ def load_teacher(recipe: Recipe, device: torch.device) -> DiT | None:
         for block in network.layers:
             block.compile()
     return network
+
+
+def teacher_weight(step: int, steps: int, distill: DistillSection) -> float:
+    """Return the weight of the teacher in optimizer step `step` (counted from 0) of `steps`.
+
+    A teacher speeds up the beginning, and its errors are the student's in the end: with "linear"
+    the last steps learn from the data alone.
+    """
+    return distill.weight * (1 - step / steps if distill.schedule == "linear" else 1)
 
 
 class FeatureMatch:

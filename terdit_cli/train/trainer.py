@@ -50,7 +50,7 @@ from terdit_cli.train.parallel import (
     spread,
 )
 from terdit_cli.train.preview import draw_preview
-from terdit_cli.train.teacher import FeatureMatch, load_teacher
+from terdit_cli.train.teacher import FeatureMatch, load_teacher, teacher_weight
 
 QUARTERS = 4
 _NAMES = ("loss", "mse", "vb", "distill", "features")
@@ -110,12 +110,10 @@ class Trainer:
         self.network: DiT = build.build_network(recipe)  # owns the parameters
         if start is not None:
             start_from(self.network, start)
-        teacher = load_teacher(recipe, world.device)
-        self._teacher = self._features = None
-        if teacher is not None:
-            self._teacher = Teacher(teacher, recipe.distill.weight)
-            if weight := recipe.distill.features:
-                self._features = FeatureMatch(self.network, teacher, weight)
+        self._teacher = load_teacher(recipe, world.device)
+        self._features = None
+        if self._teacher is not None and (weight := recipe.distill.features):
+            self._features = FeatureMatch(self.network, self._teacher, weight)
         self.model = spread(self.network, world, recipe.train, recipe.parallel)
         self.optimizer = build_optimizer(self.network, recipe.optim)
         self.ema = Ema(self.network, recipe.ema.decay, recipe.ema.warmup)
@@ -242,8 +240,12 @@ class Trainer:
         x0 = self.space.encode(batch, drawn.encoding).to(device)
         y = y if null is None else torch.where(drawn.dropped, null, y)
         t, noise, y = drawn.t.to(device), drawn.noise.to(device), y.to(device)
+        teacher = None
+        if self._teacher is not None:
+            steps, distill = self.recipe.train.steps, self.recipe.distill
+            teacher = Teacher(self._teacher, teacher_weight(self.step, steps, distill))
         with autocast(self.recipe.train, device):
-            losses = self.schedule.training_losses(self.model, x0, t, y, noise, self._teacher)
+            losses = self.schedule.training_losses(self.model, x0, t, y, noise, teacher)
         objective = losses.get("objective", losses["loss"])
         if self._features is not None:
             losses["features"] = self._features.difference()

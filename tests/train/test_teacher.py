@@ -14,10 +14,10 @@ import torch
 from terdit_cli.commands.train import TrainResult
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.ckpt import load_ckpt
-from terdit_cli.recipe import load_recipe
+from terdit_cli.recipe import DistillSection, load_recipe
 from terdit_cli.runtime.load import load_model
 from terdit_cli.train.memory import plan_run
-from terdit_cli.train.teacher import load_teacher
+from terdit_cli.train.teacher import load_teacher, teacher_weight
 
 Train = Callable[..., TrainResult]
 
@@ -39,6 +39,23 @@ def test_the_difference_to_the_teacher_falls(train: Train, teacher: Path, tmp_pa
     train(tmp_path / "run", *words, "distill.weight=1", "train.steps=60", "optim.lr=5e-3")
     differences = [entry["distill"] for entry in logged(tmp_path / "run")]
     assert differences[-1] < 0.7 * differences[0]
+
+
+def test_the_weight_of_the_teacher_over_a_run(train: Train, teacher: Path, tmp_path: Path) -> None:
+    def weights(**options: Any) -> list[float]:
+        distill = DistillSection(weight=0.8, **options)
+        return [teacher_weight(step, 4, distill) for step in range(4)]
+
+    assert weights() == [0.8] * 4
+    assert weights(schedule="linear") == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    # A run is told apart from one of constant weight from the second step on.
+    words = [f"distill.teacher={teacher}", "train.steps=2", "logging.every=1", "optim.lr=1e-2"]
+    for schedule in ("constant", "linear"):
+        train(tmp_path / schedule, *words, f"distill.schedule={schedule}", "distill.weight=1")
+    constant, linear = (
+        load_ckpt(tmp_path / schedule / "ckpt.pt").model for schedule in ("constant", "linear")
+    )
+    assert any(not torch.equal(constant[name], linear[name]) for name in constant)
 
 
 def test_a_run_without_a_teacher_logs_no_difference(whole_run: Path) -> None:
