@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -351,9 +352,10 @@ class Faulty:
 @pytest.mark.parametrize(
     ("fault", "codes", "message"),
     [
-        ("killed", ["4", ""], "of this job was killed: got no last word from rank 1. Fix: look"),
-        ("killed later", ["4", ""], "another process of this job has ended: got "),
-        ("error", ["3", "3"], "something is wrong with the file."),
+        ("killed", ["4", ""], "was killed: got no last word from rank 1"),
+        # The closed connection is seen, or torchrun's signal, whichever comes first.
+        ("killed later", ["4", ""], "has ended: got |was killed: got no last word from rank 1"),
+        ("error", ["3", "3"], "something is wrong with the file"),
     ],
 )
 def test_a_job_ends_with_one_message(
@@ -364,7 +366,7 @@ def test_a_job_ends_with_one_message(
     found, errors = Faulty(tmp_path, fault, drawing(small_tdt, output)).end()
     assert found == codes
     assert len(errors) == 1
-    assert message in errors[0]
+    assert re.search(message, errors[0])
     assert not output.parent.exists()
 
 
