@@ -54,7 +54,7 @@ add-model: install  ## package a run: make add-model RUN=runs/x NAME=x EVAL=resu
 
 results: install  ## docs/results.md and .html from the studies' results in runs/studies
 	$(BIN)/terdit study recipes/studies/fashion-mnist.yaml recipes/studies/cifar10.yaml \
-		recipes/studies/ablations.yaml --render
+		recipes/studies/ablations.yaml --render --out docs/results.md
 
 results-quick: install  ## the same comparisons in little, from the packaged images (minutes)
 	$(BIN)/terdit study recipes/studies/quick.yaml --out runs/results-quick.md

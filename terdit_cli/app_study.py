@@ -12,7 +12,7 @@ from terdit_cli import console
 from terdit_cli.options import Json
 
 EXAMPLES = (
-    "terdit study recipes/studies/quick.yaml --out runs/results-quick.md",
+    "terdit study recipes/studies/quick.yaml",
     "terdit study recipes/studies/fashion-mnist.yaml data.path=/path/to/fashion-mnist",
     "terdit study recipes/studies/fashion-mnist.yaml --only ternary,twin",
     "terdit study recipes/studies/fashion-mnist.yaml recipes/studies/cifar10.yaml --render",
@@ -42,7 +42,7 @@ def study(
     ),
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The page, .md; .html and figures go beside it.")
-    ] = Path("docs/results.md"),
+    ] = Path("runs/results.md"),
     json: Json = False,
 ) -> None:
     """Train and score the variants of a study, as far as they are missing, and show them.

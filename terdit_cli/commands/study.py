@@ -10,6 +10,7 @@ from pathlib import Path
 from terdit_cli import console
 from terdit_cli.atomic import atomic_path, check_writable
 from terdit_cli.errors import UsageError
+from terdit_cli.recipe import read_mapping
 from terdit_cli.study.children import lock, run_terdit
 from terdit_cli.study.collect import Findings, collect
 from terdit_cli.study.page import write_pages
@@ -18,6 +19,8 @@ from terdit_cli.study.runner import Runner
 from terdit_cli.study.spec import Study, load_study
 
 DEFAULT_RUNS = Path("runs/studies")
+DEFAULT_PAGE = Path("runs/results.md")
+RESOLVED = "study.yaml"  # in a study's folder: what was asked for there last
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def run(
     quick: bool = False,
     render: bool = False,
     runs: Path = DEFAULT_RUNS,
-    out: Path = Path("docs/results.md"),
+    out: Path = DEFAULT_PAGE,
 ) -> StudyResult:
     """Do what the studies lack, and write the pages.
 
@@ -47,7 +50,7 @@ def run(
         overrides: key=value words for the recipes of all of them, such as data.path.
         only: names of variants to work on; the pages show all that is there.
         quick: the shortened versions.
-        render: only write the pages.
+        render: only write the pages; without overrides, of the words that a study was run with.
         runs: where each study has a folder of its own.
         out: the .md page; the .html page and the figures lie beside it.
 
@@ -65,12 +68,21 @@ def run(
         raise UsageError("--only is for one study", got=f"{len(paths)} studies", fix="name one")
     check_writable(out)
     studies = [load_study(path, overrides, quick) for path in paths]
+    if render and not overrides:
+        words = [_words_before(runs / study.name / RESOLVED) for study in studies]
+        pairs = zip(paths, words, strict=True)
+        studies = [load_study(path, before, quick) for path, before in pairs]
     names = [study.name for study in studies]
     if len(set(names)) < len(names):
         raise UsageError("two studies of one name", got=", ".join(names), fix="rename one")
 
     def pages() -> list[Findings]:
         found = [collect(study, Folder(runs / study.name)) for study in studies]
+        if render and not any(model.scores for one in found for model in one.models):
+            raise UsageError(
+                "there is nothing to show yet", got="--render", expected="a study that has scores",
+                where=runs, fix="run the studies without --render first, or name their --runs",
+            )  # fmt: skip
         write_pages(out, found)
         return found
 
@@ -87,10 +99,18 @@ def run(
     )
 
 
+def _words_before(path: Path) -> list[str]:
+    """Return the key=value words with which a study was run, by its resolved copy."""
+    if not path.exists():
+        return []
+    words = read_mapping(path, "study").get("words", [])
+    return [str(word) for word in words] if isinstance(words, list) else []
+
+
 def _work(study: Study, runs: Path, only: Sequence[str], changed: Callable[[], object]) -> None:
     folder = Folder(runs / study.name)
     with lock(folder.path) as descriptor:
-        with atomic_path(folder.path / "study.yaml") as temporary:
+        with atomic_path(folder.path / RESOLVED) as temporary:
             temporary.write_text(study.to_yaml(), encoding="utf-8")
         console.note(f"study {study.name}: {len(study.variants)} variants, in {folder.path}")
         run = functools.partial(run_terdit, descriptor=descriptor)

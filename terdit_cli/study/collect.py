@@ -19,16 +19,22 @@ from numpy.typing import NDArray
 
 from terdit_cli.errors import InputFileError
 from terdit_cli.study.records import (
+    Conversion,
     Folder,
     Footprint,
+    Grid,
     Loss,
     Probe,
+    Record,
     Score,
     Training,
     differences,
+    drawn_by,
+    lost_by,
     model_asked,
     read,
     scored_by,
+    timed_by,
 )
 from terdit_cli.study.spec import Study, Variant
 from terdit_cli.train.loggers import read_metrics
@@ -43,6 +49,7 @@ class Model:
     variant: Variant
     seed: int
     training: Training | None
+    conversion: Conversion | None
     losses: dict[int, Loss]  # by step
     scores: dict[tuple[int, float, int], Score]  # by step, cfg scale, n
     footprint: Footprint | None
@@ -103,9 +110,15 @@ class Findings:
         found = {seed: value for seed, value in found.items() if math.isfinite(value)}
         return Mean(found) if found else None
 
-    def ratio(self, name: str, cfg_scale: float, n: int | None = None) -> Mean | None:
-        """Return a variant's distance : the twin's, seed by seed; None without a common seed."""
-        pair = (name, self.study.headline.twin)
+    def ratio(
+        self, name: str, cfg_scale: float, n: int | None = None, other: str | None = None
+    ) -> Mean | None:
+        """Return a variant's distance : the twin's, seed by seed; None without a common seed.
+
+        Args:
+            other: the variant to stand in the twin's place.
+        """
+        pair = (name, other or self.study.headline.twin)
         ours, theirs = (self.distance(one, cfg_scale, n) for one in pair)
         if ours is None or theirs is None:
             return None
@@ -135,12 +148,24 @@ class Findings:
         return count
 
     def _failed(self, variant: Variant, seed: int) -> bool:
-        source = variant.of or variant.name
-        return any(
+        """Return whether its training, or one that it needs, came to nothing."""
+        failed = any(
             model.training is not None and model.training.failed is not None
-            for model in self.models_of(source)
+            for model in self.models_of(variant.name)
             if model.seed == seed
         )
+        needed = variant.of or variant.after
+        return failed or (needed is not None and self._failed(self.study.variant(needed), seed))
+
+    def met(self, ratio: Mean) -> str:
+        """Return whether a ratio of the headline's pair meets its goal, and at what steps."""
+        study, headline = self.study, self.study.headline
+        word = "met" if ratio.mean <= headline.goal else "not met"
+        ours, theirs = (
+            sum(study.steps_taken(study.variant(name)))
+            for name in (headline.ternary, headline.twin)
+        )
+        return word if ours == theirs else f"{word} in {ours:,} steps in all : {theirs:,}"
 
     @property
     def verdict(self) -> str:
@@ -152,13 +177,17 @@ class Findings:
             if ratio is None:
                 continue
             spread = f" ({ratio.spread})" if ratio.spread else ""
-            met = "met" if ratio.mean <= headline.goal else "not met"
-            parts.append(f"{guidance(scale)} {ratio.mean:.3f}{spread}, {met}")
+            parts.append(f"{guidance(scale)} {ratio.mean:.3f}{spread}, {self.met(ratio)}")
         if not parts:
             return "no pair of scores yet"
         images = f"{self.study.headline_images:,} images"
         pair = f"{self.distance_name} of {images}, ternary : twin (goal at most {headline.goal:g})"
         return f"{pair}: " + "; ".join(parts)
+
+
+def steps_taken(study: Study, variant: Variant) -> str:
+    """Return "8,000", or "8,000 + 8,000" of a variant that begins with another one's weights."""
+    return " + ".join(f"{steps:,}" for steps in study.steps_taken(variant))
 
 
 def guidance(scale: float) -> str:
@@ -189,25 +218,34 @@ def _model(study: Study, folder: Folder, variant: Variant, seed: int) -> Model:
     changed: set[str] = set()
     losses, scores = {}, {}
     for step in study.steps_of(variant):
-        if (loss := read(place.loss(step), Loss)) is not None:
+        loss = read(place.loss(step), Loss)
+        if loss is not None and not _measured_otherwise(loss, lost_by(study)):
             losses[step] = loss
         for n in study.images_at(variant, step):
             for scale in study.evaluation.cfg_scales:
                 score = read(place.score(step, scale, n), Score)
-                if score is None or differences(
-                    {"evaluation": score.asked.get("evaluation")}, {"evaluation": scored_by(study)}
-                ):
+                if score is None or _measured_otherwise(score, {"evaluation": scored_by(study)}):
                     continue
                 scores[step, scale, n] = score
                 changed |= set(differences(score.asked.get("model"), asked))
     grids = {}
     for scale in study.evaluation.cfg_scales:
-        if place.grid(scale).exists():
+        grid = read(place.grid_record(scale), Grid)
+        if grid is not None and not _measured_otherwise(grid, drawn_by(study, scale)):
             grids[scale] = _read_images(place.grid(scale))
+    footprint = read(place.footprint, Footprint)
+    if footprint is not None and _measured_otherwise(footprint, timed_by(study)):
+        footprint = None
     return Model(
-        variant, seed, read(place.training, Training), losses, scores,
-        read(place.footprint, Footprint), read_metrics(place.run), grids, sorted(changed),
+        variant, seed, read(place.training, Training), read(place.conversion, Conversion), losses,
+        scores, footprint, read_metrics(place.run), grids, sorted(changed),
     )  # fmt: skip
+
+
+def _measured_otherwise(record: Record, by: dict[str, Any]) -> bool:
+    """Return whether a record was made in another way than `by` asks for, whatever its model."""
+    asked = {key: value for key, value in record.asked.items() if key in by}
+    return bool(differences(asked, json.loads(json.dumps(by))))
 
 
 def _read_images(path: Path) -> Images:

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from terdit_cli import console
-from terdit_cli.study.collect import Findings, Model, guidance
+from terdit_cli.study.collect import Findings, Model, guidance, steps_taken
 from terdit_cli.study.document import Figure
 from terdit_cli.study.figures import Bar, Series, bar_figure, line_figure, share_figure
 from terdit_cli.study.records import Loss
@@ -70,15 +70,22 @@ def curves(findings: Findings) -> list[Figure]:
     return figures + _figure("loss", findings, "Loss over training", note, drawing)
 
 
-_DOTS = "Lines join the means over seeds; small dots are the seeds."
+_DOTS = (
+    "Steps are those in all: a model that begins with another's weights goes on where that one "
+    "ended. Lines join the means over seeds; small dots are the seeds."
+)
 
 
 def _series(findings: Findings, name: str, values: dict[int, list[float]]) -> Series:
-    finite = {step: [v for v in found if math.isfinite(v)] for step, found in values.items()}
-    points = [(float(step), fmean(found)) for step, found in finite.items() if found]
-    dots = [(float(step), v) for step, found in finite.items() if len(found) > 1 for v in found]
-    label = findings.study.variant(name).label
-    return Series(label, _number(findings, name), points, dots)
+    variant = findings.study.variant(name)
+    before = findings.study.steps_before(variant)
+    finite = {
+        float(before + step): [v for v in found if math.isfinite(v)]
+        for step, found in values.items()
+    }
+    points = [(step, fmean(found)) for step, found in finite.items() if found]
+    dots = [(step, v) for step, found in finite.items() if len(found) > 1 for v in found]
+    return Series(variant.label, _number(findings, name), points, dots)
 
 
 def bars(findings: Findings) -> list[Figure]:
@@ -87,22 +94,26 @@ def bars(findings: Findings) -> list[Figure]:
     figures = []
     for index, group in enumerate(study.bars):
         for scale in study.evaluation.cfg_scales:
-            rows = []
+            rows, longer = [], []
             for name in group.variants:
                 distance = findings.distance(name, scale)
                 if distance is None:
                     continue
-                values = list(distance.values.values())
+                variant, values = study.variant(name), list(distance.values.values())
                 rows.append(
-                    Bar(study.variant(name).label, _number(findings, name), distance.mean, values,
+                    Bar(variant.label, _number(findings, name), distance.mean, values,
                         _bytes(findings, name))
                 )  # fmt: skip
+                if len(study.steps_taken(variant)) > 1:
+                    longer.append(f"{variant.label} ({steps_taken(study, variant)})")
             title = f"{group.title}, {guidance(scale)}"
             drawing = bar_figure(title, rows, f"{findings.distance_name}, lower is better")
             note = (
                 f"{study.evaluation.n:,} images, last step; to the right the bytes on disk. Dots "
                 "are the seeds."
             )
+            if longer:
+                note += f" Steps of two trainings: {'; '.join(longer)}."
             figures += _figure(f"bars-{index}-cfg-{scale:g}", findings, title, note, drawing)
     return figures
 
@@ -169,7 +180,7 @@ def codes(findings: Findings) -> list[Figure]:
         (
             "flipped",
             "Codes that flip",
-            "Share of codes that differ from those at the logged step before; logarithmic.",
+            "Share of codes that one step changes, at the steps that are logged; logarithmic.",
             True,
         ),
     ):

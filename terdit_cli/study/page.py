@@ -5,15 +5,15 @@ Every sentence with a number in it is computed from the records; nothing here wa
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
 
 from terdit_cli import console
-from terdit_cli.study.collect import Findings, guidance
+from terdit_cli.study.collect import Findings, guidance, steps_taken
 from terdit_cli.study.document import (
     Block,
     Card,
@@ -39,7 +39,6 @@ from terdit_cli.study.tables import (
     loss_table,
     main_table,
     nearest_table,
-    steps_taken,
 )
 
 ENOUGH_IMAGES = 10_000  # for a distance that others can compare with
@@ -57,9 +56,10 @@ def write_pages(path: Path, studies: Sequence[Findings]) -> None:
         Heading(1, TITLE),
         Text(
             "What does a diffusion transformer lose when its large matrices are ternary? All "
-            "models of a study see the same images in the same order with the same noise; they "
-            "differ in what their line of the last table says, and in nothing else. A distance "
-            "is lower for images that are more like the real ones."
+            "models of a study see the same images in the same order with the same noise (a "
+            "second training sees those of the first again); they differ in what their line of "
+            "the last table says, and in nothing else. A distance is lower for images that are "
+            "more like the real ones."
         ),
     ]
     for findings in studies:
@@ -176,9 +176,11 @@ def _notes(findings: Findings) -> Iterator[str]:
             f"{study.evaluation.n:,} images are few: distances of so many are biased upwards and "
             "compare only with each other."
         )
-    headline = study.headline
-    seeds = set(study.seeds_of(study.variant(headline.ternary)))
-    if len(seeds) < 2:
+    ratios = (
+        findings.ratio(study.headline.ternary, scale, study.headline_images)
+        for scale in study.evaluation.cfg_scales
+    )
+    if any(ratio is not None and len(ratio.values) < 2 for ratio in ratios):
         yield "One seed: no spread is known, and small differences mean nothing."
     for model in findings.models:
         name = f"{model.variant.label}, seed {model.seed}"
@@ -192,31 +194,44 @@ def _notes(findings: Findings) -> Iterator[str]:
 def _cards(findings: Findings) -> Iterator[Card]:
     study = findings.study
     headline = study.headline
-    names = (headline.ternary, headline.twin)
-    pair = " : ".join(steps_taken(study, study.variant(name)) for name in names)
     for scale in study.evaluation.cfg_scales:
         n = study.headline_images
-        ratio = findings.ratio(headline.ternary, scale, n)
-        ours = findings.distance(headline.ternary, scale, n)
-        theirs = findings.distance(headline.twin, scale, n)
-        if ratio is None or ours is None or theirs is None:
-            continue
-        seeds = f"; {len(ratio.values)} seeds" + (f", {ratio.spread}" if ratio.spread else "")
-        seeds = seeds if len(ratio.values) > 1 else "; one seed"
-        yield Card(
-            f"ternary : twin, {guidance(scale)}",
-            f"{ratio.mean:.3f}",
-            f"{findings.distance_name} of {n:,} images {number(ours.mean)} : "
-            f"{number(theirs.mean)}{seeds}; steps {pair}; "
-            f"goal at most {headline.goal:g}",
-            ratio.mean <= headline.goal,
-        )
+        yield from _ratio_card(findings, "twin", headline.twin, scale, n, headline.goal)
+    if headline.again is not None:
+        for scale in study.evaluation.cfg_scales:
+            n = study.evaluation.n
+            yield from _ratio_card(findings, "twin as long", headline.again, scale, n)
     found = [cost_of(findings, name) for name in (headline.ternary, headline.twin)]
     costs = [model.footprint.bytes for model in found if model is not None and model.footprint]
     if len(costs) == 2:
         small, large = map(console.byte_size, costs)
         words = f"{large} in bfloat16, {small} as .tdt"
         yield Card("bytes on disk, twin : ternary", f"{costs[1] / costs[0]:.1f}", words)
+
+
+def _ratio_card(
+    findings: Findings, title: str, other: str, scale: float, n: int, goal: float | None = None
+) -> Iterator[Card]:
+    """Yield the ratio of the headline's ternary variant to another one, if it is there."""
+    study, ternary = findings.study, findings.study.headline.ternary
+    ratio = findings.ratio(ternary, scale, n, other)
+    distances = [findings.distance(name, scale, n) for name in (ternary, other)]
+    if ratio is None:
+        return
+    means = (number(fmean(d.values[seed] for seed in ratio.values)) for d in distances if d)
+    seeds = f"; {len(ratio.values)} seeds" + (f", {ratio.spread}" if ratio.spread else "")
+    variants = [study.variant(name) for name in (ternary, other)]
+    steps = " : ".join(steps_taken(study, variant) for variant in variants)
+    equal = len({sum(study.steps_taken(variant)) for variant in variants}) == 1
+    yield Card(
+        f"ternary : {title}, {guidance(scale)}",
+        f"{ratio.mean:.3f}",
+        f"{findings.distance_name} of {n:,} images {' : '.join(means)}"
+        f"{seeds if len(ratio.values) > 1 else '; one seed'}; steps {steps}"
+        + (f"; goal at most {goal:g}" if goal else "")
+        + ("" if goal is None or equal else f", {findings.met(ratio)}"),
+        ratio.mean <= goal if goal and equal else None,
+    )
 
 
 def _pictures(findings: Findings) -> Iterator[Block]:
@@ -276,18 +291,22 @@ def _what_differs(findings: Findings, name: str) -> str:
 def _commands(findings: Findings) -> Commands:
     """Return every command with its machine and date, for a third person to repeat."""
     study = findings.study
-    words = ["terdit", "study", str(study.recipe.parent / "studies" / f"{study.name}.yaml")]
     rows = []
+    if (probe := findings.probe) is not None:
+        rows.append(("training images: reference", probe.command, f"{probe.machine}; {probe.date}"))
     for model in findings.models:
         name = f"{model.variant.label}, seed {model.seed}"
         if model.training is not None:
             training = model.training
             where = f"{training.machine}; {training.date}; {console.duration(training.seconds)}"
             rows.append((f"{name}: training", training.command, where))
+        if model.conversion is not None:
+            made = model.conversion
+            rows.append((f"{name}: made of it", made.command, f"{made.machine}; {made.date}"))
         for (step, scale, n), score in sorted(model.scores.items()):
             what = f"{name}: step {step:,}, {guidance(scale)}, {n:,} images"
             rows.append((what, score.command, f"{score.machine}; {score.date}"))
         if model.footprint is not None:
             cost = model.footprint
             rows.append((f"{name}: latency", cost.command, f"{cost.machine}; {cost.date}"))
-    return Commands(f"Every command of this study ({shlex.join(words)})", rows)
+    return Commands(f"Every command of this study ({study.command})", rows)

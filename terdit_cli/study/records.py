@@ -6,9 +6,10 @@
                                   step-00005000.pt            the model at a scored step
                                   step-00005000.safetensors   ... ternarized; .tdt: packed
                                   train.json                  how it was trained; or why it failed
+                                  convert.json                ... or ternarized, or packed
                                   losses/step-00005000.json
                                   scores/step-00005000-cfg-2-n-10000.json
-                                  grids/cfg-2.npz             images drawn from the same noise
+                                  grids/cfg-2.npz, .json      images drawn from the same noise
                                   footprint.json              bytes, memory, operations, latency
 
 Each record says in `asked` what it depends on; where that has changed since, it is made again.
@@ -57,6 +58,14 @@ class Training(Record):
 
     steps: int
     failed: str | None = None
+
+
+class Conversion(Record):
+    """A variant's files, made of another's without training; `command` has a line for each."""
+
+
+class Grid(Record):
+    """Images of every class from the noise that all models begin with, in the .npz beside it."""
 
 
 class Loss(Record):
@@ -166,6 +175,10 @@ class Place:
         return self.folder / "train.json"
 
     @property
+    def conversion(self) -> Path:
+        return self.folder / "convert.json"
+
+    @property
     def footprint(self) -> Path:
         return self.folder / "footprint.json"
 
@@ -181,6 +194,9 @@ class Place:
 
     def grid(self, cfg_scale: float) -> Path:
         return self.folder / "grids" / f"cfg-{cfg_scale:g}.npz"
+
+    def grid_record(self, cfg_scale: float) -> Path:
+        return self.grid(cfg_scale).with_suffix(".json")
 
 
 @dataclass(frozen=True)
@@ -226,6 +242,27 @@ def scored_by(study: Study) -> dict[str, Any]:
     evaluation = study.evaluation.model_dump(mode="json")
     unused = ("n", "curve_n", "cfg_scales", "loss_n", "grid", "weights")
     return {key: value for key, value in evaluation.items() if key not in unused}
+
+
+def lost_by(study: Study) -> dict[str, Any]:
+    """Return what a loss depends on beside the model and its step."""
+    return {"loss_n": study.evaluation.loss_n}
+
+
+def drawn_by(study: Study, cfg_scale: float) -> dict[str, Any]:
+    """Return what images from the same noise depend on beside the model."""
+    fields = {"sampler", "sampling_steps", "cfg_channels", "seed", "batch_size", "grid"}
+    return {"drawing": study.evaluation.model_dump(include=fields), "cfg_scale": cfg_scale}
+
+
+def timed_by(study: Study) -> dict[str, Any]:
+    """Return what a footprint depends on beside the model."""
+    evaluation = study.evaluation
+    return {
+        "sampler": evaluation.sampler,
+        "sampling_steps": evaluation.sampling_steps,
+        "cfg_scale": max(evaluation.cfg_scales),
+    }
 
 
 def differences(old: Any, new: Any, defaults: Any = None, path: str = "") -> list[str]:

@@ -10,7 +10,7 @@ features of the images that it has.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from terdit_cli.atomic import atomic_path
 from terdit_cli.errors import UsageError
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.recipe import Recipe, load_recipe
-from terdit_cli.study.children import ChildFailed, Run, command_of
+from terdit_cli.study.children import ChildFailed, Finished, Run, command_of
 from terdit_cli.study.measure import (
     QUARTERS,
     FixedNoise,
@@ -36,8 +36,10 @@ from terdit_cli.study.measure import (
 )
 from terdit_cli.study.probe import fit_probe
 from terdit_cli.study.records import (
+    Conversion,
     Folder,
     Footprint,
+    Grid,
     Loss,
     Place,
     Probe,
@@ -45,14 +47,18 @@ from terdit_cli.study.records import (
     Training,
     current,
     differences,
+    drawn_by,
     essence,
+    lost_by,
     model_asked,
     read,
     save,
     scored_by,
     stamp,
+    timed_by,
 )
 from terdit_cli.study.spec import (
+    AFTER,
     TRAIN_SPLIT,
     Study,
     Variant,
@@ -116,9 +122,9 @@ class Runner:
         changed: list[str] = []
         if (record := read(place.training, Training)) is not None:
             changed = differences(record.asked, asked)
-        elif variant.is_trained and (place.run / "recipe.yaml").exists() and not variant.after:
-            theirs = essence(load_recipe(place.run / "recipe.yaml"))
-            changed = differences({"recipe": theirs}, asked)
+        elif variant.is_trained and (place.run / "recipe.yaml").exists():
+            theirs = _with_after(essence(load_recipe(place.run / "recipe.yaml")), asked["recipe"])
+            changed = differences({"recipe": theirs}, {"recipe": asked["recipe"]})
         if changed:
             raise UsageError(
                 f"the study's folder holds {variant.name} of other settings",
@@ -140,17 +146,23 @@ class Runner:
         if record is None or record.failed:
             console.warn(f"{variant.name}, seed {seed}: skipped, for {variant.of} failed")
             return False
-        for step in self._study.steps_of(variant):
-            target = place.model(step, variant)
-            if target.exists():
-                continue
-            checkpoint = str(source.model(step, source_variant))
-            if variant.ternarize is not None:
-                how = ["--granularity", variant.ternarize]
-                self._run(["ternarize", checkpoint, "-o", str(target), *how])
-            elif variant.pack is not None:
-                how = ["--codec", variant.pack.codec, "--rest", variant.pack.rest]
-                self._run(["pack", checkpoint, "-o", str(target), *how])
+        steps = self._study.steps_of(variant)
+        pairs = [(source.model(s, source_variant), place.model(s, variant)) for s in steps]
+        asked = model_asked(self._study, variant, seed)
+        if current(place.conversion, Conversion, asked) is not None and all(
+            new.exists() and _is_newer(new, old) for old, new in pairs
+        ):
+            return True
+        place.conversion.unlink(missing_ok=True)
+        how = ["ternarize", "--granularity", str(variant.ternarize)]
+        if variant.pack is not None:
+            how = ["pack", "--codec", variant.pack.codec, "--rest", variant.pack.rest]
+        done = [self._run([how[0], str(old), "-o", str(new), *how[1:]]) for old, new in pairs]
+        converted = Conversion(
+            asked=asked, command=_lines(done), seconds=round(sum(d.seconds for d in done), 1),
+            **stamp(),
+        )  # fmt: skip
+        save(place.conversion, converted)
         return True
 
     def _train(self, variant: Variant, seed: int) -> bool:
@@ -221,16 +233,14 @@ class Runner:
 
     def _loss(self, variant: Variant, seed: int, step: int) -> None:
         place = self._place(variant, seed)
-        asked = {
-            "model": model_asked(self._study, variant, seed),
-            "loss_n": self._study.evaluation.loss_n,
-        }
+        study = self._study
+        asked = {"model": model_asked(study, variant, seed), **lost_by(study)}
         if current(place.loss(step), Loss, asked) is not None:
             return
         fixed = self._fixed_noise
         values = measure_loss(place.model(step, variant), fixed, _activations(variant))
         record = Loss(
-            asked=asked, command=f"terdit study {self._study.name}", seconds=0.0, **stamp(),
+            asked=asked, command=f"{study.command} --only {variant.name}", seconds=0.0, **stamp(),
             loss=values["loss"], mse=values["mse"], vb=values["vb"],
             quarters=[values[f"quarter {index + 1}"] for index in range(QUARTERS)],
             n=len(fixed.x0), images=fixed.images,
@@ -283,16 +293,20 @@ class Runner:
 
     def _grid(self, variant: Variant, seed: int, cfg_scale: float) -> None:
         """Draw images of every class from the same noise."""
-        place, evaluation = self._place(variant, seed), self._study.evaluation
-        path = place.grid(cfg_scale)
-        if path.exists() and _is_newer(path, self._last_model(variant, seed)):
+        study, place, evaluation = self._study, self._place(variant, seed), self._study.evaluation
+        path, record = place.grid(cfg_scale), place.grid_record(cfg_scale)
+        asked = {"model": model_asked(study, variant, seed), **drawn_by(study, cfg_scale)}
+        if path.exists() and current(record, Grid, asked) is not None:
             return
-        self._run(
+        record.unlink(missing_ok=True)
+        done = self._run(
             [
                 "sample", *self._sampling(variant, seed, cfg_scale), "-n", str(evaluation.grid),
                 "--batch-size", str(evaluation.batch_size), "-o", str(path),
             ]
         )  # fmt: skip
+        seconds = round(done.seconds, 1)
+        save(record, Grid(asked=asked, command=done.command, seconds=seconds, **stamp()))
 
     def _sampling(self, variant: Variant, seed: int, cfg_scale: float) -> list[str]:
         evaluation = self._study.evaluation
@@ -310,12 +324,7 @@ class Runner:
         """Measure bytes, memory and latency in the form in which a model would be deployed."""
         study, place = self._study, self._place(variant, seed)
         guided = max(study.evaluation.cfg_scales)
-        asked = {
-            "model": model_asked(study, variant, seed),
-            "sampler": study.evaluation.sampler,
-            "sampling_steps": study.evaluation.sampling_steps,
-            "cfg_scale": guided,
-        }
+        asked = {"model": model_asked(study, variant, seed), **timed_by(study)}
         if current(place.footprint, Footprint, asked) is not None:
             return
         model = self._last_model(variant, seed)
@@ -324,16 +333,17 @@ class Runner:
         packed = not variant.is_trained or info.ternary.enabled
         file_bytes: dict[str, int] = {}
         ternary, form, deployed = 0, CKPT, model
+        made: list[Finished] = []
         if packed:
             for codec in ("t5", "t2"):
                 deployed = place.folder / f"footprint-{codec}.tdt"
-                result = self._run(
-                    ["pack", str(model), "-o", str(deployed), "--codec", codec, "--rest", "bf16"]
-                ).result
+                words = ["pack", str(model), "-o", str(deployed), "--codec", codec]
+                made = [self._run([*words, "--rest", "bf16"])]
+                result = made[0].result
                 file_bytes[codec] = result["file_bytes"]
             ternary, parameters, form = result["ternary"], result["parameters"], "t2"
             if variant.pack is not None:
-                deployed, form = model, variant.pack.codec
+                deployed, form, made = model, variant.pack.codec, []
                 file_bytes[form] = model.stat().st_size
         else:
             state = load_ckpt(model).state_dict("ema")
@@ -345,7 +355,7 @@ class Runner:
         runs = [self._run([*words, "-o", str(drawn)]) for _ in range(LATENCY_REPEATS)]
         first = runs[0].result
         record = Footprint(
-            asked=asked, command=runs[0].command, **stamp(),
+            asked=asked, command=_lines([*made, runs[0]]), **stamp(),
             seconds=round(sum(run.seconds for run in runs), 1),
             form=form, parameters=parameters, ternary=ternary, file_bytes=file_bytes,
             forward_flops=training_flops(info.config) // BACKWARD_AND_FORWARD, nfe=first["nfe"],
@@ -420,6 +430,17 @@ def _keep_checkpoints(run: Path, exports: dict[int, Path], newest: int) -> None:
             export_ckpt(read_manifest(folder), exports[step])
     for folder in list(complete.values())[newest:]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _with_after(theirs: Any, asked: Any) -> Any:
+    """Return a recipe's values with $after where it stands in `asked`, in place of a path."""
+    if isinstance(theirs, dict) and isinstance(asked, dict):
+        return {key: _with_after(value, asked.get(key)) for key, value in theirs.items()}
+    return asked if isinstance(asked, str) and AFTER in asked and theirs is not None else theirs
+
+
+def _lines(done: Sequence[Finished]) -> str:
+    return "\n".join(one.command for one in done)
 
 
 def _activations(variant: Variant) -> str:

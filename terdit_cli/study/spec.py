@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -109,6 +110,7 @@ class Headline(Section):
 
     ternary: str
     twin: str  # full precision, all else equal
+    again: str | None = None  # full precision that has taken as many steps in all as `ternary`
     goal: Annotated[float, Field(gt=0)] = 1.10  # ternary distance : twin's, at most
     n: Annotated[int, Field(ge=10)] | None = None  # images of the pair; None: evaluation.n
 
@@ -139,6 +141,10 @@ class Study(Section):
     grids: tuple[str, ...] = ()  # variants shown side by side, drawn from the same noise
     evaluation: Evaluation = Evaluation()
     quick: Quick | None = None
+    # How it was called; `load_study` sets these three.
+    file: Path | None = None
+    words: tuple[str, ...] = ()  # recipe fields changed on the command line, of all variants
+    shortened: bool = False
 
     @validator(mode="after")
     def _check(self) -> Study:
@@ -149,6 +155,7 @@ class Study(Section):
         mentions = {
             "headline.ternary": [self.headline.ternary],
             "headline.twin": [self.headline.twin],
+            "headline.again": [self.headline.again] if self.headline.again else [],
             "grids": self.grids,
             **{f"bars.{i}": figure.variants for i, figure in enumerate(self.bars)},
             "quick.variants": (self.quick.variants or ()) if self.quick else (),
@@ -197,12 +204,26 @@ class Study(Section):
             return self.steps_of(self.variant(variant.of))[-1:]
         return tuple(sorted(set(self.steps)))
 
-    def steps_taken(self, variant: Variant) -> tuple[int, ...]:
-        """Return the last step of each training that a variant's weights went through, in order."""
+    @property
+    def command(self) -> str:
+        """Return the command that does the whole study."""
+        quick = ["--quick"] if self.shortened else []
+        return shlex.join(["terdit", "study", str(self.file or self.name), *self.words, *quick])
+
+    def lineage(self, variant: Variant) -> tuple[Variant, ...]:
+        """Return the variants whose trainings a variant's weights went through, in order."""
         begun = f"train.init_from={AFTER}" in variant.overrides
         earlier = variant.of or (variant.after if begun else None)
-        before = self.steps_taken(self.variant(earlier)) if earlier else ()
-        return before if variant.of else (*before, self.steps_of(variant)[-1])
+        before = self.lineage(self.variant(earlier)) if earlier else ()
+        return before if variant.of else (*before, variant)
+
+    def steps_taken(self, variant: Variant) -> tuple[int, ...]:
+        """Return the last step of each training that a variant's weights went through, in order."""
+        return tuple(self.steps_of(trained)[-1] for trained in self.lineage(variant))
+
+    def steps_before(self, variant: Variant) -> int:
+        """Return how many steps a variant's weights had gone through when its training began."""
+        return sum(self.steps_taken(variant)[: -1 if variant.is_trained else None])
 
     def images_at(self, variant: Variant, step: int) -> tuple[int, ...]:
         """Return the numbers of images that a model is scored with: curves, and the last step."""
@@ -242,7 +263,7 @@ class Study(Section):
 
 
 def load_study(path: Path, overrides: Iterable[str] = (), quick: bool = False) -> Study:
-    """Read a study; `overrides` are added to those of its recipe, and `recipe` becomes a path.
+    """Read a study; `overrides` become its words, and `recipe` becomes a path.
 
     Raises:
         InputFileError: missing, or not YAML.
@@ -253,10 +274,12 @@ def load_study(path: Path, overrides: Iterable[str] = (), quick: bool = False) -
     study = _parse(values, path)
     changes: dict[str, Any] = {
         "recipe": Path(os.path.normpath(path.parent / study.recipe)),  # for commands on the page
-        "overrides": (*study.overrides, *overrides),
+        "file": path,
+        "words": tuple(overrides),
+        "shortened": quick,
     }
     if quick:
-        changes |= _quick(study, path, changes["overrides"])
+        changes |= _quick(study, path)
     study = _parse(study.model_dump() | changes, path)
     for variant in study.variants:
         if variant.is_trained:
@@ -272,7 +295,7 @@ def _parse(values: dict[str, Any], path: Path) -> Study:
         raise mistakes(error, "study", path, "correct the study", Study) from error
 
 
-def _quick(study: Study, path: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+def _quick(study: Study, path: Path) -> dict[str, Any]:
     quick = study.quick
     if quick is None:
         raise UsageError(
@@ -290,12 +313,13 @@ def _quick(study: Study, path: Path, overrides: tuple[str, ...]) -> dict[str, An
     return {
         "name": f"{study.name}-quick",
         "title": f"{study.title}, shortened",
-        "overrides": (*overrides, *quick.overrides),
+        "overrides": (*study.overrides, *quick.overrides),
         "seeds": quick.seeds or study.seeds,
         "steps": quick.steps or study.steps,
         "variants": [variant.model_dump() | {"seeds": None, "steps": None} for variant in kept],
         "evaluation": evaluation,
-        "headline": study.headline.model_dump() | {"n": None},
+        "headline": study.headline.model_dump()
+        | {"n": None, "again": study.headline.again if study.headline.again in names else None},
         "grids": [name for name in study.grids if name in names],
         "bars": [
             figure.model_dump() | {"variants": left}
@@ -324,7 +348,7 @@ def words_of(study: Study, variant: Variant, seed: int, after: Path | None = Non
     Args:
         after: the checkpoint that $after stands for; None leaves the placeholder.
     """
-    words = [*study.overrides, *variant.overrides]
+    words = [*study.overrides, *study.words, *variant.overrides]
     if after is not None:
         words = [word.replace(AFTER, str(after)) for word in words]
     return [*words, f"seed={seed}", f"name={study.name}-{variant.name}"[:69]]

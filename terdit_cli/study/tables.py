@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 
 from terdit_cli import console
-from terdit_cli.study.collect import Findings, Model, guidance
+from terdit_cli.study.collect import Findings, Model, guidance, steps_taken
 from terdit_cli.study.document import Block, Heading, Table, Text
 from terdit_cli.study.figures import number
 from terdit_cli.study.records import Footprint
-from terdit_cli.study.spec import Study, Variant
 
 _MOST_CLASSES = 40  # columns of the table of classes
 
@@ -51,11 +50,6 @@ def main_table(findings: Findings, scale: float, n: int | None = None) -> Table:
         "KID", "as its class", "nearer than reals", "seeds", "images", "steps",
     )  # fmt: skip
     return Table(header, rows, _strong(findings))
-
-
-def steps_taken(study: Study, variant: Variant) -> str:
-    """Return "8,000", or "8,000 + 8,000" of a variant that begins with another one's weights."""
-    return " + ".join(f"{steps:,}" for steps in study.steps_taken(variant))
 
 
 def _strong(findings: Findings) -> list[str]:
@@ -119,7 +113,7 @@ def cost_table(findings: Findings) -> Table:
                 f"{cost.forward_flops / 1e9:.3g}",
                 f"{median(rates):.0f}" if rates else "",
                 console.byte_size(max(memory)) if any(memory) else "",
-                _hours(model),
+                _hours(findings, model),
             )
         )
     header = (
@@ -169,9 +163,16 @@ def _runs_as(cost: Footprint) -> str:
     return f"{cost.form}, {library}, {cost.activations}, threads {cost.threads}"
 
 
-def _hours(model: Model) -> str:
-    training = model.training
-    return "" if training is None or not training.seconds else console.duration(training.seconds)
+def _hours(findings: Findings, model: Model) -> str:
+    """Return "54m + 1h 01m" of a model that begins with another one's weights."""
+    parts = []
+    for variant in findings.study.lineage(model.variant):
+        found = (m.training for m in findings.models_of(variant.name) if m.seed == model.seed)
+        training = next(found, None)
+        if training is None or not training.seconds:
+            return ""
+        parts.append(console.duration(training.seconds))
+    return " + ".join(parts)
 
 
 def class_table(findings: Findings) -> Iterator[Block]:
@@ -234,9 +235,10 @@ def nearest_table(findings: Findings) -> Iterator[Block]:
     if rows:
         yield Heading(3, f"Does it copy its training images? ({guidance(guided)})")
         yield Text(
-            "Distances in feature space from generated images to their nearest training image, "
-            "beside those from training images to their nearest other one. A model that copies "
-            "would be nearer."
+            "Distances in feature space from generated images to the nearest of so many training "
+            'images, evenly spread ("among"), beside those from these to their nearest other one. '
+            "A model that copies would be nearer; copies of training images that are not among "
+            "them are not seen."
         )
         header = (
             "variant", "median", "median, reals", "closest", "closest reals",

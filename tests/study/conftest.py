@@ -15,14 +15,18 @@ from terdit_cli.study.records import (
     Accuracy,
     Folder,
     Footprint,
+    Grid,
     Loss,
     Nearest,
     Probe,
     Score,
     Training,
+    drawn_by,
+    lost_by,
     model_asked,
     save,
     scored_by,
+    timed_by,
 )
 from terdit_cli.study.spec import Study, Variant, load_study
 
@@ -66,7 +70,7 @@ CLASSES = [
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
     "Ankle boot",
 ]  # fmt: skip
-QUALITY = {"twin": 1.0, "ternary": 1.06, "no-norm": 1.31, "ptq": 4.2, "packed": 1.09}
+QUALITY = {"twin": 1.0, "ternary": 1.06, "no-norm": 1.31, "ptq": 4.2, "packed": 1.09, "warm": 1.02}
 STAMP = {"machine": "a processor, 2 CPUs, Linux", "date": "2026-01-01T00:00:00+00:00"}
 
 
@@ -118,8 +122,8 @@ def _invent_model(study: Study, folder: Folder, variant: Variant, seed: int) -> 
         quarters = [loss * factor for factor in (2.4, 0.8, 0.5, 0.3)]
         save(
             place.loss(step),
-            Loss(asked={}, **about, loss=loss, mse=0.9 * loss, vb=0.1 * loss, quarters=quarters,
-                 n=64, images="64 held-out images"),
+            Loss(asked=lost_by(study), **about, loss=loss, mse=0.9 * loss, vb=0.1 * loss,
+                 quarters=quarters, n=64, images="64 held-out images"),
         )  # fmt: skip
         for n in study.images_at(variant, step):
             for scale in study.evaluation.cfg_scales:
@@ -134,6 +138,7 @@ def _invent_model(study: Study, folder: Folder, variant: Variant, seed: int) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         images = rng.integers(0, 256, (20, 28, 28, 3), dtype=np.uint8)
         np.savez(path, arr_0=images, labels=np.arange(20) // 2)
+        save(place.grid_record(scale), Grid(asked=drawn_by(study, scale), **about))
     packed = variant.name != "twin"
     sizes = {"bf16": 19_000_000, "fp32": 38_000_000} | (
         {"t5": 2_100_000, "t2": 2_600_000} if packed else {}
@@ -142,7 +147,8 @@ def _invent_model(study: Study, folder: Folder, variant: Variant, seed: int) -> 
     save(
         place.footprint,
         Footprint(
-            asked={}, **about, form="t2" if packed else "ckpt.pt", parameters=9_500_000,
+            asked=timed_by(study), **about, parameters=9_500_000,
+            form="t2" if packed else "ckpt.pt",
             ternary=9_300_000 if packed else 0, file_bytes=sizes, forward_flops=412_000_000,
             nfe=6, latency=latency, peak_bytes=300_000_000, backend="cpu" if packed else "torch",
             isa="avx2" if packed else None, activations="int8" if packed else "fp32", threads=2,

@@ -51,14 +51,42 @@ def test_words_with_an_equals_sign_change_the_recipes(
         CliRunner().invoke(app, words, catch_exceptions=False)
 
 
-def test_several_studies_share_a_page(study_file: Path, tmp_path: Path) -> None:
+def test_several_studies_share_a_page(
+    study_file: Path, tmp_path: Path, invent: Callable[[Study, Folder], None]
+) -> None:
     other = study_file.with_name("other.yaml")
     other.write_text(study_file.read_text().replace("name: small", "name: other", 1))
     out = tmp_path / "r.md"
+    invent(load_study(other), Folder(tmp_path / "runs" / "other"))
     result = command.run([study_file, other], render=True, runs=tmp_path / "runs", out=out)
     assert result.studies == ["small", "other"]
     assert result.missing > 0
     assert out.read_text().count("## Small models") == 2
+
+
+def test_pages_are_made_again_of_the_words_that_a_study_was_run_with(
+    study_file: Path, tmp_path: Path, invent: Callable[[Study, Folder], None]
+) -> None:
+    """Or every model would be said to be of other settings than the study's."""
+    runs, out = tmp_path / "runs", tmp_path / "r.md"
+    study = load_study(study_file, ["optim.lr=1e-5"])
+    invent(study, Folder(runs / study.name))
+    command.run([study_file], render=True, runs=runs, out=out)
+    assert "other settings" in out.read_text()
+    (runs / study.name / command.RESOLVED).write_text(study.to_yaml())
+    command.run([study_file], render=True, runs=runs, out=out)
+    assert "other settings" not in out.read_text()
+    assert f"terdit study {study_file} optim.lr=1e-5)" in out.read_text()
+    command.run([study_file], ["optim.lr=1e-4"], render=True, runs=runs, out=out)
+    assert "other settings" in out.read_text()
+
+
+def test_a_page_is_not_replaced_by_nothing(study_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.md"
+    out.write_text("a page")
+    with pytest.raises(UsageError, match=r"nothing to show yet.*without --render"):
+        command.run([study_file], render=True, runs=tmp_path / "runs", out=out)
+    assert out.read_text() == "a page"
 
 
 def test_what_is_refused(study_file: Path, tmp_path: Path) -> None:

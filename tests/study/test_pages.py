@@ -116,14 +116,81 @@ def test_the_headline_may_have_more_images_than_the_rest(
 def test_a_variant_that_begins_with_another_names_it(
     study: Study, folder: Folder, tmp_path: Path
 ) -> None:
-    values = study.model_dump()
-    warm = {"name": "warm", "label": "begun with it", "question": "Does it help?", "after": "twin"}
-    values["variants"] += ({**warm, "overrides": ("train.init_from=$after",)},)
-    _, text, _ = pages(Study.model_validate(values), folder, tmp_path / "r.md")
+    _, text, _ = pages(with_warm(study), folder, tmp_path / "r.md")
     row = next(line for line in text.splitlines() if line.startswith("| begun with it |"))
     label = study.variant("twin").label
     assert f"train.init_from=ckpt.pt of {label}" in row
     assert row.endswith("| 40 + 40 |")
+
+
+def with_warm(study: Study, **headline: str) -> Study:
+    values = study.model_dump()
+    warm = {"name": "warm", "label": "begun with it", "question": "Does it help?", "after": "twin"}
+    values["variants"] += ({**warm, "overrides": ("train.init_from=$after",)},)
+    values["headline"] |= headline
+    return Study.model_validate(values)
+
+
+def test_a_ratio_at_unequal_steps_is_not_simply_met(
+    study: Study, tmp_path: Path, invent: Invent
+) -> None:
+    again = with_warm(study, ternary="warm", again="ternary")
+    folder = Folder(tmp_path / "runs" / study.name)
+    invent(again, folder)
+    found, text, html = pages(again, folder, tmp_path / "r.md")
+    assert "guided 2 1.020, met in 80 steps in all : 40" in found.verdict
+    assert "goal at most 1.1, met in 80 steps in all : 40" in text
+    assert "chip good" not in html
+    row = next(line for line in text.splitlines() if "twin as long, guided 2" in line)
+    assert f"| {1.02 / 1.06:.3f} |" in row
+    assert "| **12.0s + 12.0s** |" in text  # the time of both trainings
+    svg = (tmp_path / "r" / "small--distance-cfg-2.svg").read_text()
+    assert ">80<" in svg  # its curve goes on where the twin's ended
+
+
+def test_the_warning_of_one_seed_is_of_what_is_there(
+    study: Study, folder: Folder, tmp_path: Path
+) -> None:
+    assert "One seed" not in pages(study, folder, tmp_path / "r.md")[1]
+    shutil.rmtree(folder.path / "ternary" / "seed-1")
+    found, text, _ = pages(study, folder, tmp_path / "r.md")
+    assert "One seed" in text
+    twin = found.distance("twin", 2.0)
+    assert twin is not None
+    card = next(line for line in text.splitlines() if "ternary : twin, guided 2" in line)
+    assert f" : {twin.values[0]:.1f}; one seed" in card  # not the mean of both of the twin's
+
+
+def test_what_needs_a_failed_training_is_not_waited_for(
+    study: Study, tmp_path: Path, invent: Invent
+) -> None:
+    study, folder = with_warm(study), Folder(tmp_path / "runs" / study.name)
+    invent(study, folder)
+    for seed in (0, 1):
+        for name in ("twin", "ptq", "warm"):
+            shutil.rmtree(folder.place(study.variant(name), seed).folder)
+        place = folder.place(study.variant("twin"), seed)
+        asked = model_asked(study, study.variant("twin"), seed)
+        failed = {"command": "c", "machine": "m", "date": "d", "seconds": 0, "failed": "diverged"}
+        save(place.training, Training(asked=asked, steps=40, **failed))
+    assert collect(study, folder).missing == 0
+
+
+def test_what_was_measured_in_another_way_is_left_out(
+    study_file: Path, study: Study, folder: Folder
+) -> None:
+    for model in collect(study, folder).models:
+        assert model.footprint is not None
+        assert model.losses.keys() & {40}
+        assert model.grids.keys() == {1.0, 2.0}
+    changes = {"loss_n: 64": "loss_n: 32", "grid: 2": "grid: 1"}
+    text = study_file.read_text()
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    study_file.write_text(text.replace("sampling_steps: 3", "sampling_steps: 4"))
+    for model in collect(load_study(study_file), folder).models:
+        assert model.footprint is None
+        assert not {**model.losses, **model.grids, **model.scores}
 
 
 def test_the_page_asks_for_nothing_and_is_well_formed(

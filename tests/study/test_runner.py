@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from terdit_cli import app
 from terdit_cli.errors import Interrupted, UsageError
 from terdit_cli.study.children import ChildFailed, Finished, command_of, lock
 from terdit_cli.study.collect import collect
-from terdit_cli.study.records import Folder, Score, Training, read
+from terdit_cli.study.records import Conversion, Folder, Score, Training, read
 from terdit_cli.study.runner import Runner
 from terdit_cli.study.spec import Study, load_study
 
@@ -228,6 +229,94 @@ def test_a_changed_recipe_is_refused_before_any_work(place: Path, done: Folder) 
     study = load_study(place / "dots.yaml", ["optim.lr=1"])
     with pytest.raises(UsageError, match=r"of other settings.*recipe\.optim\.lr.*--runs"):
         Runner(study, done, terdit, lambda: None).work()
+
+
+LED = """\
+  - {name: led, label: led, question: "e?", after: twin,
+     overrides: [train.init_from=$after, distill.teacher=$after, distill.weight=1,
+                 distill.schedule=linear]}
+  - {name: ptq, """
+
+
+@pytest.fixture(scope="module")
+def led(place: Path) -> tuple[Path, Folder]:
+    """A study whose ternary variant begins with its twin and is led by it, and its folder."""
+    path = place / "led.yaml"
+    text = (place / "dots.yaml").read_text().replace("ternary: ternary, ", "ternary: led, ")
+    path.write_text(text.replace("  - {name: ptq, ", LED))
+    folder = Folder(place / "led" / "dots")
+    Runner(load_study(path), folder, terdit, lambda: None).work(["led"])
+    return path, folder
+
+
+def test_a_variant_begins_with_another_and_is_led_by_it(led: tuple[Path, Folder]) -> None:
+    path, folder = led
+    study = load_study(path)
+    found = collect(study, folder)
+    assert {model.variant.name for model in found.models} == {"twin", "led"}
+    assert study.steps_taken(study.variant("led")) == (4, 4)
+    assert found.ratio("led", 2.0) is not None
+    first, second = (model.losses[2].loss for model in found.models)
+    assert second < first  # four steps ahead
+    twin = str(folder.place(study.variant("twin"), 0).model(4, study.variant("twin")))
+    training = found.models[1].training
+    assert training is not None
+    assert f"train.init_from={twin} distill.teacher={twin}" in training.command
+
+
+def test_a_half_done_training_of_other_settings_is_refused(led: tuple[Path, Folder]) -> None:
+    """A resumed run would be a mixture of both, and would be shown as the new one."""
+    path, folder = led
+    study = load_study(path)
+    record = folder.place(study.variant("led"), 0).training
+    before = record.read_bytes()
+    record.unlink()  # as if it had been stopped
+    try:
+        changed = path.with_name("changed-led.yaml")
+        changed.write_text(path.read_text().replace("schedule=linear", "schedule=constant"))
+        with pytest.raises(UsageError, match=r"led of other settings.*recipe\.distill\.schedule"):
+            Runner(load_study(changed), folder, terdit, lambda: None).work(["led"])
+        Runner(study, folder, terdit, lambda: None).work(["led"])
+    finally:
+        record.write_bytes(before)
+
+
+def test_a_variant_after_a_failed_one_is_skipped(led: tuple[Path, Folder], place: Path) -> None:
+    def run(words: Sequence[str], tick: object = None) -> Finished:
+        raise ChildFailed(words, 5)
+
+    study, folder = load_study(led[0]), Folder(place / "led-failed" / "dots")
+    Runner(study, folder, run, lambda: None).work(["led"])
+    assert not folder.place(study.variant("led"), 0).folder.exists()
+
+
+def test_a_changed_conversion_is_made_and_measured_again(
+    place: Path, tiny: Study, done: Folder
+) -> None:
+    folder = Folder(place / "converted" / "dots")
+    shutil.copytree(done.path, folder.path)
+    path = place / "converted.yaml"
+    path.write_text(
+        (place / "dots.yaml").read_text().replace("ternarize: row", "ternarize: tensor")
+    )
+    study = load_study(path)
+    verbs: list[str] = []
+
+    def run(words: Sequence[str], tick: Callable[[], None] | None = None) -> Finished:
+        verbs.append(words[0])
+        return terdit(words, tick)
+
+    Runner(study, folder, run, lambda: None).work(["ptq"])
+    assert verbs[:3] == ["ternarize", "eval-fid", "sample"]
+    old, new = (findings(s, f)["ptq/0/losses"] for s, f in ((tiny, done), (study, folder)))
+    assert old != new
+    verbs.clear()
+    os.utime(folder.place(study.variant("twin"), 0).model(4, study.variant("twin")))
+    Runner(study, folder, run, lambda: None).work(["ptq"])
+    assert verbs == ["ternarize"]  # of a newer checkpoint of the same settings
+    record = read(folder.place(study.variant("ptq"), 0).conversion, Conversion)
+    assert record is not None
+    assert "--granularity tensor" in record.command
 
 
 def test_a_training_that_diverges_is_a_finding(place: Path, tiny: Study) -> None:
