@@ -79,6 +79,7 @@ def _print_card(model: PackagedModel) -> None:
         ("data", card.data),
         ("licence", card.licence),
         ("trained", f"recipe {card.recipe}, {card.steps:,} steps, seed {card.seed}"),
+        *([("began with", card.began_with)] if card.began_with else []),
         *((metric, f"{value:.4g}") for metric, value in card.scores.items()),
         ("measured", card.measured),
         ("sampler", f"{advice.name}, {advice.steps} steps, cfg scale {advice.cfg_scale:g}"),

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -99,6 +99,9 @@ def run(
 
 def _complete(words: Words, name: str) -> Words:
     """Fill the words that were not given from the card there is; raises UsageError."""
+    given = (words.data, words.licence, words.limits, words.text)
+    if None not in given:
+        return words  # a damaged card can be made anew
     if catalogue.card_path(name).exists():
         card = read_card(name)
         kept = card.text.partition(RECIPE_HEADING)[0]
@@ -131,6 +134,7 @@ def _card(name: str, checkpoint: Checkpoint, result: EvalResult, words: Words, s
             "recipe": recipe.get("name"),
             "steps": checkpoint.info.step,
             "seed": recipe.get("seed"),
+            "began_with": _beginning(recipe),
             "scores": {result.distance_name: result.distance, **others},
             "measured": f"{result.n:,} images against {against}, seed {how.get('seed')}, "
             f"activations {how.get('activations')}; {how.get('command')}",
@@ -145,6 +149,17 @@ def _card(name: str, checkpoint: Checkpoint, result: EvalResult, words: Words, s
         },
         where=name,
     )
+
+
+def _beginning(recipe: dict[str, Any]) -> str | None:
+    """Return whose weights a run began with, and whether those led it too; None of its own."""
+    start = recipe.get("train", {}).get("init_from")
+    if start is None:
+        return None
+    found = load_ckpt(checkpoint_path(Path(start)) or Path(start))
+    name = (yaml.safe_load(found.recipe) or {}).get("name")
+    led = ", and learned from it" if recipe.get("distill", {}).get("teacher") == start else ""
+    return f"the averaged weights of {name}, {found.info.step or 0:,} steps{led}"
 
 
 def _check_size(name: str, added: int) -> None:

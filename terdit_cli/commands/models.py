@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from terdit_cli import console
 from terdit_cli.data.classes import find_classes, names_of_classes
-from terdit_cli.errors import UsageError, did_you_mean
+from terdit_cli.errors import InputFileError, UsageError, did_you_mean
 from terdit_cli.models import catalogue
 from terdit_cli.models.card import Card, read_card
 from terdit_cli.pack.exported import count_weights
@@ -36,7 +37,7 @@ def run(name: str | None = None) -> list[PackagedModel]:
 
     Raises:
         UsageError: no model of that name.
-        InputFileError: a damaged model or card.
+        InputFileError: a damaged model or card, or the card of another model.
     """
     return [_describe(name) for name in (catalogue.names() if name is None else [name])]
 
@@ -47,6 +48,15 @@ def _describe(name: str) -> PackagedModel:
         info, ternary = file.info, count_weights(file)
         scales = sum(file.alphas(matrix).numel() for matrix in file.ternary_names())
         others = sum(file.rest(key).numel() for key in file.rest_names())
+    card = read_card(name)
+    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != card.sha256:
+        raise InputFileError(
+            "the card of a packaged model is of another model",
+            got=f"SHA-256 {found}",
+            expected=card.sha256,
+            where=path,
+            fix="install terdit again, or make both with `make add-model`",
+        )
     return PackagedModel(
         name=name,
         path=path,
@@ -56,7 +66,7 @@ def _describe(name: str) -> PackagedModel:
         image_size=info.image_size,
         channels=info.config.in_channels,
         classes=[names[0] for names in names_of_classes(info.class_names, info.config.num_classes)],
-        card=read_card(name),
+        card=card,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from terdit_cli.errors import UsageError
 from terdit_cli.model.ckpt import Checkpoint, load_ckpt
 from terdit_cli.model.dit import DiT
+from terdit_cli.model.info import ModelInfo
 from terdit_cli.model.restore import restore_network
 from terdit_cli.recipe import DistillSection, Recipe
 from terdit_cli.train import build
@@ -45,7 +46,7 @@ def teacher_weight(step: int, steps: int, distill: DistillSection) -> float:
     """Return the weight of the teacher in optimizer step `step` (counted from 0) of `steps`.
 
     A teacher speeds up the beginning, and its errors are the student's in the end: with "linear"
-    the last steps learn from the data alone.
+    its weight has fallen to 0 at the end. The weight of features is another and stays.
     """
     return distill.weight * (1 - step / steps if distill.schedule == "linear" else 1)
 
@@ -95,14 +96,21 @@ def open_teacher(recipe: Recipe) -> Checkpoint | None:
     if path is None:
         return None
     checkpoint = load_ckpt(path / CKPT if path.is_dir() else path)
-    theirs, ours = checkpoint.info.config, build.model_config(recipe)
-    other = [name for name in _SAME if getattr(theirs, name) != getattr(ours, name)]
+    theirs, ours = _sees(checkpoint.info), _sees(build.model_info(recipe, [], 0))
+    other = [name for name in ours if theirs[name] != ours[name]]
     if other:
         raise UsageError(
             "the teacher does not see what the student sees",
-            got=", ".join(f"{name} {getattr(theirs, name)}" for name in other),
-            expected=", ".join(f"{name} {getattr(ours, name)}" for name in other),
+            got=", ".join(f"{name} {theirs[name]}" for name in other),
+            expected=", ".join(f"{name} {ours[name]}" for name in other),
             where=f"distill.teacher {path}",
             fix="distil from a model of the same images and classes",
         )
     return checkpoint
+
+
+def _sees(info: ModelInfo) -> dict[str, object]:
+    """Return what two networks must share to be given the same inputs."""
+    space = {"space": info.space.kind, "scale_factor": info.space.scale_factor}
+    config = {name: getattr(info.config, name) for name in _SAME}
+    return {**config, "image_size": info.image_size, **space}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+import yaml
 
 import terdit_cli
 from terdit_cli import app_models
@@ -270,6 +272,12 @@ def test_a_model_without_its_card_and_a_damaged_one(package: Make, shelf: Path) 
         command.run()
 
 
+def test_the_card_of_another_model_is_noticed(package: Make) -> None:
+    package("clothes", sha256="1" * 64)
+    with pytest.raises(InputFileError, match=r"of another model.*expected 1{64}.*clothes\.tdt"):
+        command.run()
+
+
 def test_the_model_that_knows_the_class(
     package: Make, animals: Path, small_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,6 +444,31 @@ def test_a_run_becomes_a_packaged_model(measured: Path, small_run: Path, shelf: 
     assert (again.data, again.limits) == ("1,000 images", "few")
     assert again.text.startswith("# Better\n\nMuch.\n\n## Recipe\n\n```yaml\nname: small\n")
     assert again.text.count("## Recipe") == 1
+
+
+def test_a_card_names_the_run_that_a_model_began_with(
+    measured: Path, small_run: Path, shelf: Path
+) -> None:
+    """Its steps are part of what the model cost."""
+    found = load_ckpt(small_run / "ckpt.pt")
+    recipe = yaml.safe_load(found.recipe)
+    recipe["train"]["init_from"] = recipe["distill"]["teacher"] = str(small_run)
+    second = shelf.parent / "second.pt"
+    save_ckpt(second, found.info, yaml.safe_dump(recipe), found.model, found.ema)
+    add_model.run(second, "new", measured, WORDS)
+    said = "the averaged weights of small, 30 steps, and learned from it"
+    assert read_card("new").began_with == said
+    assert said in models_verb("new")
+    assert add_model.run(small_run, "new", measured, WORDS)
+    assert read_card("new").began_with is None
+
+
+def test_a_damaged_card_is_made_anew(measured: Path, small_run: Path, shelf: Path) -> None:
+    (shelf / "new.md").write_text("damaged")
+    with pytest.raises(InputFileError, match="wrong card"):
+        add_model.run(small_run, "new", measured, WORDS)
+    add_model.run(small_run, "new", measured, dataclasses.replace(WORDS, text="# New"))
+    assert read_card("new").text.startswith("# New")
 
 
 def test_runs_that_are_not_packaged(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+import terdit_cli.train.teacher
 from terdit_cli.commands.train import TrainResult
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.ckpt import load_ckpt
+from terdit_cli.model.info import SpaceInfo
 from terdit_cli.recipe import DistillSection, load_recipe
 from terdit_cli.runtime.load import load_model
 from terdit_cli.train.memory import plan_run
@@ -145,6 +148,19 @@ def test_a_teacher_of_other_images_is_refused(
     with pytest.raises(UsageError, match="does not see what the student sees") as caught:
         load_teacher(recipe, torch.device("cpu"))
     assert f"got {problem}" in str(caught.value)
+
+
+def test_a_teacher_of_other_latents_is_refused(
+    recipe_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have the same shape, but are other numbers."""
+    found = load_ckpt(teacher / "ckpt.pt")
+    info = dataclasses.replace(found.info, space=SpaceInfo("vae", "a", 0.5), image_size=224)
+    other = dataclasses.replace(found, info=info)
+    monkeypatch.setattr(terdit_cli.train.teacher, "load_ckpt", lambda _: other)
+    recipe = load_recipe(recipe_path, [f"distill.teacher={teacher}"])
+    with pytest.raises(UsageError, match=r"got image_size 224, space vae, scale_factor 0\.5"):
+        load_teacher(recipe, torch.device("cpu"))
 
 
 def test_no_teacher_there(train: Train, tmp_path: Path) -> None:
