@@ -24,6 +24,7 @@ from terdit_cli.study.records import (
     Footprint,
     Grid,
     Loss,
+    Neighbours,
     Probe,
     Record,
     Score,
@@ -55,6 +56,8 @@ class Model:
     footprint: Footprint | None
     metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
     grids: dict[float, Images]  # by cfg scale
+    neighbours: Neighbours | None
+    nearest: Images | None  # to the guided grid's, in its order
     changed: list[str]  # settings of the study that were others when it was made
 
 
@@ -233,12 +236,19 @@ def _model(study: Study, folder: Folder, variant: Variant, seed: int) -> Model:
         grid = read(place.grid_record(scale), Grid)
         if grid is not None and not _measured_otherwise(grid, drawn_by(study, scale)):
             grids[scale] = _read_images(place.grid(scale))
+    nearest = None
+    neighbours = read(place.neighbours, Neighbours)
+    if neighbours is not None:
+        if _measured_otherwise(neighbours, drawn_by(study, max(study.evaluation.cfg_scales))):
+            neighbours = None
+        else:
+            nearest = _read_images(place.nearest_images)
     footprint = read(place.footprint, Footprint)
     if footprint is not None and _measured_otherwise(footprint, timed_by(study)):
         footprint = None
     return Model(
         variant, seed, read(place.training, Training), read(place.conversion, Conversion), losses,
-        scores, footprint, read_metrics(place.run), grids, sorted(changed),
+        scores, footprint, read_metrics(place.run), grids, neighbours, nearest, sorted(changed),
     )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ from terdit_cli.train import build
 
 QUARTERS = 4
 _BATCH = 64
+HELD_OUT = "heldout"  # a split
 _WITH_SPLITS = ("embedded", "cifar10", "fashion-mnist")
 
 Samples = NDArray[np.float32]
@@ -54,6 +55,11 @@ class FixedNoise:
     images: str  # what they are, for the page
 
 
+def split_for_loss(recipe: Recipe) -> str | None:
+    """Return the split of images that no model is trained on, or the recipe's where none is."""
+    return HELD_OUT if recipe.data.source in _WITH_SPLITS else recipe.data.split
+
+
 def fix_noise(recipe: Recipe, n: int) -> FixedNoise:
     """Return `n` images, held-out ones where the source has them, with timesteps and noise.
 
@@ -66,7 +72,7 @@ def fix_noise(recipe: Recipe, n: int) -> FixedNoise:
             "a study needs images, not prepared latents", got="data.source=latents",
             fix="set data.source and data.path to the images",
         )  # fmt: skip
-    split = "heldout" if data.source in _WITH_SPLITS else data.split
+    split = split_for_loss(recipe)
     source = open_images(data.source, data.path, data.image_size, data.on_bad_image, split)
     chosen = spread(len(source), min(n, len(source)))
     pixels = torch.from_numpy(np.stack([source.read(index) for index in chosen]))
@@ -80,7 +86,7 @@ def fix_noise(recipe: Recipe, n: int) -> FixedNoise:
         torch.from_numpy(source.labels[chosen]),
         t[torch.randperm(len(t), generator=generator)],
         torch.randn(x0.shape, generator=generator),
-        f"{len(x0):,} {'held-out' if split == 'heldout' else 'training'} images",
+        f"{len(x0):,} {'held-out' if split == HELD_OUT else 'training'} images",
     )
 
 

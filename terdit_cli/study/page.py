@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,7 @@ from terdit_cli.study.tables import (
 
 ENOUGH_IMAGES = 10_000  # for a distance that others can compare with
 _MOST_COLUMNS = 16  # classes in a picture
+_PAIRS = 2  # drawn images of each class that are shown with their nearest
 TITLE = "terdit: ternary against full precision"
 
 
@@ -120,6 +121,7 @@ def _study(findings: Findings) -> Iterator[Block]:
         yield Figures(figures)
     yield from class_table(findings)
     yield from nearest_table(findings)
+    yield from _nearest_pictures(findings)
     yield Heading(3, "The variants and their questions")
     yield Table(
         ("variant", "question", "what differs", "seeds", "steps"),
@@ -253,6 +255,34 @@ def _pictures(findings: Findings) -> Iterator[Block]:
                 f"{study.evaluation.seed}, nothing chosen). From left to right: {classes}."
             )
             yield Pictures(f"{study.name}--images-cfg-{scale:g}", shown)
+
+
+def _nearest_pictures(findings: Findings) -> Iterator[Block]:
+    """Yield rows of drawn images, each above the training images that are nearest to them."""
+    study = findings.study
+    guided = max(study.evaluation.cfg_scales)
+    shown, said = [], []
+    for name in (study.headline.twin, study.headline.ternary):
+        found = (m for m in findings.models_of(name) if m.nearest is not None and guided in m.grids)
+        model = next(found, None)
+        if model is None or model.nearest is None or model.neighbours is None:
+            continue
+        pairs = np.stack([model.grids[guided], model.nearest], axis=2)[:, :_PAIRS]
+        label, near = model.variant.label, model.neighbours
+        shown.append(_class_columns(label, pairs.reshape(len(pairs), -1, *pairs.shape[3:])))
+        unseen = near.held_out
+        said.append(
+            f"{label}: median {median(near.distances):.1f}, least {min(near.distances):.1f}"
+            + (f" (held-out images: {median(unseen):.1f}, {min(unseen):.1f})" if unseen else "")
+            + f", {len(near.distances)} images among {near.searched:,}"
+        )
+    if shown:
+        yield Text(
+            "Below each row of drawn images: the nearest of all training images (and their mirror "
+            "images, where a recipe mirrors), pixel by pixel. Root mean square of the differences, "
+            f"in levels of 0 to 255: {'; '.join(said)}."
+        )
+        yield Pictures(f"{study.name}--nearest", shown)
 
 
 def _class_columns(label: str, images: NDArray[np.uint8]) -> Picture:

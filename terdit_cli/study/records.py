@@ -10,6 +10,7 @@
                                   losses/step-00005000.json
                                   scores/step-00005000-cfg-2-n-10000.json
                                   grids/cfg-2.npz, .json      images drawn from the same noise
+                                  grids/nearest.npz, .json    the nearest training images
                                   footprint.json              bytes, memory, operations, latency
 
 Each record says in `asked` what it depends on; where that has changed since, it is made again.
@@ -66,6 +67,14 @@ class Conversion(Record):
 
 class Grid(Record):
     """Images of every class from the noise that all models begin with, in the .npz beside it."""
+
+
+class Neighbours(Record):
+    """The training images nearest to a Grid's, in the .npz beside it; RMS of 0 to 255 levels."""
+
+    distances: list[float]
+    held_out: list[float] | None  # of as many images that no model has seen
+    searched: int
 
 
 class Loss(Record):
@@ -197,6 +206,14 @@ class Place:
 
     def grid_record(self, cfg_scale: float) -> Path:
         return self.grid(cfg_scale).with_suffix(".json")
+
+    @property
+    def neighbours(self) -> Path:
+        return self.folder / "grids" / "nearest.json"
+
+    @property
+    def nearest_images(self) -> Path:
+        return self.folder / "grids" / "nearest.npz"
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from terdit_cli.study.measure import (
     read_features,
     write_images,
 )
+from terdit_cli.study.nearest import find_nearest
 from terdit_cli.study.probe import fit_probe
 from terdit_cli.study.records import (
     Conversion,
@@ -41,6 +42,7 @@ from terdit_cli.study.records import (
     Footprint,
     Grid,
     Loss,
+    Neighbours,
     Place,
     Probe,
     Score,
@@ -229,6 +231,8 @@ class Runner:
         if seed == study.seeds_of(variant)[0]:
             for cfg_scale in study.evaluation.cfg_scales:
                 self._grid(variant, seed, cfg_scale)
+            if variant.name in (study.headline.ternary, study.headline.twin):
+                self._neighbours(variant, seed)
             self._footprint(variant, seed)
 
     def _loss(self, variant: Variant, seed: int, step: int) -> None:
@@ -307,6 +311,26 @@ class Runner:
         )  # fmt: skip
         seconds = round(done.seconds, 1)
         save(record, Grid(asked=asked, command=done.command, seconds=seconds, **stamp()))
+
+    def _neighbours(self, variant: Variant, seed: int) -> None:
+        """Find the training images nearest to the guided grid's."""
+        study, place = self._study, self._place(variant, seed)
+        guided = max(study.evaluation.cfg_scales)
+        asked = {"model": model_asked(study, variant, seed), **drawn_by(study, guided)}
+        if current(place.neighbours, Neighbours, asked) and place.nearest_images.exists():
+            return
+        place.neighbours.unlink(missing_ok=True)
+        with np.load(place.grid(guided), allow_pickle=False) as arrays:
+            images, labels = arrays["arr_0"], arrays["labels"]
+        found = find_nearest(self._base, images)
+        with atomic_path(place.nearest_images) as temporary, temporary.open("wb") as file:
+            np.savez(file, arr_0=found.images, labels=labels)
+        record = Neighbours(
+            asked=asked, command=f"{study.command} --only {variant.name}", seconds=0.0, **stamp(),
+            distances=found.distances.tolist(), searched=found.searched,
+            held_out=None if found.held_out is None else found.held_out.tolist(),
+        )  # fmt: skip
+        save(place.neighbours, record)
 
     def _sampling(self, variant: Variant, seed: int, cfg_scale: float) -> list[str]:
         evaluation = self._study.evaluation

@@ -18,6 +18,7 @@ from terdit_cli.study.records import (
     Grid,
     Loss,
     Nearest,
+    Neighbours,
     Probe,
     Score,
     Training,
@@ -140,6 +141,11 @@ def _invent_model(study: Study, folder: Folder, variant: Variant, seed: int) -> 
         np.savez(path, arr_0=images, labels=np.arange(20) // 2)
         save(place.grid_record(scale), Grid(asked=drawn_by(study, scale), **about))
     packed = variant.name != "twin"
+    scale = max(study.evaluation.cfg_scales)
+    if variant.name in (study.headline.ternary, study.headline.twin):
+        near = {"distances": [30.5, 12.5, 31.5], "held_out": [29.5, 13.5, 33.5], "searched": 1000}
+        save(place.neighbours, Neighbours(asked=drawn_by(study, scale), **about, **near))
+        np.savez(place.nearest_images, arr_0=images[::-1], labels=np.arange(20) // 2)
     sizes = {"bf16": 19_000_000, "fp32": 38_000_000} | (
         {"t5": 2_100_000, "t2": 2_600_000} if packed else {}
     )

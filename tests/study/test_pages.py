@@ -65,6 +65,8 @@ def test_everything_that_was_found_is_shown(study: Study, folder: Folder, tmp_pa
     assert len(figures) == len(set(figures)) >= 15
     for name in figures:
         assert (tmp_path / "docs" / name).stat().st_size > 0
+    near = "ternary: median 30.5, least 12.5 (held-out images: 29.5, 13.5), 3 images among 1,000"
+    assert near in text
     assert "terdit of ternary" in text  # a command
     assert "2026-01-01" in text
 
