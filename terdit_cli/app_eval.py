@@ -119,6 +119,13 @@ def eval_fid(
     batch_size: BatchSize = 8,
     backend: BackendName = "auto",
     activations: Activations = "auto",
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile a checkpoint's network: worth it for thousands of images.",
+        ),
+    ] = False,
     threads: Threads = None,
     device: Device = None,
     vae: Vae = None,
@@ -184,6 +191,7 @@ def eval_fid(
             batch_size=batch_size,
             backend=backend,
             activations=activations,
+            compiled=compiled,
             threads=threads,
             device=device,
             vae=vae,

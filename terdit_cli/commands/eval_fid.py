@@ -183,7 +183,9 @@ def _open(options: EvalOptions, device: str) -> Source:
     asked = sampler_for(
         path, options.sampler, options.steps, options.cfg_scale, options.cfg_channels
     )
-    generator = open_generator(path, options.backend, device, options.vae, options.activations)
+    generator = open_generator(
+        path, options.backend, device, options.vae, options.activations, options.compiled
+    )
     return ModelSource(
         generator,
         generator.fit(asked),

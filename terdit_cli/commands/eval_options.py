@@ -46,6 +46,7 @@ class EvalOptions:
     batch_size: int = 8
     backend: str = "auto"
     activations: str = "auto"
+    compiled: bool = False
     threads: int | None = None  # of this process from now on, torch's too
     device: str | None = None
     vae: str | None = None

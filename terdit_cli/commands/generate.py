@@ -210,6 +210,7 @@ def open_generator(
     device: str | None = None,
     vae: str | None = None,
     activations: str = "auto",
+    compiled: bool = False,
 ) -> ImageGenerator:
     """Load a model; its VAE is opened later, after cheaper checks.
 
@@ -217,12 +218,13 @@ def open_generator(
         path: anything `load_model` takes.
         vae: folder or hub id that stands in for the one the model names.
         activations: "auto" or a precision, as `load` takes it.
+        compiled: as `load` takes it.
 
     Raises:
         InputFileError, UsageError, EnvironmentProblem.
     """
     place = usable_device(device)
-    model = load(path, place, backend, activations=activations)
+    model = load(path, place, backend, activations=activations, compiled=compiled)
     info = model.info
     if info.space.kind == "pixel" and vae is not None:
         raise UsageError(

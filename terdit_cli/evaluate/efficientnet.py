@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from terdit_cli.errors import EnvironmentProblem, InputFileError
 from terdit_cli.evaluate.network import Image, Network, Outputs, clean_resize, first_sentence
@@ -45,8 +46,11 @@ def efficientnet_lite0(weights: Path | None, device: torch.device) -> Network:
             where=file.path,
             fix="leave --weights out to use the installed ones",
         ) from error
+    network = network.eval().requires_grad_(False)
+    _fold_batch_norms(network)
+    _fold_padding(network)
     # Channels last is twice as fast on CPUs.
-    network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    network = network.to(device, memory_format=torch.channels_last)
     resize = clean_resize(SIZE)
     margin = (SIZE - CROP) // 2
     inner = slice(margin, margin + CROP)
@@ -71,3 +75,34 @@ def efficientnet_lite0(weights: Path | None, device: torch.device) -> Network:
         forward=forward,
         warnings=(file.warning,) if file.warning else (),
     )
+
+
+def _fold_batch_norms(network: nn.Module) -> None:
+    """Put each batch norm into the convolution that is registered before it: less time on CPUs.
+
+    The network must be in evaluation mode.
+    """
+    for module in network.modules():
+        before: nn.Module | None = None
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                assert isinstance(before, nn.Conv2d)
+                assert child.running_mean is not None
+                assert child.running_var is not None
+                before.weight, before.bias = fuse_conv_bn_weights(
+                    before.weight, before.bias, child.running_mean, child.running_var,
+                    child.eps, child.weight, child.bias,
+                )  # fmt: skip
+                setattr(module, name, nn.Identity())
+            before = child
+
+
+def _fold_padding(network: nn.Module) -> None:
+    """Let convolutions pad by themselves where all sides are padded alike, without a copy."""
+    for module in network.modules():
+        padding = getattr(module, "static_padding", None)
+        if isinstance(module, nn.Conv2d) and isinstance(padding, nn.ZeroPad2d):
+            left, right, top, bottom = padding.padding
+            if left == right and top == bottom:
+                module.padding = (top, left)
+                module.static_padding = nn.Identity()

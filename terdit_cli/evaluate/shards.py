@@ -2,8 +2,9 @@
 
 Block b holds images b * size .. (b + 1) * size - 1. Its features depend on the run's facts and on b
 alone, so the blocks of one process and of eight are the same, and so is everything that
-is computed from them in order. A block is one uncompressed .npz, written whole or not at all; the
-CRC of each of its arrays is checked when it is read.
+is computed from them in order; and a run of more or fewer images goes on in the same folder, where
+only a last block that is not full is made again. A block is one uncompressed .npz, written whole
+or not at all; the CRC of each of its arrays is checked when it is read.
 
     folder/run.json            the facts: another run must not go on here
     folder/block-00000012.npz  pool [B, D], and where they exist spatial, logits, pool_fp32,
@@ -68,7 +69,7 @@ class FeatureShards:
             InputFileError: its facts cannot be read. EnvironmentProblem: it cannot be written.
         """
         path = self.folder / FACTS_FILE
-        ours = json.loads(json.dumps(facts | {"count": self.count, "block": self.size}))
+        ours = json.loads(json.dumps(facts | {"block": self.size}))
         if path.exists():
             theirs = _read_facts(path)
             names = sorted(set(ours) | set(theirs))
@@ -90,14 +91,16 @@ class FeatureShards:
         return self.folder / f"block-{block.number:08d}.npz"
 
     def has(self, block: Block) -> bool:
-        """Return whether a block is there and whole; a damaged one is removed."""
+        """Return whether a block is there and whole; one that is damaged or shorter is removed."""
         path = self.path(block)
         if not path.exists():
             return False
         try:
             with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is None:
-                    return True
+                whole = archive.testzip() is None
+            rows = self._load(path, "pool") if whole else None
+            if rows is not None and len(rows) == len(block.images):
+                return True
         except _UNREADABLE:
             pass
         path.unlink(missing_ok=True)
@@ -115,8 +118,7 @@ class FeatureShards:
         """
         path = self.path(block)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return arrays[name] if name in arrays.files else None
+            return self._load(path, name)
         except _UNREADABLE as error:
             raise InputFileError(
                 "a block of features cannot be read",
@@ -124,6 +126,11 @@ class FeatureShards:
                 where=path,
                 fix="run the command again: missing blocks are made anew",
             ) from error
+
+    @staticmethod
+    def _load(path: Path, name: str) -> NDArray[Any] | None:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[name] if name in arrays.files else None
 
     def stream(self, name: str) -> Iterator[NDArray[Any]]:
         """Iterate over one array of all blocks, in the order of the images; nothing if absent."""

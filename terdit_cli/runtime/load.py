@@ -29,7 +29,7 @@ class LoadedModel:
     network: DiT
     info: ModelInfo
     device: torch.device
-    backend: str  # of a packed model; "torch" for a checkpoint
+    backend: str  # of a packed model; "torch" or "torch-compile" for a checkpoint
     precision: Precision
     threads: int
     isa: str | None  # of the cpu backend
@@ -68,6 +68,7 @@ def load(
     backend: str = "auto",
     weights: Literal["ema", "raw"] = "ema",
     activations: str = "auto",
+    compiled: bool = False,
     **overrides: Any,
 ) -> LoadedModel:
     """Load a network together with its description.
@@ -79,6 +80,8 @@ def load(
         backend: "auto" or a backend's name; packed models only.
         weights: of a ckpt.pt, the average or the raw weights.
         activations: "auto" or a precision; packed models only.
+        compiled: the blocks, by torch.compile, when first called; checkpoints only, for packed
+            models run on code of their own.
         overrides: `DiTConfig` fields that a released folder does not show (`n_heads=32`).
 
     Raises:
@@ -88,7 +91,7 @@ def load(
     path, device = catalogue.resolve(path), torch.device(device)
     fix = "free memory of that GPU, name another with --device, or use --device cpu"
     with gpu_memory.explained("the model's weights", device, fix):
-        return _load(path, device, backend, weights, activations, overrides)
+        return _load(path, device, backend, weights, activations, compiled, overrides)
 
 
 def _load(
@@ -97,6 +100,7 @@ def _load(
     backend: str,
     weights: Literal["ema", "raw"],
     activations: str,
+    compiled: bool,
     overrides: dict[str, Any],
 ) -> LoadedModel:
     checkpoint = checkpoint_path(path)
@@ -111,7 +115,12 @@ def _load(
                     where=checkpoint,
                     fix=f"terdit pack {path} -o model.tdt, then sample from that",
                 )
-        return _from_checkpoint(load_ckpt(checkpoint), weights, device)
+        return _from_checkpoint(load_ckpt(checkpoint), weights, device, compiled)
+    if compiled:
+        raise UsageError(
+            "--compile is for checkpoints", got="a packed or ternarized model", where=path,
+            expected="a run folder or a ckpt.pt", fix="leave --compile out",
+        )  # fmt: skip
     with open_exported(path, weights, **overrides) as model:
         trained = model.info.ternary.activations
         precision = resolve_activations(activations, trained, choice.backend)
@@ -148,17 +157,24 @@ def load_model(
 
 
 def _from_checkpoint(
-    checkpoint: Checkpoint, weights: Literal["ema", "raw"], device: torch.device
+    checkpoint: Checkpoint,
+    weights: Literal["ema", "raw"],
+    device: torch.device,
+    compiled: bool,
 ) -> LoadedModel:
     info = checkpoint.info
     kind = "ternary masters" if info.ternary.enabled else "full precision"
+    network = restore_network(checkpoint, weights).to(device)
+    if compiled:
+        for block in network.layers:
+            block.compile()
     return LoadedModel(
-        network=restore_network(checkpoint, weights).to(device),
+        network=network,
         info=info,
         device=device,
-        backend="torch",
+        backend="torch-compile" if compiled else "torch",
         precision="int8" if info.ternary.enabled and info.ternary.activations == "int8" else "fp32",
         threads=torch.get_num_threads(),
         isa=None,
-        reason=f"torch ({kind}, not packed)",
+        reason=f"torch ({kind}, not packed{', compiled' if compiled else ''})",
     )

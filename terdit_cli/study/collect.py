@@ -144,7 +144,7 @@ class Findings:
                 model = next((m for m in self.models_of(variant.name) if m.seed == seed), None)
                 if self._failed(variant, seed):
                     continue
-                for step in study.steps_of(variant):
+                for step in study.steps_at(variant, seed):
                     for n in study.images_at(variant, step):
                         wanted = ((step, scale, n) for scale in scales)
                         count += sum(model is None or key not in model.scores for key in wanted)
@@ -220,7 +220,7 @@ def _model(study: Study, folder: Folder, variant: Variant, seed: int) -> Model:
     asked = json.loads(json.dumps(model_asked(study, variant, seed)))
     changed: set[str] = set()
     losses, scores = {}, {}
-    for step in study.steps_of(variant):
+    for step in study.steps_at(variant, seed):
         loss = read(place.loss(step), Loss)
         if loss is not None and not _measured_otherwise(loss, lost_by(study)):
             losses[step] = loss
@@ -246,9 +246,10 @@ def _model(study: Study, folder: Folder, variant: Variant, seed: int) -> Model:
     footprint = read(place.footprint, Footprint)
     if footprint is not None and _measured_otherwise(footprint, timed_by(study)):
         footprint = None
+    metrics = read_metrics(place.folder) or read_metrics(place.run)
     return Model(
         variant, seed, read(place.training, Training), read(place.conversion, Conversion), losses,
-        scores, footprint, read_metrics(place.run), grids, neighbours, nearest, sorted(changed),
+        scores, footprint, metrics, grids, neighbours, nearest, sorted(changed),
     )  # fmt: skip
 
 

@@ -72,7 +72,8 @@ def curves(findings: Findings) -> list[Figure]:
 
 _DOTS = (
     "Steps are those in all: a model that begins with another's weights goes on where that one "
-    "ended. Lines join the means over seeds; small dots are the seeds."
+    "ended. Lines join the means over seeds (before the last step: the first seed); dots are the "
+    "seeds."
 )
 
 

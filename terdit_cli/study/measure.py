@@ -6,7 +6,7 @@ for every model of the study, so that two losses differ by the models alone:
     t_i = the middle of the i-th of N equal stretches of the 1000 timesteps, in a shuffled order
 
 Distances come from `eval-fid`; its work folder has the features of the images, which the probe
-and the search for neighbours read.
+and the search for neighbours read, and which a score of more images goes on from.
 
 Shapes: N images, D features.
 """
@@ -160,8 +160,8 @@ def write_images(recipe: Recipe, path: Path, most: int | None) -> list[str]:
     return source.class_names
 
 
-def read_features(work: Path) -> Samples:
-    """Return the features of the images that an eval-fid with `--work` has scored, [N, D].
+def read_features(work: Path, n: int) -> Samples:
+    """Return the features of the first `n` images that an eval-fid with `--work` has scored.
 
     Raises:
         InputFileError: no such folder, or an unfinished one.
@@ -169,7 +169,7 @@ def read_features(work: Path) -> Samples:
     folder = work / "images"
     try:
         facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-        shards = FeatureShards(folder, int(facts["count"]), int(facts["block"]))
+        shards = FeatureShards(folder, n, int(facts["block"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputFileError(
             "no features of an evaluation", got=f"{type(error).__name__}: {error}", where=folder,

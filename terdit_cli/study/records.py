@@ -6,6 +6,7 @@
                                   step-00005000.pt            the model at a scored step
                                   step-00005000.safetensors   ... ternarized; .tdt: packed
                                   train.json                  how it was trained; or why it failed
+                                  metrics.jsonl               what was logged of it
                                   convert.json                ... or ternarized, or packed
                                   losses/step-00005000.json
                                   scores/step-00005000-cfg-2-n-10000.json
@@ -14,6 +15,8 @@
                                   footprint.json              bytes, memory, operations, latency
 
 Each record says in `asked` what it depends on; where that has changed since, it is made again.
+What is not JSON, nor a grid, only serves to make the rest: without it, what is recorded stays, and
+a model that something missing needs is trained again.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from terdit_cli.atomic import atomic_path
 from terdit_cli.errors import InputFileError
 from terdit_cli.recipe import Recipe
 from terdit_cli.study.spec import Evaluation, Study, Variant, recipe_of
+from terdit_cli.train.loggers import FILE as METRICS
 
 LARGEST_RECORD = 16 << 20  # bytes
 # What a model does not depend on: the name, where the data lie, how it is logged and kept.
@@ -184,6 +188,10 @@ class Place:
         return self.folder / "train.json"
 
     @property
+    def metrics(self) -> Path:
+        return self.folder / METRICS
+
+    @property
     def conversion(self) -> Path:
         return self.folder / "convert.json"
 
@@ -200,6 +208,10 @@ class Place:
 
     def score(self, step: int, cfg_scale: float, n: int) -> Path:
         return self.folder / "scores" / f"{_step(step)}-cfg-{cfg_scale:g}-n-{n}.json"
+
+    def features(self, step: int, cfg_scale: float) -> Path:
+        """Return the work folder of the scores of a step, whatever their number of images."""
+        return self.folder / "scores" / f"{_step(step)}-cfg-{cfg_scale:g}.work"
 
     def grid(self, cfg_scale: float) -> Path:
         return self.folder / "grids" / f"cfg-{cfg_scale:g}.npz"

@@ -4,7 +4,7 @@
 
 A seed is finished for all variants before the next begins, so a half-done study already compares
 like with like. Killed anywhere, it goes on there: training from its checkpoint, scoring from the
-features of the images that it has.
+features of the images that it has. A model is made when something that is missing needs it.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ from terdit_cli.study.spec import (
 from terdit_cli.train.checkpoint import complete_checkpoints, read_manifest
 from terdit_cli.train.export import CKPT, export_ckpt
 from terdit_cli.train.flops import BACKWARD_AND_FORWARD, training_flops
+from terdit_cli.train.loggers import FILE as METRICS
 from terdit_cli.train.loggers import logged_seconds, read_metrics
 
 LATENCY_REPEATS = 3
@@ -78,6 +79,10 @@ DIVERGED = 5  # exit code of a training that could not go on
 _KEPT_CHECKPOINTS = 2  # of a run that goes on; one of a finished one
 
 Changed = Callable[[], object]
+
+
+class _NoModel(Exception):
+    """A variant of a seed came to nothing; why has been said."""
 
 
 class Runner:
@@ -110,9 +115,13 @@ class Runner:
                 self._check_place(variant, seed)
         for seed in seeds:
             for variant in chosen:
-                if seed in study.seeds_of(variant) and self._make(variant, seed):
+                if seed not in study.seeds_of(variant):
+                    continue
+                try:
                     self._measure(variant, seed)
-                    self._changed()
+                except _NoModel:
+                    continue
+                self._changed()
 
     def _place(self, variant: Variant, seed: int) -> Place:
         return self._folder.place(variant, seed)
@@ -137,6 +146,17 @@ class Runner:
 
     # Models
 
+    def _model(self, variant: Variant, seed: int, step: int | None = None) -> Path:
+        """Return the model of a scored step, or of the last; made if it is not there.
+
+        Raises:
+            _NoModel: its training failed, or one that it needs.
+        """
+        if not self._make(variant, seed):
+            raise _NoModel
+        place = self._place(variant, seed)
+        return place.model(step or self._study.steps_of(variant)[-1], variant)
+
     def _make(self, variant: Variant, seed: int) -> bool:
         """Train or convert what is missing; return whether there is something to measure."""
         if variant.is_trained:
@@ -144,8 +164,7 @@ class Runner:
         assert variant.of is not None
         source_variant = self._study.variant(variant.of)
         source, place = self._place(source_variant, seed), self._place(variant, seed)
-        record = read(source.training, Training)
-        if record is None or record.failed:
+        if not self._make(source_variant, seed):
             console.warn(f"{variant.name}, seed {seed}: skipped, for {variant.of} failed")
             return False
         steps = self._study.steps_of(variant)
@@ -177,9 +196,9 @@ class Runner:
             return not record.failed
         after = None
         if variant.after is not None:
-            first = study.variant(variant.after)
-            after = self._place(first, seed).model(study.steps_of(first)[-1], first)
-            if not after.exists():
+            try:
+                after = self._model(study.variant(variant.after), seed)
+            except _NoModel:
                 console.warn(f"{variant.name}, seed {seed}: skipped, for {variant.after} failed")
                 return False
         recipe = recipe_of(study, variant, seed, after)
@@ -216,6 +235,8 @@ class Runner:
                 fix="delete the run folder to train it again, or take the step out of the study",
             )
         seconds = round(logged_seconds(read_metrics(place.run), recipe.train.global_batch_size), 1)
+        with atomic_path(place.metrics) as temporary:
+            shutil.copyfile(place.run / METRICS, temporary)
         save(place.training, Training(command=done.command, seconds=seconds, **facts))
         return True
 
@@ -223,11 +244,13 @@ class Runner:
 
     def _measure(self, variant: Variant, seed: int) -> None:
         study = self._study
-        for step in study.steps_of(variant):
+        for step in study.steps_at(variant, seed):
             self._loss(variant, seed, step)
-            for n in study.images_at(variant, step):
-                for cfg_scale in study.evaluation.cfg_scales:
+            for cfg_scale in study.evaluation.cfg_scales:
+                for n in study.images_at(variant, step):  # the more go on from the fewer
                     self._score(variant, seed, step, cfg_scale, n)
+                work = self._place(variant, seed).features(step, cfg_scale)
+                shutil.rmtree(work, ignore_errors=True)
         if seed == study.seeds_of(variant)[0]:
             for cfg_scale in study.evaluation.cfg_scales:
                 self._grid(variant, seed, cfg_scale)
@@ -242,7 +265,8 @@ class Runner:
         if current(place.loss(step), Loss, asked) is not None:
             return
         fixed = self._fixed_noise
-        values = measure_loss(place.model(step, variant), fixed, _activations(variant))
+        model = self._model(variant, seed, step)
+        values = measure_loss(model, fixed, _activations(variant))
         record = Loss(
             asked=asked, command=f"{study.command} --only {variant.name}", seconds=0.0, **stamp(),
             loss=values["loss"], mse=values["mse"], vb=values["vb"],
@@ -268,27 +292,27 @@ class Runner:
         reference = evaluation.reference
         if reference == TRAIN_SPLIT:
             reference = str(self._folder.reals / "reference.npz")
-        work = path.with_suffix(".work")
+        model, work = self._model(variant, seed, step), place.features(step, cfg_scale)
         console.note(
             f"study {study.name}: scoring {variant.name}, seed {seed}, step {step}, "
             f"cfg {cfg_scale:g}, {n} images"
         )
         words = [
-            "eval-fid", "--model", str(place.model(step, variant)), "--reference", reference,
+            "eval-fid", "--model", str(model), "--reference", reference,
             "-n", str(n), *self._features(), "--sampler", evaluation.sampler,
             "--steps", str(evaluation.sampling_steps), "--cfg-scale", f"{cfg_scale:g}",
             "--cfg-channels", evaluation.cfg_channels, "--seed", str(evaluation.seed),
             "--batch-size", str(evaluation.batch_size), *_runs_as(variant), "--work", str(work),
+            *(["--compile"] if evaluation.compile and variant.is_trained else []),
         ]  # fmt: skip
         done = self._run(words)
-        accuracy, nearest = judge(read_features(work), reals)
+        accuracy, nearest = judge(read_features(work, n), reals)
         record = Score(
             asked=asked, command=done.command, seconds=round(done.seconds, 1), **stamp(),
             step=step, cfg_scale=cfg_scale, n=n, evaluation=done.result,
             accuracy=accuracy, nearest=nearest,
         )  # fmt: skip
         save(path, record)
-        shutil.rmtree(work, ignore_errors=True)
 
     def _features(self) -> list[str]:
         evaluation = self._study.evaluation
@@ -335,14 +359,11 @@ class Runner:
     def _sampling(self, variant: Variant, seed: int, cfg_scale: float) -> list[str]:
         evaluation = self._study.evaluation
         return [
-            "--prompt-class", "all", "--model", str(self._last_model(variant, seed)),
+            "--prompt-class", "all", "--model", str(self._model(variant, seed)),
             "--sampler", evaluation.sampler, "--steps", str(evaluation.sampling_steps),
             "--cfg-scale", f"{cfg_scale:g}", "--cfg-channels", evaluation.cfg_channels,
             "--seed", str(evaluation.seed), *_runs_as(variant),
         ]  # fmt: skip
-
-    def _last_model(self, variant: Variant, seed: int) -> Path:
-        return self._place(variant, seed).model(self._study.steps_of(variant)[-1], variant)
 
     def _footprint(self, variant: Variant, seed: int) -> None:
         """Measure bytes, memory and latency in the form in which a model would be deployed."""
@@ -351,9 +372,9 @@ class Runner:
         asked = {"model": model_asked(study, variant, seed), **timed_by(study)}
         if current(place.footprint, Footprint, asked) is not None:
             return
-        model = self._last_model(variant, seed)
+        model = self._model(variant, seed)
         trained = variant if variant.is_trained else study.variant(str(variant.of))
-        info = load_ckpt(self._last_model(trained, seed)).info
+        info = load_ckpt(self._model(trained, seed)).info
         packed = not variant.is_trained or info.ternary.enabled
         file_bytes: dict[str, int] = {}
         ternary, form, deployed = 0, CKPT, model
@@ -426,7 +447,7 @@ class Runner:
                     "--work", str(folder / "work"),
                 ]
             )  # fmt: skip
-            features = read_features(folder / "work")
+            features = read_features(folder / "work", len(labels_of(images)))
             with atomic_path(cached) as temporary, temporary.open("wb") as file:
                 np.savez(file, features=features, names=np.array(names))
             probe = fit_probe(features, labels_of(images), len(names))

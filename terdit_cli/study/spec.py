@@ -89,6 +89,7 @@ class Evaluation(Section):
     cfg_channels: Literal["3", "all"] = "3"
     seed: NonNegativeInt = 0
     batch_size: PositiveInt = 50
+    compile: bool = False  # the networks of checkpoints, to draw faster
     reals: Annotated[int, Field(ge=20)] | None = None  # training images looked at; None: all
     loss_n: PositiveInt = 2048  # images whose loss is measured, with noise that is always the same
     grid: Annotated[int, Field(ge=1, le=16)] = 4  # images of each class in the pictures
@@ -134,7 +135,7 @@ class Study(Section):
     recipe: Path  # of the file's folder
     overrides: tuple[str, ...] = ()  # of all variants
     seeds: Seeds = (0,)
-    steps: Steps  # at which to score
+    steps: Steps  # at which to score the first seed; the others at the last one
     headline: Headline
     variants: Annotated[tuple[Variant, ...], Field(min_length=2)]
     bars: tuple[Bars, ...] = ()
@@ -203,6 +204,11 @@ class Study(Section):
         if variant.of is not None:
             return self.steps_of(self.variant(variant.of))[-1:]
         return tuple(sorted(set(self.steps)))
+
+    def steps_at(self, variant: Variant, seed: int) -> tuple[int, ...]:
+        """Return the steps at which a model is scored: the curve's, or of later seeds the last."""
+        steps = self.steps_of(variant)
+        return steps if seed == self.seeds_of(variant)[0] else steps[-1:]
 
     @property
     def command(self) -> str:

@@ -56,6 +56,16 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert [again.has(block) for block in again.blocks] == [True, False, True]
 
 
+@pytest.mark.parametrize(("count", "whole"), [(13, [0, 1]), (12, [0, 1]), (8, [0, 1]), (7, [0])])
+def test_a_run_of_more_or_fewer_images_goes_on_with_the_full_blocks(
+    tmp_path: Path, count: int, whole: list[int]
+) -> None:
+    filled(tmp_path, 10)
+    other = FeatureShards(tmp_path, count, 4)
+    assert other.claim(FACTS) == 4 * len(whole)
+    assert [block.number for block in other.blocks if other.has(block)] == whole
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "text"])
 def test_a_damaged_block_counts_as_missing(tmp_path: Path, damage: str) -> None:
     shards = filled(tmp_path)
@@ -79,8 +89,8 @@ def test_the_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     filled(tmp_path)
     with pytest.raises(UsageError, match=r"got seed 0, expected seed 1 \(.*--work"):
         FeatureShards(tmp_path, 10, 4).claim(FACTS | {"seed": 1})
-    with pytest.raises(UsageError, match="got count 10, expected count 11"):
-        FeatureShards(tmp_path, 11, 4).claim(FACTS)
+    with pytest.raises(UsageError, match="got block 4, expected block 5"):
+        FeatureShards(tmp_path, 10, 5).claim(FACTS)
     (tmp_path / FACTS_FILE).write_text("[1]")
     with pytest.raises(InputFileError, match="delete the folder"):
         FeatureShards(tmp_path, 10, 4).claim(FACTS)

@@ -17,6 +17,7 @@ from terdit_cli.model.dit import (
     DiTConfig,
     FinalLayer,
     RMSNorm,
+    attend,
     build_config,
     size_config,
 )
@@ -153,6 +154,25 @@ def test_bfloat16_autocast(tiny_config, random_network, random_inputs, activatio
         assert parameter.dtype == torch.float32
         assert parameter.grad.dtype == torch.float32
         assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("tokens", [2, 16, 49])
+def test_bfloat16_attention_of_few_tokens_equals_torch_s(kv_heads, tokens):
+    """Written out there; torch's own in float32 is the measure for both, gradients included."""
+    torch.manual_seed(0)
+    heads = [torch.randn(2, n, tokens, 32, dtype=torch.bfloat16) for n in (4, kv_heads, kv_heads)]
+    upstream = torch.randn(2, 4, tokens, 32, dtype=torch.bfloat16)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (part.to(dtype).requires_grad_() for part in heads)
+        out = attend(q, k, v, grouped=kv_heads != 4)
+        out.backward(upstream.to(dtype))
+        results.append([out.detach(), q.grad, k.grad, v.grad])
+    for exact, got in zip(*results, strict=True):
+        assert got.dtype == torch.bfloat16
+        # Five roundings to 8 bits on the way, of values that are sums of up to 4 * 49 terms.
+        assert (got.float() - exact).abs().max() <= 0.03 * exact.abs().max()
 
 
 def test_rms_norm_formula():

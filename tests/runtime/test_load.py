@@ -46,6 +46,24 @@ def test_every_kind_of_file(run_folder, tiny_config, random_network, random_inpu
             assert not network.training
 
 
+def test_a_compiled_checkpoint_draws_the_same(run_folder, tiny_config, random_inputs):
+    inputs = random_inputs(tiny_config)
+    plain, compiled = load(run_folder), load(run_folder, compiled=True)
+    assert (plain.backend, compiled.backend) == ("torch", "torch-compile")
+    assert "compiled" in compiled.reason
+    with torch.inference_mode():
+        expected, got = plain.network(*inputs), compiled.network(*inputs)
+    # The same products; only roundings between them differ.
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_packed_model_is_not_compiled(run_folder, tiny_config):
+    path = run_folder / "out.tdt"
+    write_tdt(CheckpointExport(load_ckpt(run_folder / "ckpt.pt"), "ema"), path, "t2", "fp32")
+    with pytest.raises(UsageError, match=r"--compile is for checkpoints.*out\.tdt.*leave --comp"):
+        load(path, compiled=True)
+
+
 def test_raw_and_averaged_weights(run_folder, tiny_config, random_network, random_inputs):
     inputs = random_inputs(tiny_config)
     with torch.inference_mode():

@@ -190,6 +190,32 @@ def test_a_finished_study_does_nothing(tiny: Study, done: Folder) -> None:
     Runner(tiny, done, refuse, lambda: None).work()
 
 
+def test_what_is_recorded_stays_without_the_weights(place: Path, tiny: Study, done: Folder) -> None:
+    folder = Folder(place / "kept" / "dots")
+    shutil.copytree(done.path, folder.path)
+    for pattern in ("*.pt", "*.safetensors", "*.tdt", "reals/*.npz"):
+        for path in folder.path.rglob(pattern):
+            path.unlink()
+    for path in list(folder.path.rglob("run")):
+        shutil.rmtree(path)
+    assert findings(tiny, folder) == findings(tiny, done)
+    before = {model.variant.name: model.metrics for model in collect(tiny, done).models}
+    assert {m.variant.name: m.metrics for m in collect(tiny, folder).models} == before
+    assert before["ternary"]
+    verbs: list[str] = []
+
+    def run(words: Sequence[str], tick: Callable[[], None] | None = None) -> Finished:
+        verbs.append(words[0])
+        return terdit(words, tick)
+
+    Runner(tiny, folder, run, lambda: None).work()
+    assert verbs == []
+    folder.place(tiny.variant("ptq"), 0).score(4, 2.0, 12).unlink()
+    Runner(tiny, folder, run, lambda: None).work()
+    assert verbs == ["eval-fid", "train", "ternarize", "eval-fid"]  # features of the reals first
+    assert findings(tiny, folder) == findings(tiny, done)
+
+
 def test_stopped_anywhere_it_goes_on_to_the_same_numbers(
     place: Path, tiny: Study, done: Folder
 ) -> None:
@@ -313,7 +339,10 @@ def test_a_changed_conversion_is_made_and_measured_again(
     verbs.clear()
     os.utime(folder.place(study.variant("twin"), 0).model(4, study.variant("twin")))
     Runner(study, folder, run, lambda: None).work(["ptq"])
-    assert verbs == ["ternarize"]  # of a newer checkpoint of the same settings
+    assert verbs == []
+    folder.place(study.variant("ptq"), 0).grid_record(2.0).unlink()
+    Runner(study, folder, run, lambda: None).work(["ptq"])
+    assert verbs == ["ternarize", "sample"]  # of a newer checkpoint of the same settings
     record = read(folder.place(study.variant("ptq"), 0).conversion, Conversion)
     assert record is not None
     assert "--granularity tensor" in record.command
