@@ -100,7 +100,10 @@ def eval_fid(
         str, typer.Option(help="Images of each side for precision and recall: a number or all.")
     ] = "10000",
     per_class: Annotated[
-        str | None, typer.Option(help="Distances of classes too: names or ids, or all.")
+        str | None,
+        typer.Option(
+            help="Distances of classes, and what a linear probe recognises: names, ids or all."
+        ),
     ] = None,
     bootstrap: Annotated[
         int, typer.Option(help="Replicates for the 95 % interval, 0 for none; 100 do.")

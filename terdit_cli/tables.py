@@ -103,7 +103,7 @@ def print_packed(result: PackResult) -> None:
 
 def print_evaluation(result: EvalResult) -> None:
     """Print every metric with its interval, and the verdicts."""
-    from terdit_cli.evaluate.result import format_interval, format_value
+    from terdit_cli.evaluate.result import format_interval, format_value, share
 
     rows = [
         (
@@ -113,7 +113,11 @@ def print_evaluation(result: EvalResult) -> None:
         )
         for name, value in result.metrics.items()
     ]
-    rows += [(name, format_value("", value), "") for name, value in result.per_class.items()]
+    found = result.recognised
+    rows += [
+        (name, format_value("", value), f"{share(found[name])} recognised" if name in found else "")
+        for name, value in result.per_class.items()
+    ]
     reference = "of unknown n" if result.n_reference is None else result.n_reference
     title = f"{result.n} images, reference {reference}; {result.pipeline}"
     header = ("", "", "95 %" if result.intervals else "")

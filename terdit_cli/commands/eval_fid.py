@@ -42,6 +42,7 @@ from terdit_cli.commands.eval_scores import (
     ClassMembers,
     class_members,
     effect_of_bf16,
+    recognise,
     score,
     score_classes,
 )
@@ -122,11 +123,14 @@ def run(options: EvalOptions) -> EvalResult | None:
         if reference is None:
             return None
         reference.require_dim(shards)
-        per_class = {}
+        per_class, recognised = {}, None
         if reference.shards is not None:
             per_class = score_classes(shards, reference.shards, members)
+            recognised = recognise(shards, reference.shards, members)
         asked = Asked(options.pr_samples, options.bootstrap, options.over_n, options.seed)
         scores = score(extractor.distance_name, shards, reference.statistics, asked)
+        if recognised is not None:
+            scores.metrics |= {"accuracy": recognised.all, "accuracy of reals": recognised.reals}
         warnings += [*_warnings(source, shards), *reference.warnings(source, extractor)]
         if options.precision == "bf16":
             provenance["bf16"] = effect_of_bf16(shards, reference.statistics)
@@ -139,6 +143,7 @@ def run(options: EvalOptions) -> EvalResult | None:
             pipeline=extractor.pipeline,
             intervals=scores.intervals,
             per_class=per_class,
+            recognised={} if recognised is None else recognised.by_class,
             curve=scores.curve,
             provenance=provenance,
             warnings=[*warnings, *scores.warnings],

@@ -28,12 +28,14 @@ from terdit_cli.evaluate.metrics import (
     kernel_inception_standard_error,
     precision_recall,
 )
+from terdit_cli.evaluate.probe import fit_probe
 from terdit_cli.evaluate.reference import Reference
 from terdit_cli.evaluate.shards import FeatureShards
 from terdit_cli.evaluate.statistics import FeatureStatistics
 
 KID_SAMPLES, KID_SUBSET = 10_000, 1000  # of each side
 NEIGHBOURS = 3  # k of precision and recall
+LEAST_REALS = 20  # of each class, to fit a probe to and to hold some out
 
 Samples = NDArray[np.float32]
 ClassMembers = dict[str, tuple[list[int], list[int]]]  # class -> our images, the reference's
@@ -57,6 +59,15 @@ class Scores:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     curve: list[tuple[int, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a linear probe on the reference's features makes of images of known classes."""
+
+    by_class: dict[str, float]  # shares of images that it takes for their class
+    all: float
+    reals: float  # of the reference's own images, each tenth of which it was not fitted to
 
 
 def statistics_of(shards: FeatureShards, name: str) -> FeatureStatistics | None:
@@ -199,6 +210,26 @@ def score_classes(
         name: frechet_distance_of_samples(_rows(theirs, reals), _rows(ours, fakes))
         for name, (fakes, reals) in members.items()
     }
+
+
+def recognise(
+    ours: FeatureShards, theirs: FeatureShards, members: ClassMembers
+) -> Recognised | None:
+    """Return whether images look like their class to a linear probe on the reference's features.
+
+    None of one class, which is all there is to see, or of too few images to fit and try a probe.
+    """
+    names = list(members)
+    labels = [np.full(len(reals), index) for index, (_, reals) in enumerate(members.values())]
+    if len(names) < 2 or min(map(len, labels)) < LEAST_REALS:
+        return None
+    reals = np.concatenate([_rows(theirs, reals) for _, reals in members.values()])
+    probe = fit_probe(reals, np.concatenate(labels), len(names))
+    found = [probe.classify(_rows(ours, fakes)) for fakes, _ in members.values()]
+    shares = {name: float((found[i] == i).mean()) for i, name in enumerate(names)}
+    right = sum(int((part == index).sum()) for index, part in enumerate(found))
+    total = sum(map(len, found))
+    return Recognised(shares, right / total, probe.held_out_accuracy)
 
 
 def _by_class(classes: list[str]) -> defaultdict[str, list[int]]:

@@ -22,7 +22,7 @@ from terdit_cli.evaluate.plots import (
     memorisation_plot,
     precision_recall_plot,
 )
-from terdit_cli.evaluate.result import EvalResult, format_value
+from terdit_cli.evaluate.result import EvalResult, format_value, share
 
 MOST_CLASSES = 20  # rows of the grid of samples
 _MOST_CELLS, _MOST_IN_CLASS = 200, 40
@@ -256,10 +256,13 @@ def distances_by_class(result: EvalResult) -> Markup | None:
     for part in parts:
         rows: list[Markup] = []
         for name, value in part:
-            share = value / largest if math.isfinite(value) else 0.0
+            length = value / largest if math.isfinite(value) else 0.0
             rows.append(element("dt", name))
-            rows.append(element("dd", bar(share)))
-            rows.append(element("dd", format_value(result.distance_name, value)))
+            rows.append(element("dd", bar(length)))
+            text = format_value(result.distance_name, value)
+            if name in result.recognised:
+                text += f", {share(result.recognised[name])} recognised"
+            rows.append(element("dd", text))
         lists.append(element("dl", *rows, class_="bars panel"))
     return element(
         "section",

@@ -23,7 +23,8 @@ from terdit_cli.errors import InputFileError
 KIND = "terdit eval-fid"
 VERSION = 1
 LARGEST_FILE = 16 << 20  # bytes of a result; one of 1,000 classes has about 100 kB
-HIGHER_IS_BETTER = frozenset({"IS", "precision", "recall"})
+HIGHER_IS_BETTER = frozenset({"IS", "precision", "recall", "accuracy"})
+_SHARES = ("precision", "recall", "accuracy", "accuracy of reals")
 _NOT_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 Relation = Literal["<=", ">="]
@@ -62,6 +63,7 @@ class EvalResult:
     pipeline: str
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # 95 %
     per_class: dict[str, float] = field(default_factory=dict)  # class name -> distance
+    recognised: dict[str, float] = field(default_factory=dict)  # class name -> share of its images
     curve: list[tuple[int, float]] = field(default_factory=list)  # (n, distance)
     gates: list[Gate] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -128,9 +130,14 @@ def format_value(metric: str, value: float) -> str:
     """Return a number as it is shown: shares to three places, others to two or four digits."""
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else f"{'-' if value < 0 else ''}infinity"
-    if metric in ("precision", "recall"):
+    if metric in _SHARES:
         return f"{value:.3f}"
     return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.4g}"
+
+
+def share(value: float) -> str:
+    """Return "97.5 %"."""
+    return f"{100 * value:.1f} %" if math.isfinite(value) else "not a number"
 
 
 def format_interval(metric: str, interval: tuple[float, float]) -> str:
@@ -182,6 +189,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _from_dict(values: dict[str, Any]) -> EvalResult:
     """Check every type; raises ValueError that names the field."""
     known = {item.name for item in dataclasses.fields(EvalResult)}
+    values = {"recognised": {}, **values}  # the one field that earlier results lack
     for name in (*known, *values):
         if name not in values:
             raise ValueError(f"no field {name!r}")
@@ -196,6 +204,7 @@ def _from_dict(values: dict[str, Any]) -> EvalResult:
         pipeline=_text(values["pipeline"], "pipeline"),
         intervals=_table(values["intervals"], "intervals", _interval),
         per_class=_table(values["per_class"], "per_class", _number),
+        recognised=_table(values["recognised"], "recognised", _number),
         curve=[_point(item) for item in _list(values["curve"], "curve")],
         gates=[_gate(item) for item in _list(values["gates"], "gates")],
         provenance=_table(values["provenance"], "provenance", lambda value, _: value),

@@ -27,6 +27,7 @@ from terdit_cli.evaluate.result import (
     format_value,
     is_worse,
     relative_change,
+    share,
 )
 
 SUITE = "terdit eval-fid"
@@ -157,9 +158,14 @@ def markdown(result: EvalResult, baseline: EvalResult | None = None) -> str:
     if result.per_class:
         name = result.distance_name
         largest = sorted(result.per_class.items(), key=_by_distance)[:MOST_CLASSES]
-        classes = [(code(key), format_value(name, value)) for key, value in largest]
+        found = result.recognised
+        classes = [
+            (code(key), format_value(name, value), *([share(found[key])] if found else ()))
+            for key, value in largest
+        ]
+        header = ("class", code(name), *(["recognised"] if found else ()))
         title = f"Distance by class: the {len(classes)} largest of {len(result.per_class)}"
-        blocks.append(_details(title, _table(("class", code(name)), classes)))
+        blocks.append(_details(title, _table(header, classes)))
     origin = {
         "number of images": result.n,
         "images of the reference": result.n_reference or "unstated",

@@ -29,10 +29,10 @@ from terdit_cli.data.npz_images import NpzImages
 from terdit_cli.diffusion.process import make_schedule
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.evaluate.neighbours import check_neighbours
+from terdit_cli.evaluate.probe import LinearProbe, accuracy_by_class
 from terdit_cli.evaluate.shards import FACTS_FILE, FeatureShards
 from terdit_cli.recipe import Recipe
 from terdit_cli.runtime.load import load
-from terdit_cli.study.probe import LinearProbe, accuracy_by_class
 from terdit_cli.study.records import Accuracy, Nearest
 from terdit_cli.train import build
 

@@ -29,13 +29,11 @@ from terdit_cli.study.measure import (
     Reals,
     fix_noise,
     judge,
-    labels_of,
     measure_loss,
     read_features,
-    write_images,
 )
 from terdit_cli.study.nearest import find_nearest
-from terdit_cli.study.probe import fit_probe
+from terdit_cli.study.reals import features_words, make_reals
 from terdit_cli.study.records import (
     Conversion,
     Folder,
@@ -44,7 +42,6 @@ from terdit_cli.study.records import (
     Loss,
     Neighbours,
     Place,
-    Probe,
     Score,
     Training,
     current,
@@ -299,7 +296,7 @@ class Runner:
         )
         words = [
             "eval-fid", "--model", str(model), "--reference", reference,
-            "-n", str(n), *self._features(), "--sampler", evaluation.sampler,
+            "-n", str(n), *features_words(evaluation), "--sampler", evaluation.sampler,
             "--steps", str(evaluation.sampling_steps), "--cfg-scale", f"{cfg_scale:g}",
             "--cfg-channels", evaluation.cfg_channels, "--seed", str(evaluation.seed),
             "--batch-size", str(evaluation.batch_size), *_runs_as(variant), "--work", str(work),
@@ -313,11 +310,6 @@ class Runner:
             accuracy=accuracy, nearest=nearest,
         )  # fmt: skip
         save(path, record)
-
-    def _features(self) -> list[str]:
-        evaluation = self._study.evaluation
-        weights = ["--weights", str(evaluation.weights)] if evaluation.weights else []
-        return ["--features", evaluation.features, "--precision", evaluation.precision, *weights]
 
     def _grid(self, variant: Variant, seed: int, cfg_scale: float) -> None:
         """Draw images of every class from the same noise."""
@@ -427,44 +419,7 @@ class Runner:
 
     @cached_property
     def _reals(self) -> Reals:
-        """Return the training images' features, the reference and the probe; made once."""
-        study, folder = self._study, self._folder.reals
-        data = self._base.model_dump(mode="json")["data"]
-        asked = {
-            "data": {key: data[key] for key in ("source", "split", "image_size", "channels")},
-            "evaluation": study.evaluation.model_dump(include={"features", "precision", "reals"}),
-        }
-        images, cached = folder / "images.npz", folder / "features.npz"
-        record = current(folder / "probe.json", Probe, asked)
-        if record is None or not (cached.exists() and images.exists()):
-            shutil.rmtree(folder / "work", ignore_errors=True)
-            console.note(f"study {study.name}: features of the training images, once")
-            names = write_images(self._base, images, study.evaluation.reals)
-            done = self._run(
-                [
-                    "eval-fid", "--images", str(images), *self._features(),
-                    "--make-reference", str(folder / "reference.npz"), "--reference-features",
-                    "--work", str(folder / "work"),
-                ]
-            )  # fmt: skip
-            features = read_features(folder / "work", len(labels_of(images)))
-            with atomic_path(cached) as temporary, temporary.open("wb") as file:
-                np.savez(file, features=features, names=np.array(names))
-            probe = fit_probe(features, labels_of(images), len(names))
-            save(
-                folder / "probe.json",
-                Probe(
-                    asked=asked, command=done.command, seconds=round(done.seconds, 1), **stamp(),
-                    accuracy=probe.held_out_accuracy,
-                    per_class=dict(zip(names, probe.held_out_per_class, strict=True)),
-                    trained_on=probe.trained_on, held_out=probe.held_out,
-                ),
-            )  # fmt: skip
-            shutil.rmtree(folder / "work", ignore_errors=True)
-        with np.load(cached, allow_pickle=False) as arrays:
-            features, names = arrays["features"], arrays["names"].tolist()
-        labels = labels_of(images)
-        return Reals(images, features, labels, names, fit_probe(features, labels, len(names)))
+        return make_reals(self._study, self._folder, self._base, self._run)
 
 
 def _keep_checkpoints(run: Path, exports: dict[int, Path], newest: int) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from terdit_cli.evaluate.result import EvalResult
+from terdit_cli.evaluate.summary import markdown
 
 Evaluate = Callable[..., EvalResult]
 Terdit = Callable[..., Any]
@@ -152,6 +154,33 @@ def test_distances_of_classes(tmp_path: Path, evaluate: Evaluate) -> None:
     assert result.per_class["0"] == pytest.approx(0, abs=1e-6)
     assert result.per_class["1"] == pytest.approx(1200, rel=1e-4)
     assert list(evaluate(**sides, per_class="1").per_class) == ["1"]
+    assert set(result.recognised) == {"0", "1"}  # 20 reals of each are just enough
+    assert result.metrics["accuracy"] == pytest.approx(np.mean(list(result.recognised.values())))
+
+
+def test_a_probe_recognises_classes_that_differ(evaluate: Evaluate, tmp_path: Path) -> None:
+    """Classes of 40, 120 and 200 in the reference; of the images every second 2 looks like a 0."""
+    shades, labels = np.array([40, 120, 200]), np.arange(90) % 3
+    random = np.random.default_rng(0)
+
+    def images(brightness: NDArray[np.int64]) -> NDArray[np.uint8]:
+        noise = random.integers(-10, 11, (90, 8, 8, 3))
+        return (brightness[:, None, None, None] + noise).astype(np.uint8)
+
+    np.savez(tmp_path / "real.npz", arr_0=images(shades[labels]), arr_1=labels)
+    drawn = np.where((labels == 2) & (np.arange(90) % 2 == 0), 40, shades[labels])
+    np.savez(tmp_path / "fake.npz", arr_0=images(drawn), arr_1=labels)
+    sides = {"images": str(tmp_path / "fake.npz"), "reference": str(tmp_path / "real.npz")}
+    result = evaluate(**sides, per_class="all")
+    assert result.recognised == {"0": 1.0, "1": 1.0, "2": 0.5}
+    assert result.metrics["accuracy"] == pytest.approx(75 / 90)
+    assert result.metrics["accuracy of reals"] == 1
+    assert "50.0 %" in markdown(result)
+    assert evaluate(**sides, per_class="1").recognised == {}
+    np.savez(tmp_path / "few.npz", arr_0=images(shades[labels])[:57], arr_1=labels[:57])
+    few = evaluate(**(sides | {"reference": str(tmp_path / "few.npz")}), per_class="all")
+    assert few.recognised == {}
+    assert "accuracy" not in few.metrics
 
 
 def test_labels_that_are_numbers_mean_the_model_s_classes(

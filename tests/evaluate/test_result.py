@@ -25,6 +25,7 @@ def make(**changes: Any) -> EvalResult:
         "pipeline": "adm@b31f8cc2",
         "intervals": {"FID": (11.5, 11.75)},
         "per_class": {"b": 3.5, "a": 2.5},
+        "recognised": {"b": 0.5, "a": 1.0},
         "curve": [(1000, 15.0), (2000, 13.0)],
         "gates": [Gate("--max-fid", "FID", 11.625, 12.0, "<=", True, "within")],
         "provenance": {"config": {"dim": 384}, "seed": 0, "cfg_scale": 1.5},
@@ -51,6 +52,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         n_reference=None, intervals={}, per_class={}, curve=[], gates=[], provenance={}, warnings=[]
     )
     assert load_result(written(tmp_path / "e.json", empty)) == empty
+
+
+def test_a_result_from_before_probes_is_read(tmp_path: Path) -> None:
+    values = make(recognised={}).to_dict()
+    del values["recognised"]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(values))
+    assert load_result(path) == make(recognised={})
 
 
 def test_the_json_says_whether_it_passed_and_keeps_the_order() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from terdit_cli.errors import InputFileError
-from terdit_cli.study.probe import accuracy_by_class, fit_probe
+from terdit_cli.evaluate.probe import accuracy_by_class, fit_probe
 
 
 def features(count: int, apart: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
