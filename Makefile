@@ -52,9 +52,9 @@ bench-metrics: install  ## docs/metrics.md: eval-fid's scores and times beside r
 add-model: install  ## package a run: make add-model RUN=runs/x NAME=x EVAL=result.json WORDS='--data ...'
 	$(BIN)/python -m terdit_cli.commands.add_model $(RUN) $(NAME) --eval $(EVAL) $(WORDS)
 
-results: install  ## docs/results.md and .html from the studies' results in runs/studies
+results: install  ## docs/results.md and .html from what the studies found, in docs/studies
 	$(BIN)/terdit study recipes/studies/fashion-mnist.yaml recipes/studies/cifar10.yaml \
-		recipes/studies/ablations.yaml --render --out docs/results.md
+		recipes/studies/ablations.yaml --render --runs docs/studies --out docs/results.md
 
 results-quick: install  ## the same comparisons in little, from the packaged images (minutes)
 	$(BIN)/terdit study recipes/studies/quick.yaml --out runs/results-quick.md

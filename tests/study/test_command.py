@@ -16,6 +16,8 @@ from terdit_cli.errors import EnvironmentProblem, UsageError
 from terdit_cli.study.records import Folder
 from terdit_cli.study.spec import Study, load_study
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture
 def app() -> typer.Typer:
@@ -103,3 +105,16 @@ def test_what_is_refused(study_file: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(EnvironmentProblem, match="cannot write"):
         command.run([study_file], out=tmp_path / "file" / "r.md")
+
+
+def test_the_page_of_results_is_what_its_records_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`make results` in a fresh checkout makes the page that is there."""
+    monkeypatch.chdir(ROOT)
+    names = ("fashion-mnist", "cifar10", "ablations")
+    paths = [Path(f"recipes/studies/{name}.yaml") for name in names]
+    command.run(paths, render=True, runs=Path("docs/studies"), out=tmp_path / "results.md")
+    for made in (tmp_path / "results.md", *tmp_path.rglob("*.svg")):
+        kept = ROOT / "docs" / made.relative_to(tmp_path)
+        assert kept.read_text(encoding="utf-8") == made.read_text(encoding="utf-8"), made.name
