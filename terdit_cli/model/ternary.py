@@ -153,7 +153,8 @@ def alpha_shape(out_features: int, in_features: int, granularity: Granularity) -
 def expand_alphas(alphas: Tensor, in_features: int) -> Tensor:
     """Return `alphas` ([1], [N] or [N, G]) shaped to multiply a matrix [N, K]."""
     if alphas.dim() == 2:
-        return alphas.repeat_interleave(GROUP_SIZE, dim=1)[:, :in_features]
+        # Not repeat_interleave: torch.compile on CPUs makes code of it that reads other memory.
+        return alphas[:, torch.arange(in_features, device=alphas.device) // GROUP_SIZE]
     return alphas[:, None] if alphas.numel() > 1 else alphas
 
 
