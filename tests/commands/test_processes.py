@@ -218,7 +218,6 @@ def test_the_work_folder_of_another_run(
         (("--seed", 1), "seed", (0, 1)),
         (("--batch-size", 16), "batch_size", (8, 16)),
         (("--labels", "balanced"), "labels", ("uniform", "balanced")),
-        (("-n", 100), "count", (200, 100)),
     ):
         done = terdit(*words, tmp_path, *other)
         assert done.code == 2
