@@ -226,6 +226,11 @@ def test_the_work_folder_of_another_run(
             assert f"{field} {value!r}" in done.err
         assert "--work" in done.err
     require_same(blocks(tmp_path), before)
+    # Fewer images, of whole blocks or not, are the first of the same.
+    fewer = terdit(*words, tmp_path, "-n", 128)
+    assert fewer.code == 0
+    assert "going on after 128 of 128 images" in fewer.err
+    require_same(blocks(tmp_path), before)
     # Pictures change no features: they can be asked for afterwards.
     grid = tmp_path / "grid.png"
     assert terdit(*words, tmp_path, "--grid", grid).code == 0

@@ -27,7 +27,7 @@ from terdit_cli.data.loader import BatchLoader
 from terdit_cli.diffusion.process import Schedule
 from terdit_cli.errors import EnvironmentProblem, GateFailed
 from terdit_cli.model.ckpt import load_ckpt
-from terdit_cli.model.ternary import ternarize
+from terdit_cli.model.ternary import GAMMA_EPS, absmean, ternarize
 from terdit_cli.recipe import load_recipe
 from terdit_cli.train import build
 from terdit_cli.train.checkpoint import complete_checkpoints, folder_of
@@ -39,6 +39,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and lim
 Train = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 14, 3
+RTOL, ATOL = 1e-6, 1e-7  # of masters, whose sums are rounded otherwise
 
 # The batch divides over 1, 2 and 3 processes. Some gradients are zero but for rounding (those of
 # keys' biases and of scales before a norm): Adam's eps keeps it from dividing them by themselves.
@@ -209,13 +210,24 @@ def codes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def assert_equal_run(folder: Path, whole: Path) -> None:
-    """Assert that a run has gone, step by step, as one that nothing stopped."""
+    """Assert that a run has gone, step by step, as one that nothing stopped.
+
+    Its number of processes may be another, and with it the rounding of sums: a code may differ
+    only where the masters' own tolerance reaches over the threshold of half a gamma.
+    """
     a, b = load_ckpt(folder / "ckpt.pt"), load_ckpt(whole / "ckpt.pt")
     assert a.info.step == b.info.step == STEPS
     for part, other in ((a.model, b.model), (a.ema, b.ema)):
-        torch.testing.assert_close(part, other, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(part, other, rtol=RTOL, atol=ATOL)
         for name, trits in codes(part).items():
-            assert torch.equal(trits, ternarize(other[f"{name}.weight"])), name
+            master = other[f"{name}.weight"]
+            differ = trits != ternarize(master)
+            gamma = absmean(master)
+            # The tolerance of a master, and half of gamma's: a mean of such masters.
+            reach = RTOL * master.abs() + ATOL + (RTOL * gamma + ATOL) / 2
+            from_threshold = (master.abs() - (gamma + GAMMA_EPS) / 2).abs()
+            assert (from_threshold[differ] <= reach[differ]).all(), name
+            assert differ.float().mean() < 1e-3, name
     np.testing.assert_allclose(losses(folder), losses(whole), rtol=1e-6)
 
 
