@@ -41,7 +41,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 
 TIMESTEP_WIDTH = 256  # sinusoidal features of t
 MAX_CONDITIONING_WIDTH = 1024
-PLAIN_ATTENTION_TOKENS = range(32, 129)  # of `attend` in bfloat16 on a CPU
+PLAIN_ATTENTION_TOKENS = 128  # at most, of `attend` in bfloat16 on a CPU
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, grouped: bool = False) -> Tensor:
     """Return softmax(q k' / sqrt(d)) v of q [B, heads, T, d] and k, v [B, kv heads, T, d].
 
-    torch's fused attention, but for few tokens in bfloat16 on a CPU: there its backward pass takes
-    2 to 19 times as long as two products and a softmax in float32.
+    torch's fused attention, but for few tokens in bfloat16 on a CPU: forward and backward there take
+    7 to 19 times as long as two products and a softmax in float32 (docs/lab.md). More tokens gain
+    less, and their probabilities take memory that grows with the square of their number.
     """
-    if not (q.is_cpu and q.dtype == torch.bfloat16 and q.shape[2] in PLAIN_ATTENTION_TOKENS):
+    if not (q.is_cpu and q.dtype == torch.bfloat16 and q.shape[2] <= PLAIN_ATTENTION_TOKENS):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
     if grouped:
         k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
