@@ -202,8 +202,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, grouped: bool = False) -> Tensor:
     """Return softmax(q k' / sqrt(d)) v of q [B, heads, T, d] and k, v [B, kv heads, T, d].
 
-    torch's fused attention, but for few tokens in bfloat16 on a CPU: forward and backward there take
-    7 to 19 times as long as two products and a softmax in float32 (docs/lab.md). More tokens gain
+    torch's fused attention, but for few tokens in bfloat16 on a CPU: forward and backward take 7 to
+    19 times as long there as two products and a softmax in float32 (docs/lab.md). More tokens gain
     less, and their probabilities take memory that grows with the square of their number.
     """
     if not (q.is_cpu and q.dtype == torch.bfloat16 and q.shape[2] <= PLAIN_ATTENTION_TOKENS):
