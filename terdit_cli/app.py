@@ -229,6 +229,7 @@ def sample(
     threads: Threads = None,
     device: Device = None,
     vae: Vae = None,
+    ema: RawWeights = True,
     out: Annotated[
         Path, typer.Option("--out", "-o", help=".png: labelled grid; .npz; else a folder of PNGs.")
     ] = Path("sample.png"),
@@ -239,7 +240,7 @@ def sample(
 
     result = command.run(
         prompt_class, model, n, steps, sampler, cfg_scale, cfg_channels.value, seed, batch_size,
-        backend, device, vae, out, activations, threads,
+        backend, device, vae, out, activations, threads, _weights(ema),
     )  # fmt: skip
     if json:
         console.result_json(dataclasses.asdict(result))

@@ -115,7 +115,7 @@ class ModelSource:
             "batch_size": self.batch_size,
             "vae": self.generator.vae,
             # Not the threads: they do not change the images.
-            **{name: how[name] for name in ("backend", "isa", "activations")},
+            **{name: how[name] for name in ("backend", "isa", "activations", "weights")},
         }
 
     def batches(self, images: range) -> Iterator[Batch]:

@@ -189,7 +189,13 @@ def _open(options: EvalOptions, device: str) -> Source:
         path, options.sampler, options.steps, options.cfg_scale, options.cfg_channels
     )
     generator = open_generator(
-        path, options.backend, device, options.vae, options.activations, options.compiled
+        path,
+        options.backend,
+        device,
+        options.vae,
+        options.activations,
+        options.compiled,
+        options.model_weights,
     )
     return ModelSource(
         generator,

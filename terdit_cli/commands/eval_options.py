@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from terdit_cli.atomic import check_writable
 from terdit_cli.commands.eval_scores import NEIGHBOURS
@@ -47,6 +48,7 @@ class EvalOptions:
     backend: str = "auto"
     activations: str = "auto"
     compiled: bool = False
+    model_weights: Literal["ema", "raw"] = "ema"  # of a checkpoint
     threads: int | None = None  # of this process from now on, torch's too
     device: str | None = None
     vae: str | None = None

@@ -211,6 +211,7 @@ def open_generator(
     vae: str | None = None,
     activations: str = "auto",
     compiled: bool = False,
+    weights: Literal["ema", "raw"] = "ema",
 ) -> ImageGenerator:
     """Load a model; its VAE is opened later, after cheaper checks.
 
@@ -218,13 +219,13 @@ def open_generator(
         path: anything `load_model` takes.
         vae: folder or hub id that stands in for the one the model names.
         activations: "auto" or a precision, as `load` takes it.
-        compiled: as `load` takes it.
+        compiled, weights: as `load` takes them.
 
     Raises:
         InputFileError, UsageError, EnvironmentProblem.
     """
     place = usable_device(device)
-    model = load(path, place, backend, activations=activations, compiled=compiled)
+    model = load(path, place, backend, weights, activations, compiled)
     info = model.info
     if info.space.kind == "pixel" and vae is not None:
         raise UsageError(

@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,7 @@ class SampleResult:
     isa: str | None  # of the cpu backend
     threads: int
     activations: str
+    weights: str
 
 
 def find_model(named: Path | None, prompt_class: str) -> Path:
@@ -104,6 +106,7 @@ def run(
     output: Path = Path("sample.png"),
     activations: str = "auto",
     threads: int | None = None,
+    weights: Literal["ema", "raw"] = "ema",
 ) -> SampleResult:
     """Draw `n` images of each class that `prompt_class` names; under torchrun together.
 
@@ -117,7 +120,7 @@ def run(
         batch_size: images drawn at once; None: see `ImageGenerator.batch_size`.
         output: .png (a labelled grid), .npz (arr_0 uint8 [N, H, W, 3], labels int64 [N]) or a
             folder (one PNG an image).
-        activations: see `open_generator`.
+        activations, weights: see `open_generator`.
         threads: of this process from now on, torch's too; None leaves them as they are.
 
     Raises:
@@ -132,7 +135,9 @@ def run(
         asked = sampler_for(path, sampler, steps, cfg_scale, cfg_channels)
         if threads is not None:
             set_threads(threads)
-        generator = open_generator(path, backend, processes.device(device), vae, activations)
+        generator = open_generator(
+            path, backend, processes.device(device), vae, activations, weights=weights
+        )
         names = generator.class_names
         classes = find_classes(prompt_class, names)
         indices = [copy * len(names) + class_id for class_id in classes for copy in range(n)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +59,7 @@ class LoadedModel:
             "isa": self.isa,
             "threads": self.threads,
             "activations": self.precision,
+            "weights": self.info.weights,
         }
 
 
@@ -78,7 +79,7 @@ def load(
             name of a packaged model.
         device: where the network lives.
         backend: "auto" or a backend's name; packed models only.
-        weights: of a ckpt.pt, the average or the raw weights.
+        weights: of a checkpoint, the average or the last step's; what is packed has only one.
         activations: "auto" or a precision; packed models only.
         compiled: the blocks, by torch.compile, when first called; checkpoints only, for packed
             models run on code of their own.
@@ -116,12 +117,13 @@ def _load(
                     fix=f"terdit pack {path} -o model.tdt, then sample from that",
                 )
         return _from_checkpoint(load_ckpt(checkpoint), weights, device, compiled)
-    if compiled:
-        raise UsageError(
-            "--compile is for checkpoints", got="a packed or ternarized model", where=path,
-            expected="a run folder or a ckpt.pt", fix="leave --compile out",
-        )  # fmt: skip
-    with open_exported(path, weights, **overrides) as model:
+    for flag, given in (("--compile", compiled), ("--raw", weights == "raw")):
+        if given:
+            raise UsageError(
+                f"{flag} is for checkpoints", got="a packed or ternarized model", where=path,
+                expected="a run folder or a ckpt.pt", fix=f"leave {flag} out",
+            )  # fmt: skip
+    with open_exported(path, **overrides) as model:
         trained = model.info.ternary.activations
         precision = resolve_activations(activations, trained, choice.backend)
         network = packed_network(model, choice.backend, device, precision)
@@ -162,7 +164,7 @@ def _from_checkpoint(
     device: torch.device,
     compiled: bool,
 ) -> LoadedModel:
-    info = checkpoint.info
+    info = replace(checkpoint.info, weights=weights)
     kind = "ternary masters" if info.ternary.enabled else "full precision"
     network = restore_network(checkpoint, weights).to(device)
     if compiled:
@@ -176,5 +178,5 @@ def _from_checkpoint(
         precision="int8" if info.ternary.enabled and info.ternary.activations == "int8" else "fp32",
         threads=torch.get_num_threads(),
         isa=None,
-        reason=f"torch ({kind}, not packed{', compiled' if compiled else ''})",
+        reason=f"torch ({kind}, {weights}, not packed{', compiled' if compiled else ''})",
     )

@@ -160,6 +160,19 @@ def test_how_the_model_ran_is_in_the_json(
     assert "activations int8 (as asked)" in done.err
 
 
+def test_the_last_weights_of_a_run_are_another_run(
+    terdit: Terdit, small_run: Path, features: str, tmp_path: Path
+) -> None:
+    words = ("--reference", "embedded:heldout", "--features", features, "-n", 2, "--steps", 2)
+    words += ("--device", "cpu", "--json", "--work", tmp_path / "work", "--model", small_run)
+    done = terdit("eval-fid", *words, "--raw")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["provenance"]["weights"] == "raw"
+    done = terdit("eval-fid", *words)
+    assert done.code != 0
+    assert "weights" in done.err
+
+
 def test_json_without_a_comparison_is_one_object(
     terdit: Terdit, folder: Path, features: str, tmp_path: Path
 ) -> None:

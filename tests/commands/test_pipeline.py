@@ -214,6 +214,22 @@ def test_how_a_checkpoint_ran_is_in_the_json(
     assert values["threads"] == torch.get_num_threads()
 
 
+def test_the_last_weights_of_a_run(terdit: Terdit, small_run: Path, tmp_path: Path) -> None:
+    words = ("--prompt-class", "all", "--steps", 2, "--device", "cpu", "--json")
+    images = {}
+    for flag, packed in (("--ema", "ema.tdt"), ("--raw", "raw.tdt")):
+        model, out = tmp_path / packed, tmp_path / f"{packed}.npz"
+        values = one_object(terdit("sample", "--model", small_run, "-o", out, *words, flag).out)
+        assert values["weights"] == flag[2:]
+        images[flag] = np.load(out)["arr_0"]
+        assert terdit("pack", small_run, "-o", model, "--rest", "fp32", flag).code == 0
+        exact = ("--backend", "reference", "--activations", "fp32")
+        values = one_object(terdit("sample", "--model", model, "-o", out, *words, *exact).out)
+        assert values["weights"] == flag[2:]
+        assert np.array_equal(np.load(out)["arr_0"], images[flag])
+    assert not np.array_equal(images["--ema"], images["--raw"])
+
+
 def test_threads_of_the_environment(
     terdit: Terdit,
     small_tdt: Path,

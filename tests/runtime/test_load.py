@@ -57,9 +57,12 @@ def test_a_compiled_checkpoint_draws_the_same(run_folder, tiny_config, random_in
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_packed_model_is_not_compiled(run_folder, tiny_config):
+def test_a_packed_model_is_not_compiled_and_has_one_set_of_weights(run_folder, tiny_config):
     path = run_folder / "out.tdt"
-    write_tdt(CheckpointExport(load_ckpt(run_folder / "ckpt.pt"), "ema"), path, "t2", "fp32")
+    write_tdt(CheckpointExport(load_ckpt(run_folder / "ckpt.pt"), "raw"), path, "t2", "fp32")
+    assert load(path).facts()["weights"] == "raw"
+    with pytest.raises(UsageError, match=r"--raw is for checkpoints.*out\.tdt.*leave --raw out"):
+        load(path, weights="raw")
     with pytest.raises(UsageError, match=r"--compile is for checkpoints.*out\.tdt.*leave --comp"):
         load(path, compiled=True)
 
@@ -69,7 +72,10 @@ def test_raw_and_averaged_weights(run_folder, tiny_config, random_network, rando
     with torch.inference_mode():
         for seed, weights in enumerate(("raw", "ema")):
             expected = random_network(tiny_config, seed=seed).eval()(*inputs)
-            assert torch.equal(load(run_folder, weights=weights).network(*inputs), expected)
+            loaded = load(run_folder, weights=weights)
+            assert torch.equal(loaded.network(*inputs), expected)
+            assert loaded.facts()["weights"] == weights
+            assert f"ternary masters, {weights}, " in loaded.reason
 
 
 def test_full_precision_checkpoints_sample_too(
@@ -133,6 +139,7 @@ def test_backend_is_told_and_checked(packed):
         "isa": loaded.isa,
         "threads": loaded.threads,
         "activations": loaded.precision,
+        "weights": "ema",
     }
     loaded = load(packed(), backend="reference", activations="bf16")
     assert (loaded.backend, loaded.precision, loaded.isa) == ("reference", "bf16", None)
