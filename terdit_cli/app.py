@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -38,6 +38,7 @@ from terdit_cli.options import (
     Steps,
     Threads,
     Vae,
+    chosen_weights,
 )
 
 EXIT_CODES = """Exit codes: 0 ok, 1 bug (with traceback), 2 usage or recipe, 3 bad input file,
@@ -76,10 +77,6 @@ class ScaleGranularity(StrEnum):
     tensor = "tensor"
     row = "row"
     group128 = "group128"
-
-
-def _weights(ema: bool) -> Literal["ema", "raw"]:
-    return "ema" if ema else "raw"
 
 
 def _print_version(wanted: bool) -> None:
@@ -131,7 +128,9 @@ def ternarize(
     """Freeze a checkpoint into int8 trits, alphas and the rest, with a table of every layer."""
     from terdit_cli.commands import ternarize as command
 
-    result = command.run(checkpoint, out, _weights(ema), granularity.value if granularity else None)
+    result = command.run(
+        checkpoint, out, chosen_weights(ema), granularity.value if granularity else None
+    )
     if json:
         console.result_json(dataclasses.asdict(result))
     else:
@@ -175,7 +174,7 @@ def pack(
     from terdit_cli.commands import pack as command
 
     fields = _parse_fields(overrides or [])
-    result = command.run(source, out, codec.value, rest.value, _weights(ema), **fields)
+    result = command.run(source, out, codec.value, rest.value, chosen_weights(ema), **fields)
     if json:
         console.result_json(dataclasses.asdict(result) | {"ratio": result.ratio})
         return
@@ -240,7 +239,7 @@ def sample(
 
     result = command.run(
         prompt_class, model, n, steps, sampler, cfg_scale, cfg_channels.value, seed, batch_size,
-        backend, device, vae, out, activations, threads, _weights(ema),
+        backend, device, vae, out, activations, threads, chosen_weights(ema),
     )  # fmt: skip
     if json:
         console.result_json(dataclasses.asdict(result))

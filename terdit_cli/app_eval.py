@@ -27,6 +27,7 @@ from terdit_cli.options import (
     Steps,
     Threads,
     Vae,
+    chosen_weights,
 )
 
 EXAMPLES = (
@@ -197,7 +198,7 @@ def eval_fid(
             backend=backend,
             activations=activations,
             compiled=compiled,
-            model_weights="ema" if ema else "raw",
+            model_weights=chosen_weights(ema),
             threads=threads,
             device=device,
             vae=vae,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -53,3 +53,8 @@ RawWeights = Annotated[
     bool,
     typer.Option("--ema/--raw", help="The averaged weights of a checkpoint, or the raw ones."),
 ]
+
+
+def chosen_weights(ema: bool) -> Literal["ema", "raw"]:
+    """Return what `RawWeights` chose, by its name in the library."""
+    return "ema" if ema else "raw"
