@@ -157,8 +157,9 @@ class Findings:
             for model in self.models_of(variant.name)
             if model.seed == seed
         )
-        needed = variant.of or variant.after
-        return failed or (needed is not None and self._failed(self.study.variant(needed), seed))
+        return failed or any(
+            self._failed(self.study.variant(needed), seed) for needed in variant.needs
+        )
 
     def met(self, ratio: Mean) -> str:
         """Return whether a ratio of the headline's pair meets its goal, and at what steps."""
