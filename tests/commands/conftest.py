@@ -189,3 +189,15 @@ def evaluate(features: str) -> Callable[..., EvalResult]:
         return result
 
     return run
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of packaged models, empty, and an empty one to work in."""
+    folder, here = tmp_path / "packaged", tmp_path / "here"
+    folder.mkdir()
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("TERDIT_MODELS", str(folder))
+    monkeypatch.delenv("TERDIT_MODEL", raising=False)
+    return folder
