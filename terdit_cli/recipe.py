@@ -206,9 +206,10 @@ class ParallelSection(Section):
 
 
 class OptimSection(Section):
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
-    kind: Literal["adamw", "adamw8bit"] = "adamw"  # 8 bit: moments of a byte each, by torchao
+    # adamw8bit: moments of a byte each, by torchao. muon: the blocks' matrices by Muon.
+    kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     lr: PositiveFloat = 1e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8

@@ -25,13 +25,17 @@ def print_plan(recipe: Recipe, plan: Plan, json: bool) -> None:
     size = console.byte_size
     train = recipe.train
     chosen = "chosen" if train.activation_checkpointing else "not chosen"
-    moments = "8 bit" if recipe.optim.kind == "adamw8bit" else "fp32"
+    moments = {
+        "adamw": "two moments, fp32",
+        "adamw8bit": "two moments, 8 bit",
+        "muon": "one moment of blocks' matrices, two of the rest, fp32",
+    }[recipe.optim.kind]
     processes = "one process" if plan.gpus == 1 else f"{plan.gpus} processes, {plan.mode}"
     rows = [
         ("parameters", f"{plan.parameters:,}"),
         ("ternary", f"{plan.ternary:,} ({100 * plan.ternary_share:.3f} %)"),
         ("weights, fp32", size(plan.weight_bytes)),
-        (f"optimizer, two moments, {moments}", size(plan.optimizer_bytes)),
+        (f"optimizer, {moments}", size(plan.optimizer_bytes)),
         ("EMA, fp32", size(plan.ema_bytes)),
         ("record of codes, to count flips", size(plan.record_bytes)),
         *([("teacher, fp32", size(plan.teacher_bytes))] if plan.teacher_bytes else []),

@@ -30,8 +30,9 @@ from terdit_cli.train.parallel import World, join_world, leave_world
 from terdit_cli.train.preview import preview_sampler
 from terdit_cli.train.trainer import Trainer
 
-# Changing these on resume would give another network than the one that was saved.
-_FIXED_SECTIONS = ("model", "ternary")
+# Changing these on resume would give another network than the one that was saved, or moments that
+# are not there.
+_FIXED_SECTIONS, _FIXED_KEYS = ("model", "ternary"), ("optim.kind",)
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,8 @@ def _check_same_network(recipe: Recipe, saved: Saved) -> None:
     """Refuse a checkpoint of another network; name every other setting that changed.
 
     Raises:
-        UsageError: `model` or `ternary` differ, or the checkpoint is beyond the last step.
+        UsageError: `model`, `ternary` or the optimizer differ, or the checkpoint is beyond the last
+            step.
     """
     old, new = (
         found.model_dump(mode="json") | {"ternary": found.ternary.said()}
@@ -230,10 +232,10 @@ def _check_same_network(recipe: Recipe, saved: Saved) -> None:
         for key in (new[section] if isinstance(new[section], dict) else [""])
         if (old[section].get(key) != new[section][key] if key else old[section] != new[section])
     ]
-    fixed = [key for key in changed if key.split(".")[0] in _FIXED_SECTIONS]
+    fixed = [key for key in changed if key.split(".")[0] in _FIXED_SECTIONS or key in _FIXED_KEYS]
     if fixed:
         raise UsageError(
-            "the checkpoint is of another network",
+            "the checkpoint is of another network or optimizer",
             got=f"other {', '.join(fixed)}",
             where=saved.path,
             fix="use the recipe it was trained with, or another --out",

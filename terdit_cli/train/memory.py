@@ -1,6 +1,6 @@
 """What a run will need, without running it: bytes of one process, operations, days.
 
-    total = masters + two moments + averages + code record + teacher      (all the time)
+    total = masters + moments + averages + code record + teacher      (all the time)
           + the step's peak: activations, codes, gathered weights, gradients, temporaries
 
 The step is traced by the code that trains, on shapes alone (`trace.py`), so a 4.2b model on 64
@@ -155,7 +155,9 @@ def _lasting_bytes(parameters: list[Share], recipe: Recipe) -> dict[str, int]:
     return {
         "weights": FP32_BYTES * values,
         "averages": FP32_BYTES * values,
-        "moments": sum(moment_bytes(share.local, recipe.optim) for share in parameters),
+        "moments": sum(
+            moment_bytes(share.local, share.block_matrix, recipe.optim) for share in parameters
+        ),
         "record": sum(record_bytes(share.local) for share in parameters if share.ternary),
     }
 

@@ -1,4 +1,4 @@
-"""AdamW and the learning rate as a function of the step."""
+"""The optimizers, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from terdit_cli.errors import EnvironmentProblem, UsageError
 from terdit_cli.recipe import OptimSection
+from terdit_cli.train.together import Together
 
 # torchao's 8-bit moments: a byte each and a float32 scale a block, of tensors that are large
 # enough and whole blocks; the others stay float32.
@@ -19,24 +20,36 @@ _PARTS_8BIT = ("codes", "scale")  # what changes of a moment of torchao's
 
 
 def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
-    """Return AdamW; weight decay acts on matrices only, not on norms, biases and alphas.
+    """Return the optimizer; weight decay acts on matrices only, not on norms, biases and alphas.
+
+    "muon" moves the blocks' matrices by their momentum made orthogonal (K. Jordan,
+    kellerjordan.github.io/posts/muon), in steps of AdamW's size (Liu et al., arXiv 2502.16982), so
+    that one rate serves both; AdamW moves all else.
 
     Raises:
         EnvironmentProblem: 8-bit moments without torchao.
         UsageError: 8-bit moments of sharded parameters.
     """
+    orthogonal: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
-        # Alphas of groups are a matrix in shape only: decay would shrink the weights they scale.
-        matrix = parameter.dim() >= 2 and not name.endswith(".alphas")
-        (decayed if matrix else kept).append(parameter)
+        if optim.kind == "muon" and is_block_matrix(name, parameter):
+            orthogonal.append(parameter)
+        else:
+            (decayed if _is_matrix(name, parameter) else kept).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
-    if optim.kind == "adamw":
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    if optim.kind != "adamw8bit":
+        adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+        if optim.kind == "adamw":
+            return adamw
+        muon = torch.optim.Muon(
+            orthogonal, optim.lr, optim.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        return Together(muon, adamw)
     if any(isinstance(parameter, DTensor) for parameter in network.parameters()):
         raise UsageError(
             "8-bit moments cannot be sharded",
@@ -56,6 +69,16 @@ def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Opti
         groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, block_size=BLOCK_8BIT
     )
     return optimizer
+
+
+def is_block_matrix(name: str, parameter: Tensor) -> bool:
+    """Return whether a parameter is a matrix of a block, which "muon" moves by Muon."""
+    return name.startswith("layers.") and _is_matrix(name, parameter)
+
+
+def _is_matrix(name: str, parameter: Tensor) -> bool:
+    # Alphas of groups are a matrix in shape only: decay would shrink the weights they scale.
+    return parameter.dim() >= 2 and not name.endswith(".alphas")
 
 
 def plain_moments(state: Any) -> Any:
@@ -85,8 +108,10 @@ def _is_8bit(value: Any) -> bool:
     return isinstance(value, Tensor) and all(hasattr(value, name) for name in _PARTS_8BIT)
 
 
-def moment_bytes(numel: int, optim: OptimSection) -> int:
-    """Return the bytes of both moments of a (local) parameter of `numel` values."""
+def moment_bytes(numel: int, block_matrix: bool, optim: OptimSection) -> int:
+    """Return the bytes of the moments of a (local) parameter of `numel` values."""
+    if optim.kind == "muon" and block_matrix:
+        return 4 * numel
     if optim.kind == "adamw8bit" and numel >= SMALLEST_8BIT and numel % BLOCK_8BIT == 0:
         return 2 * (numel + 4 * numel // BLOCK_8BIT)
     return 2 * 4 * numel

@@ -38,6 +38,7 @@ from terdit_cli.model.ternary import TernaryLinear
 from terdit_cli.recipe import Recipe
 from terdit_cli.train import build
 from terdit_cli.train.codes import ternarized_once
+from terdit_cli.train.optim import is_block_matrix
 from terdit_cli.train.parallel import World, accumulating, autocast, make_mesh, shard
 
 GROUPS = 5  # the outermost two on either side are special: nothing to gather ahead, no residual
@@ -61,6 +62,7 @@ class Share:
     whole: int
     local: int  # on this process
     ternary: bool
+    block_matrix: bool
 
 
 class StepTracer:
@@ -111,7 +113,7 @@ class StepTracer:
         ternary = {id(m.weight) for m in network.modules() if isinstance(m, TernaryLinear)}
         missing = self._layers - len(network.layers)
         return [
-            Share(p.numel(), local(p).numel(), id(p) in ternary)
+            Share(p.numel(), local(p).numel(), id(p) in ternary, is_block_matrix(name, p))
             for name, p in network.named_parameters()
             for _ in range(1 + missing if name.startswith("layers.0.") else 1)
         ]

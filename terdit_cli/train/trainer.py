@@ -141,7 +141,8 @@ class Trainer:
         optimizer = get_optimizer_state_dict(self.network, self.optimizer)
         if new:  # torch has made the moments by a step of rate 0, and counted it
             for values in self.optimizer.state.values():
-                values["step"].zero_()
+                if "step" in values:
+                    values["step"].zero_()
         return {
             "model": {name: p.detach() for name, p in self.network.named_parameters()},
             "ema": dict(self.ema.averages),

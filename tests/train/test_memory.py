@@ -216,6 +216,13 @@ def test_eight_bit_moments_are_a_quarter() -> None:
     assert eight.total_bytes < full.total_bytes
 
 
+def test_muon_has_one_moment_of_the_blocks_matrices() -> None:
+    values = small().model_dump()
+    values["optim"]["kind"] = "muon"
+    one, two = plan_run(Recipe.model_validate(values)), plan_run(small())
+    assert two.optimizer_bytes - one.optimizer_bytes == 4 * two.ternary
+
+
 def test_checkpointing_needs_less_and_images_need_more() -> None:
     plan = plan_run(small())
     plain = plan.activation_bytes

@@ -61,6 +61,7 @@ KINDS: dict[str, list[str]] = {
     "int8": ["ternary.activations=int8"],
     "full precision": ["ternary.enabled=false"],
     "bf16": ["train.precision=bf16"],
+    "muon": ["optim.kind=muon"],
 }
 # Cases, by number of processes: what must not change it.
 CASES: dict[int, list[tuple[str, list[str]]]] = {
@@ -84,11 +85,14 @@ CASES: dict[int, list[tuple[str, list[str]]]] = {
         ("int8", ["parallel.mode=fsdp"]),
         ("full precision", ["parallel.mode=fsdp"]),
         ("bf16", ["parallel.mode=fsdp"]),
+        ("muon", ["parallel.mode=ddp"]),
+        ("muon", ["parallel.mode=fsdp"]),
         ("bf16", ["parallel.mode=fsdp", "parallel.reduce=bf16"]),
     ],
     3: [
         ("learned", ["parallel.mode=fsdp"]),
         ("absmean rows", ["parallel.mode=fsdp"]),
+        ("muon", ["parallel.mode=fsdp"]),
     ],
     4: [("learned", ["parallel.mode=hsdp", "parallel.shard_size=2"])],
 }
@@ -225,6 +229,14 @@ def test_many_are_as_one(
     if kind in ROUNDED:
         np.testing.assert_allclose(losses[0], expected_losses[0], rtol=1e-3)
         np.testing.assert_allclose(losses, expected_losses, rtol=0.03)
+        return
+    if kind == "muon":
+        # It is made orthogonal in bfloat16. A shard by itself would be another step altogether: all
+        # together are 5 % of a weight, and what rounding leaves of that was at most 0.4 %.
+        np.testing.assert_allclose(losses, expected_losses, rtol=1e-3)
+        for name in filter(is_master, one["model"]):
+            value = one["model"][name]
+            assert (many["model"][name] - value).norm() <= 0.01 * value.norm(), name
         return
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
     np.testing.assert_allclose(norms, expected_norms, rtol=1e-5)

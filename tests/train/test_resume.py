@@ -32,9 +32,11 @@ def without_measured(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in entry.items() if k not in MEASURED} for entry in entries]
 
 
+@pytest.mark.parametrize("words", [(), ("optim.kind=muon",)], ids=["adamw", "muon"])
 def test_twenty_and_twenty_steps_are_forty(
-    tmp_path: Path, train: Train, whole_run: Path, assert_same_run: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...], tmp_path: Path, train: Train, whole_run: Path,
+    assert_same_run: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     from terdit_cli.train.trainer import Trainer
 
@@ -52,11 +54,14 @@ def test_twenty_and_twenty_steps_are_forty(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", stop_at_27)
         with pytest.raises(Stop):
-            train(tmp_path / "run")
+            train(tmp_path / "run", *words)
     assert [entry["step"] for entry in logged(tmp_path / "run")] == [5, 10, 15, 20, 25]
     torch.manual_seed(123)  # whatever this process drew before does not matter
-    train(tmp_path / "run", resume="auto")
+    train(tmp_path / "run", *words, resume="auto")
     assert "resuming small after step 20" in capsys.readouterr().err
+    if words:
+        whole_run = tmp_path / "whole"
+        train(whole_run, *words)
     assert_same_run(tmp_path / "run", whole_run)
     # The lost continuation's lines 25 are not there twice, and the numbers are the same.
     assert without_measured(logged(tmp_path / "run")) == without_measured(logged(whole_run))
@@ -222,7 +227,8 @@ def test_a_used_folder_needs_resume(train: Train, whole_run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["model.n_layers=3", "ternary.scale=absmean", "ternary.activations=int8"]
+    "word",
+    ["model.n_layers=3", "ternary.scale=absmean", "ternary.activations=int8", "optim.kind=muon"],
 )
 def test_another_network_is_refused(train: Train, whole_run: Path, word: str) -> None:
     with pytest.raises(UsageError, match="another network") as caught:
