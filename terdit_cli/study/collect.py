@@ -157,9 +157,8 @@ class Findings:
             for model in self.models_of(variant.name)
             if model.seed == seed
         )
-        return failed or any(
-            self._failed(self.study.variant(needed), seed) for needed in variant.needs
-        )
+        needed = variant.of or variant.after
+        return failed or (needed is not None and self._failed(self.study.variant(needed), seed))
 
     def met(self, ratio: Mean) -> str:
         """Return whether a ratio of the headline's pair meets its goal, and at what steps."""

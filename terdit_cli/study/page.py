@@ -30,6 +30,7 @@ from terdit_cli.study.document import (
 )
 from terdit_cli.study.drawings import bars, codes, curves, loss_against_distance, sizes
 from terdit_cli.study.figures import number
+from terdit_cli.study.spec import AFTER
 from terdit_cli.study.tables import (
     class_table,
     cost_of,
@@ -312,8 +313,8 @@ def _what_differs(findings: Findings, name: str) -> str:
             f"activations {pack.activations}"
         )
     words = ", ".join(variant.overrides) or "the base recipe"
-    for place, other in variant.placeholders.items():
-        words = words.replace(place, f"ckpt.pt of {_label(findings, other)}")
+    if variant.after is not None:
+        words = words.replace(AFTER, f"ckpt.pt of {_label(findings, variant.after)}")
     return words
 
 

@@ -261,8 +261,8 @@ def model_asked(study: Study, variant: Variant, seed: int) -> dict[str, Any]:
         packing = variant.pack.model_dump() if variant.pack else None
         return {"of": source, "ternarize": variant.ternarize, "pack": packing}
     asked: dict[str, Any] = {"recipe": essence(recipe_of(study, variant, seed))}
-    for place, name in variant.placeholders.items():
-        asked[place.lstrip("$")] = model_asked(study, study.variant(name), seed)
+    if variant.after is not None:
+        asked["after"] = model_asked(study, study.variant(variant.after), seed)
     return asked
 
 

@@ -58,7 +58,6 @@ from terdit_cli.study.records import (
 )
 from terdit_cli.study.spec import (
     AFTER,
-    TEACHER,
     TRAIN_SPLIT,
     Study,
     Variant,
@@ -132,9 +131,7 @@ class Runner:
         if (record := read(place.training, Training)) is not None:
             changed = differences(record.asked, asked)
         elif variant.is_trained and (place.run / "recipe.yaml").exists():
-            theirs = _with_placeholders(
-                essence(load_recipe(place.run / "recipe.yaml")), asked["recipe"]
-            )
+            theirs = _with_after(essence(load_recipe(place.run / "recipe.yaml")), asked["recipe"])
             changed = differences({"recipe": theirs}, {"recipe": asked["recipe"]})
         if changed:
             raise UsageError(
@@ -194,17 +191,17 @@ class Runner:
             if record.failed:
                 console.warn(f"{variant.name}, seed {seed}: {record.failed}")
             return not record.failed
-        models = {}
-        for placeholder, name in variant.placeholders.items():
+        after = None
+        if variant.after is not None:
             try:
-                models[placeholder] = self._model(study.variant(name), seed)
+                after = self._model(study.variant(variant.after), seed)
             except _NoModel:
-                console.warn(f"{variant.name}, seed {seed}: skipped, for {name} failed")
+                console.warn(f"{variant.name}, seed {seed}: skipped, for {variant.after} failed")
                 return False
-        recipe = recipe_of(study, variant, seed, models)
+        recipe = recipe_of(study, variant, seed, after)
         console.note(f"study {study.name}: training {variant.name}, seed {seed}")
         words = [
-            "train", str(study.recipe), *words_of(study, variant, seed, models),
+            "train", str(study.recipe), *words_of(study, variant, seed, after),
             *checkpoint_words(study, variant, recipe),
             "--out", str(place.run), "--resume", "auto",
         ]  # fmt: skip
@@ -435,13 +432,11 @@ def _keep_checkpoints(run: Path, exports: dict[int, Path], newest: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _with_placeholders(theirs: Any, asked: Any) -> Any:
-    """Return a recipe's values with placeholders where they stand in `asked`, not paths."""
+def _with_after(theirs: Any, asked: Any) -> Any:
+    """Return a recipe's values with $after where it stands in `asked`, in place of a path."""
     if isinstance(theirs, dict) and isinstance(asked, dict):
-        return {key: _with_placeholders(value, asked.get(key)) for key, value in theirs.items()}
-    if isinstance(asked, str) and theirs is not None and any(p in asked for p in (AFTER, TEACHER)):
-        return asked
-    return theirs
+        return {key: _with_after(value, asked.get(key)) for key, value in theirs.items()}
+    return asked if isinstance(asked, str) and AFTER in asked and theirs is not None else theirs
 
 
 def _lines(done: Sequence[Finished]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,8 +22,7 @@ from pydantic import model_validator as validator
 from terdit_cli.errors import UsageError, did_you_mean
 from terdit_cli.recipe import Recipe, Section, load_recipe, mistakes, read_mapping
 
-# In an override: the path of the last ckpt.pt of the variant named by `after`, or by `teacher`.
-AFTER, TEACHER = "$after", "$teacher"
+AFTER = "$after"  # in an override: the path of the last ckpt.pt of the variant named by `after`
 TRAIN_SPLIT = "train"  # a reference that is the recipe's own training images
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$")]
@@ -51,7 +50,6 @@ class Variant(Section):
     question: Annotated[str, Field(min_length=1)]  # one sentence: what it is there to answer
     overrides: tuple[str, ...] = ()
     after: str | None = None  # trained after this one, whose checkpoint $after names in overrides
-    teacher: str | None = None  # and after this one, named by $teacher, if that is another
     of: str | None = None
     ternarize: Literal["tensor", "row", "group128"] | None = None
     pack: Packing | None = None
@@ -65,24 +63,11 @@ class Variant(Section):
             raise ValueError(f"{self.name}: ternarize and pack need `of`, the variant to convert")
         if self.of is not None and made != 1:
             raise ValueError(f"{self.name}: a variant made of another is ternarized or packed")
-        if self.of is not None and (self.overrides or self.placeholders):
+        if self.of is not None and (self.overrides or self.after):
             raise ValueError(f"{self.name}: a variant made of another is not trained: no overrides")
-        for field, place in (("after", AFTER), ("teacher", TEACHER)):
-            if (place in self.placeholders) != any(place in word for word in self.overrides):
-                raise ValueError(f"{self.name}: `{field}` and {place} in overrides come together")
+        if (self.after is not None) != any(AFTER in word for word in self.overrides):
+            raise ValueError(f"{self.name}: `after` and {AFTER} in overrides come together")
         return self
-
-    @property
-    def placeholders(self) -> dict[str, str]:
-        """Return whose checkpoint each placeholder in the overrides stands for."""
-        named = ((AFTER, self.after), (TEACHER, self.teacher))
-        return {place: name for place, name in named if name is not None}
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Return the variants that must be there before this one is made."""
-        made_of = () if self.of is None else (self.of,)
-        return (*made_of, *dict.fromkeys(self.placeholders.values()))
 
     @property
     def is_trained(self) -> bool:
@@ -182,7 +167,7 @@ class Study(Section):
                     raise ValueError(f"{place}: no variant {name!r}{did_you_mean(name, names)}")
         for number, variant in enumerate(self.variants):
             trained = [other.name for other in self.variants[:number] if other.is_trained]
-            for field in ("of", "after", "teacher"):
+            for field in ("of", "after"):
                 name = getattr(variant, field)
                 if name is not None and name not in trained:
                     raise ValueError(
@@ -192,11 +177,9 @@ class Study(Section):
             source = self.variant(variant.of) if variant.of else None
             if source and not set(self.steps_of(variant)) <= set(self.steps_of(source)):
                 raise ValueError(f"{variant.name}.steps: steps at which {variant.of} is not kept")
-            for needed in map(self.variant, variant.needs):
-                if not set(self.seeds_of(variant)) <= set(self.seeds_of(needed)):
-                    raise ValueError(
-                        f"{variant.name}.seeds: seeds that {needed.name} does not have"
-                    )
+            needed = source or (self.variant(variant.after) if variant.after else None)
+            if needed and not set(self.seeds_of(variant)) <= set(self.seeds_of(needed)):
+                raise ValueError(f"{variant.name}.seeds: seeds that {needed.name} does not have")
         return self
 
     def to_yaml(self) -> str:
@@ -274,9 +257,12 @@ class Study(Section):
                     where="--only",
                 )
             variant = self.variant(name)
-            needed |= {name, *variant.needs}
+            needed |= {name} | {other for other in (variant.of, variant.after) if other}
         while missing := {
-            other for name in needed for other in self.variant(name).needs if other not in needed
+            other
+            for name in needed
+            for other in (self.variant(name).of, self.variant(name).after)
+            if other and other not in needed
         }:
             needed |= missing
         return [variant for variant in self.variants if variant.name in needed]
@@ -362,29 +348,25 @@ def _check_steps(study: Study, variant: Variant, recipe: Recipe, path: Path) -> 
         )
 
 
-def words_of(
-    study: Study, variant: Variant, seed: int, models: Mapping[str, Path] | None = None
-) -> list[str]:
+def words_of(study: Study, variant: Variant, seed: int, after: Path | None = None) -> list[str]:
     """Return the key=value words that make the base recipe a trained variant's.
 
     Args:
-        models: the checkpoint that each placeholder stands for; without one it is left.
+        after: the checkpoint that $after stands for; None leaves the placeholder.
     """
     words = [*study.overrides, *study.words, *variant.overrides]
-    for place, path in (models or {}).items():
-        words = [word.replace(place, str(path)) for word in words]
+    if after is not None:
+        words = [word.replace(AFTER, str(after)) for word in words]
     return [*words, f"seed={seed}", f"name={study.name}-{variant.name}"[:69]]
 
 
-def recipe_of(
-    study: Study, variant: Variant, seed: int, models: Mapping[str, Path] | None = None
-) -> Recipe:
+def recipe_of(study: Study, variant: Variant, seed: int, after: Path | None = None) -> Recipe:
     """Return the resolved recipe of a trained variant, without the study's own checkpoints.
 
     Raises:
         UsageError, InputFileError: as `load_recipe`.
     """
-    return load_recipe(study.recipe, words_of(study, variant, seed, models))
+    return load_recipe(study.recipe, words_of(study, variant, seed, after))
 
 
 def checkpoint_words(study: Study, variant: Variant, recipe: Recipe) -> list[str]:

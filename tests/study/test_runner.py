@@ -258,8 +258,8 @@ def test_a_changed_recipe_is_refused_before_any_work(place: Path, done: Folder) 
 
 
 LED = """\
-  - {name: led, label: led, question: "e?", after: twin, teacher: twin,
-     overrides: [train.init_from=$after, distill.teacher=$teacher, distill.weight=1,
+  - {name: led, label: led, question: "e?", after: twin,
+     overrides: [train.init_from=$after, distill.teacher=$after, distill.weight=1,
                  distill.schedule=linear]}
   - {name: ptq, """
 

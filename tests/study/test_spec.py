@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from terdit_cli.errors import InputFileError, UsageError
-from terdit_cli.study.records import model_asked
 from terdit_cli.study.spec import (
     Study,
     checkpoint_words,
@@ -71,25 +70,9 @@ def test_a_variant_trained_after_another_gets_its_checkpoint(study_file: Path) -
 bars:"""
     study_file.write_text(study_file.read_text().replace("bars:", warm))
     study = load_study(study_file)
-    words = words_of(study, study.variant("warm"), 0, {"$after": Path("x/ckpt.pt")})
+    words = words_of(study, study.variant("warm"), 0, Path("x/ckpt.pt"))
     assert words == ["data.path=x/ckpt.pt", "seed=0", "name=small-warm"]
     assert [variant.name for variant in study.closure(["warm"])] == ["twin", "warm"]
-
-
-def test_a_variant_may_begin_with_one_and_learn_from_another(study_file: Path) -> None:
-    led = """\
-  - {name: led, label: led, question: "Does a teacher help?", after: twin, teacher: ternary,
-     overrides: [data.path=$after, distill.teacher=$teacher]}
-bars:"""
-    study_file.write_text(study_file.read_text().replace("bars:", led))
-    study = load_study(study_file)
-    paths = {"$after": Path("x.pt"), "$teacher": Path("y.pt")}
-    words = words_of(study, study.variant("led"), 0, paths)
-    assert words[:2] == ["data.path=x.pt", "distill.teacher=y.pt"]
-    assert [variant.name for variant in study.closure(["led"])] == ["twin", "ternary", "led"]
-    asked = model_asked(study, study.variant("led"), 0)
-    assert asked["after"] == model_asked(study, study.variant("twin"), 0)
-    assert asked["teacher"] == model_asked(study, study.variant("ternary"), 0)
 
 
 def test_the_shortened_version_keeps_what_it_names(study_file: Path) -> None:
@@ -125,8 +108,6 @@ def test_a_study_without_a_shortened_version_says_so(study_file: Path) -> None:
         ("n: 40,", "n: yes,", ["evaluation.n", "yes/no"]),
         ("[ternary.enabled=false]", "[ternary.enabld=no]", ["did you mean 'enabled'?"]),
         ("[ternary.enabled=false]", '["model.dim=$after"]', ["`after` and $after"]),
-        ("[ternary.enabled=false]", '["model.dim=$teacher"]', ["`teacher` and $teacher"]),
-        ("[ternary.enabled=false]", "[], teacher: tw", ["`teacher` and $teacher"]),
     ],
 )
 def test_mistakes(study_file: Path, old: str, new: str, parts: list[str]) -> None:
