@@ -28,7 +28,7 @@ def print_plan(recipe: Recipe, plan: Plan, json: bool) -> None:
     moments = {
         "adamw": "two moments, fp32",
         "adamw8bit": "two moments, 8 bit",
-        "muon": "one moment of blocks' matrices, two of the rest, fp32",
+        "muon": "moments of Muon and AdamW, fp32",
     }[recipe.optim.kind]
     processes = "one process" if plan.gpus == 1 else f"{plan.gpus} processes, {plan.mode}"
     rows = [
