@@ -6,7 +6,8 @@
 The step is traced by the code that trains, on shapes alone (`trace.py`), so a 4.2b model on 64
 GPUs is planned on a laptop in seconds. The figures are of eager blocks: torch.compile recomputes
 some of what eager ones keep, and needs less. Not counted are a VAE that encodes images during
-training (prepare latents instead) and what CUDA and its allocator take for themselves.
+training (prepare latents instead), what CUDA and its allocator take for themselves, and the time of
+the optimizer's own products (`optim.kind=muon`).
 """
 
 from __future__ import annotations
