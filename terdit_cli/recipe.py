@@ -87,6 +87,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "adaln_norm": True,
         "granularity": "tensor",
         "activations": "none",
+        "ste": "scaled",
     },
 }
 
@@ -104,6 +105,8 @@ class TernarySection(Section):
     adaln_norm: bool | None = None  # None: as `enabled` (the full-precision parent has none)
     granularity: Literal["tensor", "row", "group128"] = "row"
     activations: Literal["none", "int8"] = "none"
+    # What masters get of the effective weight's gradient: alpha times it, or its sign of alpha.
+    ste: Literal["scaled", "identity"] = "scaled"
 
     @model_validator(mode="before")
     @classmethod
@@ -211,6 +214,7 @@ class OptimSection(Section):
     # adamw8bit: moments of a byte each, by torchao. muon: the blocks' matrices by Muon.
     kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     lr: PositiveFloat = 1e-4
+    alpha_lr_ratio: PositiveFloat = 1.0  # the learned alphas' rate / lr
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0

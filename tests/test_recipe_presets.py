@@ -17,6 +17,7 @@ PAPER = {
     "adaln_norm": True,
     "granularity": "tensor",
     "activations": "none",
+    "ste": "scaled",
 }
 OTHER = {
     "scale": "absmean",
@@ -24,6 +25,7 @@ OTHER = {
     "adaln_norm": False,
     "granularity": "row",
     "activations": "int8",
+    "ste": "identity",
 }
 RECIPES = Path(__file__).parents[1] / "recipes"
 

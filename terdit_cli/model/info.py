@@ -143,6 +143,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "alpha_init": ("randn", "absmean"),
     "granularity": ("tensor", "row", "group128"),
     "activations": ("none", "int8"),
+    "ste": ("scaled", "identity"),
 }
 
 

@@ -8,6 +8,9 @@ gamma only decides the rounding threshold; alpha is the scale. Gradients are str
 (STE): the trits pass theirs to the master weight W unchanged, so d/dW = alpha * dL/dWeff and
 d/dalpha = sum(dL/dWeff * trits). Source: TerDiT (arXiv 2405.14854, section 3.2) for the learned
 alpha; BitNet b1.58 (arXiv 2402.17764) for the absmean scale and the int8 activations.
+With `ste="identity"` d/dW = sign(alpha) * dL/dWeff, as for BitNet's scales, which are positive.
+Adam, whose steps are alike for every weight, hardly knows the difference; Muon, which looks at
+whole matrices, does: a row's alpha no longer weights the row.
 
 gamma's sum is one of integers, so it is exact: any order of summation, number of threads, device
 or sharding gives the same bits, and with them the same codes (`fixed_point_sums`).
@@ -38,6 +41,7 @@ Scale = Literal["learned", "absmean"]
 AlphaInit = Literal["randn", "absmean"]
 Granularity = Literal["tensor", "row", "group128"]
 Activations = Literal["none", "int8"]
+Ste = Literal["scaled", "identity"]
 GRANULARITIES: tuple[Granularity, ...] = ("tensor", "row", "group128")
 
 
@@ -50,6 +54,7 @@ class TernaryConfig:
     alpha_init: AlphaInit = "randn"
     granularity: Granularity = "tensor"
     activations: Activations = "none"
+    ste: Ste = "scaled"
 
     def linear(self) -> Callable[..., nn.Module]:
         """Return the factory `linear(in_features, out_features, bias=...)` for `DiT`."""
@@ -61,6 +66,7 @@ class TernaryConfig:
             alpha_init=self.alpha_init,
             granularity=self.granularity,
             activations=self.activations,
+            ste=self.ste,
         )
 
 
@@ -210,15 +216,24 @@ def straight_through(source: Tensor, value: Tensor) -> Tensor:
     return _StraightThrough.apply(source, value.detach())
 
 
+def signs(alphas: Tensor) -> Tensor:
+    """Return the sign of each alpha, which goes through 0 in a line where an alpha does."""
+    return alphas / _sizes(alphas)
+
+
+def _sizes(alphas: Tensor) -> Tensor:
+    return alphas.abs().clamp_min(ACTIVATION_FLOOR)
+
+
 class _EffectiveWeight(torch.autograd.Function):
     """alpha * trits [N, K] with the straight-through gradient, in as few passes as possible."""
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, trits: Tensor, alphas: Tensor, granularity: Granularity
+        ctx: Any, weight: Tensor, trits: Tensor, alphas: Tensor, granularity: Granularity, ste: Ste
     ) -> Tensor:
         ctx.save_for_backward(trits, alphas)
-        ctx.granularity = granularity
+        ctx.granularity, ctx.ste = granularity, ste
         return expand_alphas(alphas, trits.shape[1]) * trits
 
     @staticmethod
@@ -226,9 +241,10 @@ class _EffectiveWeight(torch.autograd.Function):
         trits, alphas = ctx.saved_tensors
         gradient = gradients[0]
         if not ctx.needs_input_grad[2]:  # absmean: straight through the scale as well
-            return gradient, None, None, None
+            return gradient, None, None, None, None
         to_alphas = reduce_to_alphas(gradient * trits, ctx.granularity).to(alphas.dtype)
-        return gradient * expand_alphas(alphas, trits.shape[1]), None, to_alphas, None
+        factors = alphas if ctx.ste == "scaled" else signs(alphas)
+        return gradient * expand_alphas(factors, trits.shape[1]), None, to_alphas, None, None
 
 
 def quantise_activations(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,6 +319,7 @@ class TernaryLinear(nn.Module):
         alpha_init: AlphaInit = "randn",
         granularity: Granularity = "tensor",
         activations: Activations = "none",
+        ste: Ste = "scaled",
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -310,6 +327,7 @@ class TernaryLinear(nn.Module):
         self.alpha_init = alpha_init
         self.granularity = granularity
         self.activations = activations
+        self.ste = ste
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         if scale == "learned":
             self.alphas: nn.Parameter | None = nn.Parameter(
@@ -363,10 +381,12 @@ class TernaryLinear(nn.Module):
         scales = self.alphas if alphas is None else alphas
         assert scales is not None
         if self.activations == "none":
-            effective = _EffectiveWeight.apply(weight, trits, scales, self.granularity)
+            effective = _EffectiveWeight.apply(weight, trits, scales, self.granularity, self.ste)
             return F.linear(x, effective, self.bias)  # what `ternary_linear` computes, bit for bit
-        # Dividing the source by alpha makes d(alpha * trits)/dW the identity.
-        source = weight if alphas is None else weight / expand_alphas(alphas, self.in_features)
+        source: Tensor = weight
+        if alphas is not None or self.ste == "identity":
+            # Dividing the source by |alpha| makes d(alpha * trits)/dW the sign of alpha.
+            source = weight / expand_alphas(_sizes(scales.detach()), self.in_features)
         ste = straight_through(source, trits.to(weight.dtype))
         return ternary_linear(x, ste, scales, self.bias, self.activations)
 

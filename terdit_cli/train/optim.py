@@ -16,6 +16,7 @@ from terdit_cli.train.together import Together
 # torchao's 8-bit moments: a byte each and a float32 scale a block, of tensors that are large
 # enough and whole blocks; the others stay float32.
 BLOCK_8BIT, SMALLEST_8BIT = 256, 4096
+LR_RATIO = "lr_ratio"  # a group's rate : that of the step; torch's optimizers ignore it
 _PARTS_8BIT = ("codes", "scale")  # what changes of a moment of torchao's
 
 
@@ -33,15 +34,21 @@ def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Opti
     orthogonal: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
+    alphas: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         if optim.kind == "muon" and is_block_matrix(name, parameter):
             orthogonal.append(parameter)
+        elif _is_alphas(name):
+            alphas.append(parameter)
         else:
             (decayed if _is_matrix(name, parameter) else kept).append(parameter)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
+    if alphas:
+        ratio = {LR_RATIO: optim.alpha_lr_ratio}
+        groups.append({"params": alphas, "weight_decay": 0.0} | ratio)
     if optim.kind != "adamw8bit":
         adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         if optim.kind == "adamw":
@@ -78,7 +85,11 @@ def is_block_matrix(name: str, parameter: Tensor) -> bool:
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:
     # Alphas of groups are a matrix in shape only: decay would shrink the weights they scale.
-    return parameter.dim() >= 2 and not name.endswith(".alphas")
+    return parameter.dim() >= 2 and not _is_alphas(name)
+
+
+def _is_alphas(name: str) -> bool:
+    return name.endswith(".alphas")
 
 
 def plain_moments(state: Any) -> Any:
@@ -120,10 +131,11 @@ def moment_bytes(numel: int, block_matrix: bool, optim: OptimSection) -> int:
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the rate of all groups; torchao keeps it in a tensor that must stay the same."""
     for group in optimizer.param_groups:
+        own = rate * group.get(LR_RATIO, 1.0)
         if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(own)
         else:
-            group["lr"] = rate
+            group["lr"] = own
 
 
 def learning_rate(step: int, steps: int, optim: OptimSection) -> float:

@@ -25,7 +25,8 @@ from terdit_cli.model.ternary import (
 
 GRANULARITIES = ("tensor", "row", "group128")
 EXACT = {"rtol": 1e-5, "atol": 1e-6}
-OPTIONS = list(itertools.product(GRANULARITIES, ("learned", "absmean"), ("none", "int8")))
+SCALES = (("learned", "scaled"), ("learned", "identity"), ("absmean", "scaled"))  # and STE
+OPTIONS = list(itertools.product(GRANULARITIES, SCALES, ("none", "int8")))
 
 
 def units(granularity: str, rows: int, columns: int) -> list[tuple[slice, slice]]:
@@ -47,10 +48,12 @@ def make_layer(rows: int, columns: int, seed: int = 0, **options) -> TernaryLine
     return layer
 
 
-@pytest.mark.parametrize(("granularity", "scale", "activations"), OPTIONS)
+@pytest.mark.parametrize(("granularity", "scale_and_ste", "activations"), OPTIONS)
 @pytest.mark.parametrize(("rows", "columns"), [(5, 300), (1, 128), (3, 129), (7, 1)])
-def test_forward_and_gradients(granularity, scale, activations, rows, columns):
-    layer = make_layer(rows, columns, scale=scale, granularity=granularity, activations=activations)
+def test_forward_and_gradients(granularity, scale_and_ste, activations, rows, columns):
+    scale, ste = scale_and_ste
+    options = {"granularity": granularity, "activations": activations}
+    layer = make_layer(rows, columns, scale=scale, ste=ste, **options)
     parts = units(granularity, rows, columns)
     shapes = {"tensor": (1,), "row": (rows,), "group128": (rows, -(-columns // 128))}
     weight = layer.weight.detach()
@@ -86,7 +89,8 @@ def test_forward_and_gradients(granularity, scale, activations, rows, columns):
     torch.testing.assert_close(x.grad, upstream @ (spread * trits), **tolerance)
     torch.testing.assert_close(layer.bias.grad, upstream.sum((0, 1)), **tolerance)
     if scale == "learned":
-        torch.testing.assert_close(layer.weight.grad, spread * g, **tolerance)
+        factor = spread if ste == "scaled" else spread.sign()
+        torch.testing.assert_close(layer.weight.grad, factor * g, **tolerance)
         own = torch.stack([(g * trits)[part].sum() for part in parts])
         torch.testing.assert_close(
             layer.alphas.grad, own.reshape(alphas.shape), rtol=1e-4, atol=1e-3
@@ -240,11 +244,25 @@ def test_configuration_builds_layers():
     assert set(bare.state_dict()) == {"weight", "alphas"}
 
 
+@pytest.mark.parametrize("activations", ["none", "int8"])
+def test_a_scale_of_zero_gives_no_gradient_but_its_own(activations):
+    """Its sign is 0, and nothing is divided by it."""
+    layer = make_layer(3, 20, granularity="row", ste="identity", activations=activations)
+    with torch.no_grad():
+        layer.alphas[1] = 0.0
+    layer(torch.randn(4, 20)).square().sum().backward()
+    assert layer.weight.grad.isfinite().all()
+    assert not layer.weight.grad[1].any()
+    assert layer.weight.grad[[0, 2]].any()
+    assert layer.alphas.grad.all()
+
+
+@pytest.mark.parametrize("ste", ["scaled", "identity"])
 @pytest.mark.parametrize("granularity", ["tensor", "row", "group128"])
-def test_a_compiled_layer_trains_as_a_plain_one(granularity):
+def test_a_compiled_layer_trains_as_a_plain_one(granularity, ste):
     """torch.compile has read beyond the scales of groups; 300 inputs have two and a bit."""
     torch.manual_seed(0)
-    layer = TernaryLinear(300, 24, alpha_init="absmean", granularity=granularity)
+    layer = TernaryLinear(300, 24, alpha_init="absmean", granularity=granularity, ste=ste)
     x = torch.randn(5, 300)
     results = []
     for module in (layer, torch.compile(layer)):

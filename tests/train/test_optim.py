@@ -68,16 +68,38 @@ def test_weight_decay_acts_on_matrices_only() -> None:
     dit = network()
     optim = OptimSection(weight_decay=0.1, betas=(0.8, 0.95), eps=1e-7, lr=3e-4)
     optimizer = build_optimizer(dit, optim)
-    decayed, kept = optimizer.param_groups
+    decayed, kept, alphas = optimizer.param_groups
     assert decayed["weight_decay"] == 0.1
-    assert kept["weight_decay"] == 0.0
+    assert kept["weight_decay"] == alphas["weight_decay"] == 0.0
     names = {id(p): name for name, p in dit.named_parameters()}
     assert all("norm" not in names[id(p)] for p in decayed["params"])
-    assert {names[id(p)].split(".")[-1] for p in kept["params"]} >= {"bias", "alphas"}
-    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+    assert "bias" in {names[id(p)].split(".")[-1] for p in kept["params"]}
+    assert {names[id(p)].split(".")[-1] for p in alphas["params"]} == {"alphas"}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
     assert decayed["betas"] == (0.8, 0.95)
     assert (decayed["eps"], decayed["lr"]) == (1e-7, 3e-4)
     assert isinstance(optimizer, torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_alphas_have_a_rate_of_their_own(kind: str) -> None:
+    """Nothing else moves otherwise: a step is that of ratio 1 but for the alphas' size."""
+    moved = []
+    for ratio in (1.0, 0.25):
+        torch.manual_seed(0)
+        dit = network()
+        before = {name: p.detach().clone() for name, p in dit.named_parameters()}
+        fields = {"kind": kind, "alpha_lr_ratio": ratio}
+        optimizer = build_optimizer(dit, OptimSection.model_validate(fields))
+        set_learning_rate(optimizer, 1e-2)
+        for parameter in dit.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        moved.append({name: before[name] - p.detach() for name, p in dit.named_parameters()})
+    for name, one in moved[0].items():
+        expected = 0.25 * one if name.endswith(".alphas") else one
+        torch.testing.assert_close(moved[1][name], expected, rtol=1e-4, atol=1e-7)
+        assert one.any()
 
 
 def test_muon_is_for_the_matrices_of_blocks() -> None:

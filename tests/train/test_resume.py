@@ -251,6 +251,40 @@ def test_other_changes_are_named(
     assert "changed settings: seed, data.flip, train.steps" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_changed_options_of_the_optimizer_count(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Although the saved state has options too."""
+    from terdit_cli.train.trainer import Trainer
+
+    groups: list[list[dict[str, Any]]] = []
+    step = Trainer.train_step
+
+    def noting(self: Trainer, *batch: Any) -> Any:
+        result = step(self, *batch)
+        groups.append([dict(group) for group in self.optimizer.param_groups])
+        return result
+
+    monkeypatch.setattr(Trainer, "train_step", noting)
+    words = (
+        f"optim.kind={kind}",
+        "optim.lr=1e-3",
+        "optim.warmup_steps=0",
+        "optim.schedule=constant",
+    )
+    train(tmp_path / "run", *words, "train.steps=1")
+    words += ("optim.weight_decay=0.25", "optim.betas=[0.8, 0.9]", "optim.alpha_lr_ratio=0.5")
+    train(tmp_path / "run", *words, "train.steps=2", resume="auto")
+    before, after = groups
+    decays = [[group["weight_decay"] for group in groups] for groups in (before, after)]
+    assert decays[1] == [0.25 if decay else 0.0 for decay in decays[0]]
+    assert decays[1] != decays[0]
+    assert {group["lr"] for group in before} == {1e-3}
+    assert {group["betas"] for group in after if "betas" in group} == {(0.8, 0.9)}
+    assert [group["lr"] for group in after] == [1e-3] * (len(after) - 1) + [5e-4]
+
+
 def test_full_precision_does_not_care_how_ternary_would_be(tmp_path: Path, train: Train) -> None:
     run = tmp_path / "run"
     train(run, "ternary.enabled=false", "train.steps=1")
