@@ -37,7 +37,7 @@ from terdit_cli.study.records import (
     scored_by,
     timed_by,
 )
-from terdit_cli.study.spec import Study, Variant
+from terdit_cli.study.spec import Pair, Study, Variant
 from terdit_cli.train.loggers import read_metrics
 
 Images = NDArray[np.uint8]  # [C, K, H, W, 3]: K images of each of C classes
@@ -160,32 +160,40 @@ class Findings:
         needed = variant.of or variant.after
         return failed or (needed is not None and self._failed(self.study.variant(needed), seed))
 
-    def met(self, ratio: Mean) -> str:
-        """Return whether a ratio of the headline's pair meets its goal, and at what steps."""
-        study, headline = self.study, self.study.headline
-        word = "met" if ratio.mean <= headline.goal else "not met"
+    def met(self, ratio: Mean, pair: Pair) -> str:
+        """Return whether the ratio of a pair meets its goal, and at what steps."""
+        study = self.study
+        word = "met" if ratio.mean <= pair.goal else "not met"
         ours, theirs = (
-            sum(study.steps_taken(study.variant(name)))
-            for name in (headline.ternary, headline.twin)
+            sum(study.steps_taken(study.variant(name))) for name in (pair.ternary, pair.twin)
         )
         return word if ours == theirs else f"{word} in {ours:,} steps in all : {theirs:,}"
 
     @property
     def verdict(self) -> str:
         """Return the result in one line."""
-        headline = self.study.headline
-        parts = []
-        for scale in self.study.evaluation.cfg_scales:
-            ratio = self.ratio(headline.ternary, scale, self.study.headline_images)
-            if ratio is None:
-                continue
-            spread = f" ({ratio.spread})" if ratio.spread else ""
-            parts.append(f"{guidance(scale)} {ratio.mean:.3f}{spread}, {self.met(ratio)}")
-        if not parts:
-            return "no pair of scores yet"
-        images = f"{self.study.headline_images:,} images"
-        pair = f"{self.distance_name} of {images}, ternary : twin (goal at most {headline.goal:g})"
-        return f"{pair}: " + "; ".join(parts)
+        n = self.study.headline_images
+        of = f"{self.distance_name} of {n:,} images"
+        lines = []
+        for pair in self.study.pairs:
+            parts = []
+            for scale in self.study.evaluation.cfg_scales:
+                ratio = self.ratio(pair.ternary, scale, n, pair.twin)
+                if ratio is not None:
+                    spread = f" ({ratio.spread})" if ratio.spread else ""
+                    met = self.met(ratio, pair)
+                    parts.append(f"{guidance(scale)} {ratio.mean:.3f}{spread}, {met}")
+            if parts:
+                who = pair_named(self.study, pair)
+                lines.append(f"{of}, {who} (goal at most {pair.goal:g}): " + "; ".join(parts))
+        return ". ".join(lines) or "no pair of scores yet"
+
+
+def pair_named(study: Study, pair: Pair, again: bool = False) -> str:
+    """Return what the ratio of a pair is called; `again`: that to `pair.again`."""
+    if pair is study.headline:
+        return "ternary : twin as long" if again else "ternary : twin"
+    return f"{pair.ternary} : {pair.again if again else pair.twin}"
 
 
 def steps_taken(study: Study, variant: Variant) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terdit_cli import console
-from terdit_cli.study.collect import Findings, guidance, steps_taken
+from terdit_cli.study.collect import Findings, guidance, pair_named, steps_taken
 from terdit_cli.study.document import (
     Block,
     Card,
@@ -30,7 +30,7 @@ from terdit_cli.study.document import (
 )
 from terdit_cli.study.drawings import bars, codes, curves, loss_against_distance, sizes
 from terdit_cli.study.figures import number
-from terdit_cli.study.spec import AFTER
+from terdit_cli.study.spec import AFTER, Pair, Study
 from terdit_cli.study.tables import (
     class_table,
     cost_of,
@@ -91,7 +91,7 @@ def _study(findings: Findings) -> Iterator[Block]:
     for scale in study.evaluation.cfg_scales:
         yield main_table(findings, scale)
     if study.headline_images != study.evaluation.n:
-        yield Text(f"The headline's pair with {study.headline_images:,} images:")
+        yield Text(f"The {_pairs_named(study)} with {study.headline_images:,} images:")
         for scale in study.evaluation.cfg_scales:
             yield main_table(findings, scale, study.headline_images)
     yield Heading(3, "Distance over training")
@@ -143,6 +143,10 @@ def _label(findings: Findings, name: str) -> str:
     return findings.study.variant(name).label
 
 
+def _pairs_named(study: Study) -> str:
+    return "pairs" if study.also else "headline's pair"
+
+
 def _setting(findings: Findings) -> str:
     """Return how everything was scored, in a few sentences."""
     study, evaluation = findings.study, findings.study.evaluation
@@ -159,7 +163,7 @@ def _setting(findings: Findings) -> str:
     if evaluation.curve_images != evaluation.n:
         others.append(f"{evaluation.curve_images:,} for the curves")
     if study.headline_images != evaluation.n:
-        others.append(f"{study.headline_images:,} for the headline's pair")
+        others.append(f"{study.headline_images:,} for the {_pairs_named(study)}")
     curve = f" ({', '.join(others)})" if others else ""
     return (
         f"Base recipe {study.recipe.name}, seeds {', '.join(map(str, study.seeds))}. "
@@ -179,7 +183,8 @@ def _notes(findings: Findings) -> Iterator[str]:
             "compare only with each other."
         )
     ratios = (
-        findings.ratio(study.headline.ternary, scale, study.headline_images)
+        findings.ratio(pair.ternary, scale, study.headline_images, pair.twin)
+        for pair in study.pairs
         for scale in study.evaluation.cfg_scales
     )
     if any(ratio is not None and len(ratio.values) < 2 for ratio in ratios):
@@ -196,13 +201,12 @@ def _notes(findings: Findings) -> Iterator[str]:
 def _cards(findings: Findings) -> Iterator[Card]:
     study = findings.study
     headline = study.headline
-    for scale in study.evaluation.cfg_scales:
-        n = study.headline_images
-        yield from _ratio_card(findings, "twin", headline.twin, scale, n, headline.goal)
-    if headline.again is not None:
+    for pair in study.pairs:
         for scale in study.evaluation.cfg_scales:
-            n = study.evaluation.n
-            yield from _ratio_card(findings, "twin as long", headline.again, scale, n)
+            yield from _ratio_card(findings, pair, scale, study.headline_images)
+        if pair.again is not None:
+            for scale in study.evaluation.cfg_scales:
+                yield from _ratio_card(findings, pair, scale, study.evaluation.n, again=True)
     found = [cost_of(findings, name) for name in (headline.ternary, headline.twin)]
     costs = [model.footprint.bytes for model in found if model is not None and model.footprint]
     if len(costs) == 2:
@@ -212,10 +216,12 @@ def _cards(findings: Findings) -> Iterator[Card]:
 
 
 def _ratio_card(
-    findings: Findings, title: str, other: str, scale: float, n: int, goal: float | None = None
+    findings: Findings, pair: Pair, scale: float, n: int, again: bool = False
 ) -> Iterator[Card]:
-    """Yield the ratio of the headline's ternary variant to another one, if it is there."""
-    study, ternary = findings.study, findings.study.headline.ternary
+    """Yield a pair's ratio, or that to full precision which trained as long, if it is there."""
+    study, ternary = findings.study, pair.ternary
+    other = pair.again if again and pair.again else pair.twin
+    goal = None if again else pair.goal
     ratio = findings.ratio(ternary, scale, n, other)
     distances = [findings.distance(name, scale, n) for name in (ternary, other)]
     if ratio is None:
@@ -226,12 +232,12 @@ def _ratio_card(
     steps = " : ".join(steps_taken(study, variant) for variant in variants)
     equal = len({sum(study.steps_taken(variant)) for variant in variants}) == 1
     yield Card(
-        f"ternary : {title}, {guidance(scale)}",
+        f"{pair_named(study, pair, again)}, {guidance(scale)}",
         f"{ratio.mean:.3f}",
         f"{findings.distance_name} of {n:,} images {' : '.join(means)}"
         f"{seeds if len(ratio.values) > 1 else '; one seed'}; steps {steps}"
         + (f"; goal at most {goal:g}" if goal else "")
-        + ("" if goal is None or equal else f", {findings.met(ratio)}"),
+        + ("" if goal is None or equal else f", {findings.met(ratio, pair)}"),
         ratio.mean <= goal if goal and equal else None,
     )
 
@@ -262,7 +268,7 @@ def _nearest_pictures(findings: Findings) -> Iterator[Block]:
     study = findings.study
     guided = max(study.evaluation.cfg_scales)
     shown, said = [], []
-    for name in (study.headline.twin, study.headline.ternary):
+    for name in study.paired:
         found = (m for m in findings.models_of(name) if m.nearest is not None and guided in m.grids)
         model = next(found, None)
         if model is None or model.nearest is None or model.neighbours is None:

@@ -251,7 +251,7 @@ class Runner:
         if seed == study.seeds_of(variant)[0]:
             for cfg_scale in study.evaluation.cfg_scales:
                 self._grid(variant, seed, cfg_scale)
-            if variant.name in (study.headline.ternary, study.headline.twin):
+            if variant.name in study.paired:
                 self._neighbours(variant, seed)
             self._footprint(variant, seed)
 

@@ -106,14 +106,23 @@ class Bars(Section):
     variants: Annotated[tuple[str, ...], Field(min_length=2)]
 
 
-class Headline(Section):
-    """The pair whose ratio is the result."""
+class Pair(Section):
+    """Two variants whose ratio is a result."""
 
     ternary: str
     twin: str  # full precision, all else equal
     again: str | None = None  # full precision that has taken as many steps in all as `ternary`
     goal: Annotated[float, Field(gt=0)] = 1.10  # ternary distance : twin's, at most
-    n: Annotated[int, Field(ge=10)] | None = None  # images of the pair; None: evaluation.n
+
+
+class Headline(Pair):
+    """The first pair, to whose twin all other variants are compared."""
+
+    n: Annotated[int, Field(ge=10)] | None = None  # images of every pair; None: evaluation.n
+
+
+def _named(pair: Pair) -> tuple[str, ...]:
+    return tuple(filter(None, (pair.ternary, pair.twin, pair.again)))
 
 
 class Quick(Section):
@@ -137,6 +146,7 @@ class Study(Section):
     seeds: Seeds = (0,)
     steps: Steps  # at which to score the first seed; the others at the last one
     headline: Headline
+    also: tuple[Pair, ...] = ()  # other pairs, as many images each
     variants: Annotated[tuple[Variant, ...], Field(min_length=2)]
     bars: tuple[Bars, ...] = ()
     grids: tuple[str, ...] = ()  # variants shown side by side, drawn from the same noise
@@ -157,6 +167,7 @@ class Study(Section):
             "headline.ternary": [self.headline.ternary],
             "headline.twin": [self.headline.twin],
             "headline.again": [self.headline.again] if self.headline.again else [],
+            **{f"also.{i}": _named(pair) for i, pair in enumerate(self.also)},
             "grids": self.grids,
             **{f"bars.{i}": figure.variants for i, figure in enumerate(self.bars)},
             "quick.variants": (self.quick.variants or ()) if self.quick else (),
@@ -191,8 +202,19 @@ class Study(Section):
 
     @property
     def headline_images(self) -> int:
-        """Return how many images of each of the headline's pair give its ratio."""
+        """Return how many images of each of a pair give its ratio."""
         return self.headline.n or self.evaluation.n
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Return all pairs, the headline first."""
+        return (self.headline, *self.also)
+
+    @property
+    def paired(self) -> tuple[str, ...]:
+        """Return the names of the variants of all pairs, each once."""
+        names = (name for pair in self.pairs for name in (pair.twin, pair.ternary))
+        return tuple(dict.fromkeys(names))
 
     def seeds_of(self, variant: Variant) -> tuple[int, ...]:
         return tuple(dict.fromkeys(variant.seeds or self.seeds))
@@ -236,7 +258,7 @@ class Study(Section):
         found = {self.evaluation.curve_images} if variant.is_trained else set()
         if step == self.steps_of(variant)[-1]:
             found.add(self.evaluation.n)
-            if variant.name in (self.headline.ternary, self.headline.twin):
+            if variant.name in self.paired:
                 found.add(self.headline_images)
         return tuple(sorted(found or {self.evaluation.curve_images}))
 
@@ -315,6 +337,7 @@ def _quick(study: Study, path: Path) -> dict[str, Any]:
     names = {variant.name for variant in kept}
     evaluation = study.evaluation.model_dump()
     evaluation |= {"n": quick.n or study.evaluation.n, "curve_n": quick.curve_n}
+    also = [pair.model_dump() for pair in study.also if set(_named(pair)) <= names]
     bars = ([name for name in figure.variants if name in names] for figure in study.bars)
     return {
         "name": f"{study.name}-quick",
@@ -326,6 +349,7 @@ def _quick(study: Study, path: Path) -> dict[str, Any]:
         "evaluation": evaluation,
         "headline": study.headline.model_dump()
         | {"n": None, "again": study.headline.again if study.headline.again in names else None},
+        "also": also,
         "grids": [name for name in study.grids if name in names],
         "bars": [
             figure.model_dump() | {"variants": left}

@@ -53,8 +53,7 @@ def main_table(findings: Findings, scale: float, n: int | None = None) -> Table:
 
 
 def _strong(findings: Findings) -> list[str]:
-    headline = findings.study.headline
-    return [findings.study.variant(name).label for name in (headline.ternary, headline.twin)]
+    return [findings.study.variant(name).label for name in findings.study.paired]
 
 
 def cost_of(findings: Findings, name: str) -> Model | None:

@@ -142,7 +142,7 @@ def _invent_model(study: Study, folder: Folder, variant: Variant, seed: int) -> 
         save(place.grid_record(scale), Grid(asked=drawn_by(study, scale), **about))
     packed = variant.name != "twin"
     scale = max(study.evaluation.cfg_scales)
-    if variant.name in (study.headline.ternary, study.headline.twin):
+    if variant.name in study.paired:
         near = {"distances": [30.5, 12.5, 31.5], "held_out": [29.5, 13.5, 33.5], "searched": 1000}
         save(place.neighbours, Neighbours(asked=drawn_by(study, scale), **about, **near))
         np.savez(place.nearest_images, arr_0=images[::-1], labels=np.arange(20) // 2)

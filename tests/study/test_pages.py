@@ -115,6 +115,35 @@ def test_the_headline_may_have_more_images_than_the_rest(
     assert found.missing == 0
 
 
+def test_other_pairs_have_their_own_ratio_and_goal(
+    study: Study, tmp_path: Path, invent: Invent
+) -> None:
+    values = study.model_dump()
+    values["headline"]["n"] = 90
+    values["also"] = [{"ternary": "no-norm", "twin": "ternary", "again": "twin", "goal": 0.5}]
+    study, folder = Study.model_validate(values), Folder(tmp_path / "runs" / study.name)
+    assert study.images_at(study.variant("no-norm"), 40) == (20, 40, 90)
+    invent(study, folder)
+    found, text, _ = pages(study, folder, tmp_path / "r.md")
+    ratio = found.ratio("no-norm", 2.0, 90, "ternary")
+    assert ratio is not None
+    first, second = found.verdict.split(". fd")
+    assert "ternary : twin (goal at most 1.1)" in first
+    assert "no-norm : ternary (goal at most 0.5)" in second
+    assert f"guided 2 {ratio.mean:.3f}" in second
+    assert second.endswith(", not met")
+    row = next(line for line in text.splitlines() if "no-norm : ternary, guided 2" in line)
+    assert f"| {ratio.mean:.3f} |" in row
+    longer = found.ratio("no-norm", 2.0, 40, "twin")
+    assert longer is not None
+    row = next(line for line in text.splitlines() if "no-norm : twin, guided 2" in line)
+    assert f"| {longer.mean:.3f} |" in row
+    assert "The pairs with 90 images" in text
+    label = study.variant("no-norm").label
+    assert f"| **{label}** |" in text
+    assert found.missing == 0
+
+
 def test_a_variant_that_begins_with_another_names_it(
     study: Study, folder: Folder, tmp_path: Path
 ) -> None:

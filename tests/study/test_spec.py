@@ -98,6 +98,11 @@ def test_a_study_without_a_shortened_version_says_so(study_file: Path) -> None:
         ("title: Small models", "titel: x", ["2 mistakes", "did you mean 'title'?", "missing"]),
         ("label: ternary,", "lable: ternary,", ["variants.1.lable", "did you mean 'label'?"]),
         ("twin: twin", "twin: twn", ["headline.twin", "did you mean 'twin'?"]),
+        (
+            "headline: {ternary: ternary,",
+            "also: [{ternary: ternray, twin: twin}]\nheadline: {ternary: ternary,",
+            ["also.0", "did you mean 'ternary'?"],
+        ),
         ("of: twin, ternarize: row", "of: twin", ["ternarized or packed"]),
         ("of: twin, ternarize: row", "ternarize: row", ["need `of`"]),
         ("of: twin,", "of: packed,", ["ptq.of", "no trained variant above"]),
