@@ -6,6 +6,7 @@ A variant has the same colour and marker in all of them: its place in the study.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
@@ -14,6 +15,7 @@ from terdit_cli.study.collect import Findings, Model, guidance, steps_taken
 from terdit_cli.study.document import Figure
 from terdit_cli.study.figures import Bar, Series, bar_figure, line_figure, share_figure
 from terdit_cli.study.records import Loss
+from terdit_cli.study.spec import Lines
 
 _LAYERS = (("-1", "minus"), ("0", "zero"), ("+1", "plus"))
 
@@ -33,60 +35,69 @@ def _figure(what: str, findings: Findings, title: str, note: str, drawing: Any) 
 
 
 def curves(findings: Findings) -> list[Figure]:
-    """Return the distance over the steps, one figure a guidance, and the loss over the steps."""
+    """Return the distance over the steps, one figure a guidance, and the loss over the steps.
+
+    Of each of the study's groups of lines.
+    """
     study = findings.study
     n = study.evaluation.curve_images
     name = findings.distance_name
     figures = []
-    for scale in study.evaluation.cfg_scales:
-        series = []
-        for variant in study.variants:
-            steps = study.steps_of(variant)
-            by_step = {
-                step: [
-                    m.scores[step, scale, n].distance
-                    for m in findings.models_of(variant.name)
-                    if (step, scale, n) in m.scores
-                ]
-                for step in steps
-            }
-            series.append(_series(findings, variant.name, by_step))
-        drawing = line_figure(
-            f"{name} over steps, {guidance(scale)}", series, "steps", name, log_y=True
-        )
-        note = f"{name} of {n:,} images, {guidance(scale)}; logarithmic. {_DOTS}"
-        title = f"Distance over training, {guidance(scale)}"
-        figures += _figure(f"distance-cfg-{scale:g}", findings, title, note, drawing)
-    series = []
-    for variant in study.variants:
-        models = findings.models_of(variant.name)
-        losses = {
-            step: [m.losses[step].loss for m in models if step in m.losses]
-            for step in study.steps_of(variant)
-        }
-        series.append(_series(findings, variant.name, losses))
-    drawing = line_figure("loss over steps", series, "steps", "loss", log_y=True)
-    note = f"Averaged weights, the same images and noise for all; logarithmic. {_DOTS}"
-    return figures + _figure("loss", findings, "Loss over training", note, drawing)
+    for index, lines in enumerate(study.drawn_lines):
+        for scale in study.evaluation.cfg_scales:
+            series = _series(findings, lines, _distance_at(scale, n))
+            title = f"{lines.title}, {guidance(scale)}"
+            drawing = line_figure(f"{name} over steps: {title}", series, "steps", name, log_y=True)
+            note = f"{name} of {n:,} images, {guidance(scale)}; logarithmic. {_DOTS}"
+            figures += _figure(f"distance-{index}-cfg-{scale:g}", findings, title, note, drawing)
+        series = _series(findings, lines, _loss_at)
+        title = f"{lines.title}, loss"
+        drawing = line_figure(title, series, "steps", "loss", log_y=True)
+        note = f"Averaged weights, the same images and noise for all; logarithmic. {_DOTS}"
+        figures += _figure(f"loss-{index}", findings, title, note, drawing)
+    return figures
 
 
 _DOTS = (
     "Steps are those in all: a model that begins with another's weights goes on where that one "
-    "ended. Lines join the means over seeds (before the last step: the first seed); dots are the "
-    "seeds."
+    "ended. Lines join the means over seeds (before the last step: the first seed), or finished "
+    "trainings of different length; dots are the seeds."
 )
 
 
-def _series(findings: Findings, name: str, values: dict[int, list[float]]) -> Series:
-    variant = findings.study.variant(name)
-    before = findings.study.steps_before(variant)
-    finite = {
-        float(before + step): [v for v in found if math.isfinite(v)]
-        for step, found in values.items()
-    }
-    points = [(step, fmean(found)) for step, found in finite.items() if found]
-    dots = [(step, v) for step, found in finite.items() if len(found) > 1 for v in found]
-    return Series(variant.label, _number(findings, name), points, dots)
+Value = Callable[[Model, int], float | None]  # of a model at a step
+
+
+def _distance_at(scale: float, n: int) -> Value:
+    def value(model: Model, step: int) -> float | None:
+        score = model.scores.get((step, scale, n))
+        return None if score is None else score.distance
+
+    return value
+
+
+def _loss_at(model: Model, step: int) -> float | None:
+    return model.losses[step].loss if step in model.losses else None
+
+
+def _series(findings: Findings, lines: Lines, value: Value) -> list[Series]:
+    """Return the lines of a figure: means over the seeds, and the seeds."""
+    study = findings.study
+    drawn = []
+    for group in lines.groups:
+        points, dots = [], []
+        for name in group:
+            variant = study.variant(name)
+            steps = study.steps_of(variant) if len(group) == 1 else study.steps_of(variant)[-1:]
+            for step in steps:
+                found = [value(model, step) for model in findings.models_of(name)]
+                finite = [v for v in found if v is not None and math.isfinite(v)]
+                at = float(study.steps_before(variant) + step)
+                points += [(at, fmean(finite))] if finite else []
+                dots += [(at, v) for v in finite] if len(finite) > 1 else []
+        label = study.variant(group[0]).label
+        drawn.append(Series(label, _number(findings, group[0]), points, dots))
+    return drawn
 
 
 def bars(findings: Findings) -> list[Figure]:
@@ -138,7 +149,7 @@ def loss_against_distance(findings: Findings) -> list[Figure]:
     figures = []
     for scale in study.evaluation.cfg_scales:
         series = []
-        for variant in study.variants:
+        for variant in filter(lambda variant: variant.is_trained, study.variants):
             points = []
             for step in study.steps_of(variant):
                 pairs: list[tuple[Loss, float]] = []

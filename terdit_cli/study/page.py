@@ -94,7 +94,7 @@ def _study(findings: Findings) -> Iterator[Block]:
         yield Text(f"The {_pairs_named(study)} with {study.headline_images:,} images:")
         for scale in study.evaluation.cfg_scales:
             yield main_table(findings, scale, study.headline_images)
-    yield Heading(3, "Distance over training")
+    yield Heading(3, "Over training")
     yield Figures(curves(findings))
     if figures := bars(findings):
         yield Heading(3, "Side by side")

@@ -27,6 +27,7 @@ TRAIN_SPLIT = "train"  # a reference that is the recipe's own training images
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$")]
 Steps = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+Ends = Annotated[tuple[str, ...], Field(min_length=2)]
 Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
 
 
@@ -106,6 +107,25 @@ class Bars(Section):
     variants: Annotated[tuple[str, ...], Field(min_length=2)]
 
 
+class Lines(Section):
+    """Figures of lines over training: of each variant one, or of a list one through their ends.
+
+    A list is of trainings that differ in length alone; its line has its first one's label.
+    """
+
+    title: Annotated[str, Field(min_length=1)]
+    variants: Annotated[tuple[str | Ends, ...], Field(min_length=1)]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for group in self.groups for name in group)
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Return the variants of each line."""
+        return tuple((each,) if isinstance(each, str) else each for each in self.variants)
+
+
 class Pair(Section):
     """Two variants whose ratio is a result."""
 
@@ -148,6 +168,7 @@ class Study(Section):
     headline: Headline
     also: tuple[Pair, ...] = ()  # other pairs, as many images each
     variants: Annotated[tuple[Variant, ...], Field(min_length=2)]
+    lines: tuple[Lines, ...] = ()  # none: one figure of all that is trained
     bars: tuple[Bars, ...] = ()
     grids: tuple[str, ...] = ()  # variants shown side by side, drawn from the same noise
     evaluation: Evaluation = Evaluation()
@@ -169,6 +190,7 @@ class Study(Section):
             "headline.again": [self.headline.again] if self.headline.again else [],
             **{f"also.{i}": _named(pair) for i, pair in enumerate(self.also)},
             "grids": self.grids,
+            **{f"lines.{i}": figure.names for i, figure in enumerate(self.lines)},
             **{f"bars.{i}": figure.variants for i, figure in enumerate(self.bars)},
             "quick.variants": (self.quick.variants or ()) if self.quick else (),
         }
@@ -199,6 +221,12 @@ class Study(Section):
 
     def variant(self, name: str) -> Variant:
         return next(variant for variant in self.variants if variant.name == name)
+
+    @property
+    def drawn_lines(self) -> tuple[Lines, ...]:
+        """Return the figures of lines: as given, or one of all trained variants."""
+        trained = tuple(variant.name for variant in self.variants if variant.is_trained)
+        return self.lines or (Lines(title="All trainings", variants=trained),)
 
     @property
     def headline_images(self) -> int:
@@ -338,6 +366,7 @@ def _quick(study: Study, path: Path) -> dict[str, Any]:
     evaluation = study.evaluation.model_dump()
     evaluation |= {"n": quick.n or study.evaluation.n, "curve_n": quick.curve_n}
     also = [pair.model_dump() for pair in study.also if set(_named(pair)) <= names]
+    lines = ([g for g in figure.groups if set(g) <= names] for figure in study.lines)
     bars = ([name for name in figure.variants if name in names] for figure in study.bars)
     return {
         "name": f"{study.name}-quick",
@@ -351,6 +380,11 @@ def _quick(study: Study, path: Path) -> dict[str, Any]:
         | {"n": None, "again": study.headline.again if study.headline.again in names else None},
         "also": also,
         "grids": [name for name in study.grids if name in names],
+        "lines": [
+            {"title": figure.title, "variants": [g if len(g) > 1 else g[0] for g in left]}
+            for figure, left in zip(study.lines, lines, strict=True)
+            if left
+        ],
         "bars": [
             figure.model_dump() | {"variants": left}
             for figure, left in zip(study.bars, bars, strict=True)

@@ -175,8 +175,23 @@ def test_a_ratio_at_unequal_steps_is_not_simply_met(
     row = next(line for line in text.splitlines() if "twin as long, guided 2" in line)
     assert f"| {1.02 / 1.06:.3f} |" in row
     assert "| **12.0s + 12.0s** |" in text  # the time of both trainings
-    svg = (tmp_path / "r" / "small--distance-cfg-2.svg").read_text()
+    svg = (tmp_path / "r" / "small--distance-0-cfg-2.svg").read_text()
     assert ">80<" in svg  # its curve goes on where the twin's ended
+
+
+def test_a_line_joins_the_ends_of_trainings(study: Study, tmp_path: Path, invent: Invent) -> None:
+    values = with_warm(study).model_dump()
+    values["lines"] = ({"title": "Ends", "variants": (("twin", "warm"), "ternary")},)
+    joined, folder = Study.model_validate(values), Folder(tmp_path / "runs" / study.name)
+    invent(joined, folder)
+    _, text, _ = pages(joined, folder, tmp_path / "r.md")
+    assert "**Ends, guided 2.**" in text
+    svg = (tmp_path / "r" / "small--distance-0-cfg-2.svg").read_text()
+    points = re.findall(r"<title>([^:<]+): [0-9.,]+ at ([0-9.]+)</title>", svg)
+    twin, ternary = study.variant("twin").label, study.variant("ternary").label
+    halfway = [(ternary, f"{step:.1f}") for step in study.steps_of(study.variant("ternary"))]
+    assert points == [(twin, "40.0"), (twin, "80.0"), *halfway]
+    assert svg.count('class="line c') == 2 + 2  # and two in the key
 
 
 def test_the_warning_of_one_seed_is_of_what_is_there(

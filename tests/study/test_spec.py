@@ -76,6 +76,8 @@ bars:"""
 
 
 def test_the_shortened_version_keeps_what_it_names(study_file: Path) -> None:
+    lines = "lines:\n  - {title: All, variants: [[ternary, no-norm], twin]}\nbars:"
+    study_file.write_text(study_file.read_text().replace("bars:", lines))
     quick = load_study(study_file, quick=True)
     assert quick.name == "small-quick"
     assert [variant.name for variant in quick.variants] == ["twin", "ternary"]
@@ -83,6 +85,7 @@ def test_the_shortened_version_keeps_what_it_names(study_file: Path) -> None:
     assert recipe_of(quick, quick.variants[0], 0).train.steps == 10
     assert quick.grids == ("twin", "ternary")
     assert [figure.variants for figure in quick.bars] == [("twin", "ternary")]
+    assert [figure.groups for figure in quick.lines] == [(("twin",),)]
 
 
 def test_a_study_without_a_shortened_version_says_so(study_file: Path) -> None:
@@ -98,6 +101,11 @@ def test_a_study_without_a_shortened_version_says_so(study_file: Path) -> None:
         ("title: Small models", "titel: x", ["2 mistakes", "did you mean 'title'?", "missing"]),
         ("label: ternary,", "lable: ternary,", ["variants.1.lable", "did you mean 'label'?"]),
         ("twin: twin", "twin: twn", ["headline.twin", "did you mean 'twin'?"]),
+        (
+            "bars:",
+            "lines: [{title: x, variants: [[twin, ternry]]}]\nbars:",
+            ["lines.0", "did you mean 'ternary'?"],
+        ),
         (
             "headline: {ternary: ternary,",
             "also: [{ternary: ternray, twin: twin}]\nheadline: {ternary: ternary,",
