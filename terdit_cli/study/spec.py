@@ -366,7 +366,14 @@ def _quick(study: Study, path: Path) -> dict[str, Any]:
     evaluation = study.evaluation.model_dump()
     evaluation |= {"n": quick.n or study.evaluation.n, "curve_n": quick.curve_n}
     also = [pair.model_dump() for pair in study.also if set(_named(pair)) <= names]
-    lines = ([g for g in figure.groups if set(g) <= names] for figure in study.lines)
+    lines = (
+        [
+            each
+            for each, group in zip(figure.variants, figure.groups, strict=True)
+            if names >= {*group}
+        ]
+        for figure in study.lines
+    )
     bars = ([name for name in figure.variants if name in names] for figure in study.bars)
     return {
         "name": f"{study.name}-quick",
@@ -381,7 +388,7 @@ def _quick(study: Study, path: Path) -> dict[str, Any]:
         "also": also,
         "grids": [name for name in study.grids if name in names],
         "lines": [
-            {"title": figure.title, "variants": [g if len(g) > 1 else g[0] for g in left]}
+            figure.model_dump() | {"variants": left}
             for figure, left in zip(study.lines, lines, strict=True)
             if left
         ],
