@@ -36,6 +36,7 @@ LARGEST_FILE = 1 << 20  # bytes of a recipe
 _PLURALS = {"recipe": "recipes", "study": "studies"}
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 DataSource = Literal[
     "embedded", "folder", "zip", "tars", "parquet", "cifar10", "fashion-mnist", "latents"
 ]
@@ -44,7 +45,9 @@ DataSource = Literal[
 class Section(BaseModel):
     """Unknown keys are errors; values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -186,6 +189,12 @@ class DistillSection(Section):
     schedule: Literal["constant", "linear"] = "constant"  # linear: weight falls to 0 at the end
     features: NonNegativeFloat = 0.0  # of the relative difference of the last blocks' outputs
 
+    @model_validator(mode="after")
+    def _check(self) -> DistillSection:
+        if self.features and self.teacher is None:
+            raise ValueError("distill.features needs distill.teacher: whose features are to be met")
+        return self
+
 
 class ParallelSection(Section):
     """How several processes share the work; one process alone takes no notice of it."""
@@ -215,7 +224,7 @@ class OptimSection(Section):
     kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     lr: PositiveFloat = 1e-4
     alpha_lr_ratio: PositiveFloat = 1.0  # the learned alphas' rate / lr
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     grad_clip: PositiveFloat | None = 2.0  # L2 norm of all gradients; None: off
@@ -348,7 +357,8 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         UsageError: one sentence for each unknown key, wrong type or impossible value.
     """
     values = read_mapping(path, "recipe")
-    for word in overrides:
+    # A preset takes the place of what the file says; fields beside it win, on either side of it.
+    for word in sorted(overrides, key=lambda word: not word.startswith("ternary.preset=")):
         _apply_override(values, word)
     return parse_recipe(values, where=path)
 

@@ -17,10 +17,10 @@ from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor
 
-from terdit_cli.model.ckpt import save_ckpt
 from terdit_cli.model.dit import DiT, DiTConfig
 from terdit_cli.model.info import ModelInfo, SpaceInfo
 from terdit_cli.model.ternary import TernaryConfig
+from tests.ckpt_file import save_ckpt
 
 GOLDEN = Path(__file__).parent / "golden"
 RECIPE_TEXT = "model:\n  size: nano\n"

@@ -110,7 +110,19 @@ def test_numbers_that_yaml_reads_as_text(recipe_file: Path) -> None:
     assert load_recipe(recipe_file).optim.lr == 2e-3
 
 
-@pytest.mark.parametrize("word", ["optim.lr=.nan", "optim.lr=0", "optim.lr=-1", "train.steps=0"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "optim.lr=.nan",
+        "optim.lr=.inf",
+        "optim.lr=0",
+        "optim.lr=-1",
+        "optim.betas=[0.9, 1]",
+        "train.steps=0",
+        "parallel.hang_seconds=.inf",
+        "distill.features=1",  # without a teacher
+    ],
+)
 def test_impossible_numbers(recipe_file: Path, word: str) -> None:
     with pytest.raises(UsageError, match="1 mistake"):
         load_recipe(recipe_file, [word])

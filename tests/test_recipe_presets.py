@@ -83,6 +83,7 @@ def test_a_field_beside_the_preset_wins(tmp_path: Path, name: str) -> None:
     word = f"ternary.{name}={yaml.safe_dump(OTHER[name]).split()[0]}"
     assert chosen(load_recipe(write(tmp_path, preset="paper"), [word])) == wanted
     assert chosen(load_recipe(write(tmp_path), ["ternary.preset=paper", word])) == wanted
+    assert chosen(load_recipe(write(tmp_path), [word, "ternary.preset=paper"])) == wanted
 
 
 def test_a_preset_as_a_word_replaces_the_fields_of_the_file(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ function of (seed, i). So an image is the same whoever asks for it and together 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -99,8 +98,7 @@ class ImageGenerator:
                 where=self.path,
                 fix="--cfg-scale 1",
             )
-        clip = info.space.kind == "pixel" and sampler.name in ("ddpm", "ddim")
-        return dataclasses.replace(sampler, clip_denoised=clip)
+        return sampler.clipped_for(pixels=info.space.kind == "pixel")
 
     def batch_size(self, asked: int | None, guided: bool) -> int:
         """Return how many images to draw at once: what was asked for, or what a GPU has room for.

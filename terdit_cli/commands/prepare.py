@@ -13,10 +13,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from terdit_cli import console
 from terdit_cli.atomic import check_writable
+from terdit_cli.commands.generate import usable_device
 from terdit_cli.commands.processes import Processes, join_processes
 from terdit_cli.data.images import list_images
 from terdit_cli.data.latent_shards import (
@@ -99,7 +98,7 @@ def run(
         data = recipe.data
         listing = list_images(data.source, data.path, data.split)
         build.check_classes(recipe, len(listing.class_names))
-        space = build.open_space(recipe, torch.device(processes.device(device)))
+        space = build.open_space(recipe, usable_device(processes.device(device)))
         if not isinstance(space, VaeSpace) or not space.has_moments:
             raise UsageError(
                 "this VAE gives no distributions to prepare",

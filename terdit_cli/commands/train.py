@@ -193,9 +193,18 @@ def _find_checkpoint(resume: str | None, run_folder: Path, world: World) -> Save
         return None
     if resume == "auto":
         saved = latest_checkpoint(run_folder, world)
-        if saved is None:
-            console.note(f"no complete checkpoint in {run_folder}: starting a new run")
-        return saved
+        if saved is not None:
+            return saved
+        finished = (run_folder / CKPT).exists()
+        if world.agree(max(newest, 0 if finished else -1)) >= 0:
+            raise InputFileError(
+                "no checkpoint to continue from",
+                got="a finished run without checkpoints" if finished else "damaged ones only",
+                where=run_folder,
+                fix="restore one, or begin a new run in another folder with --out",
+            )
+        console.note(f"no complete checkpoint in {run_folder}: starting a new run")
+        return None
     saved = check_checkpoint(Path(resume), world)
     here = _saved_here(saved, run_folder)
     if newest > here:

@@ -60,7 +60,8 @@ def unreadable(name: str, reason: str) -> UnreadableImage:
         got=reason,
         expected="a whole 8-bit JPEG, PNG, WebP, BMP, PPM or TIFF file",
         where=name,
-        fix="repair or remove the file, or skip such files with on-bad-image",
+        fix="repair or remove the file, or leave such files out: data.on_bad_image=skip, for "
+        "eval-fid --on-bad-image skip",
     )
 
 
@@ -110,13 +111,20 @@ def _is_deep(image: ImageFile.ImageFile) -> bool:
     return False
 
 
-def center_crop(image: Image.Image, image_size: int) -> Image.Image:
-    """Return the centre square [S, S] of an image of any size by ADM's rule (guided-diffusion)."""
+def center_crop(image: Image.Image, image_size: int, name: str = "image") -> Image.Image:
+    """Return the centre square [S, S] of an image of any size by ADM's rule (guided-diffusion).
+
+    Raises:
+        UnreadableImage: so long and narrow that it would be scaled to over MAX_PIXELS.
+    """
     while min(image.size) >= 2 * image_size:
         half = (image.width // 2, image.height // 2)
         image = image.resize(half, resample=Image.Resampling.BOX)
     scale = image_size / min(image.size)
     scaled = (round(image.width * scale), round(image.height * scale))
+    if scaled[0] * scaled[1] > MAX_PIXELS:
+        reason = f"{image.width} x {image.height} pixels, which would become {scaled[0]} x "
+        raise unreadable(name, f"{reason}{scaled[1]}, over {MAX_PIXELS}")
     if scaled != image.size:
         image = image.resize(scaled, resample=Image.Resampling.BICUBIC)
     left = (image.width - image_size) // 2
@@ -124,13 +132,15 @@ def center_crop(image: Image.Image, image_size: int) -> Image.Image:
     return image.crop((left, top, left + image_size, top + image_size))
 
 
-def to_pixels(image: Image.Image, image_size: int | None = None) -> NDArray[np.uint8]:
+def to_pixels(
+    image: Image.Image, image_size: int | None = None, name: str = "image"
+) -> NDArray[np.uint8]:
     """Return the pixels uint8 [S, S, 3], or [H, W, 3] when `image_size` is None.
 
-    Greyscale becomes three equal channels.
+    Greyscale becomes three equal channels. `name` is for the message of `center_crop`.
     """
     if image.mode != "RGB":
         image = image.convert("RGB")
     if image_size is not None:
-        image = center_crop(image, image_size)
+        image = center_crop(image, image_size, name)
     return np.array(image, dtype=np.uint8)

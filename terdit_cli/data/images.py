@@ -162,7 +162,7 @@ class _MemoryImages(ImageSource):
             bad = []
             for index in chunk:
                 try:
-                    pixels[index] = to_pixels(listing.load(index), image_size)
+                    pixels[index] = to_pixels(listing.load(index), image_size, listing.names[index])
                 except InputFileError as error:
                     bad.append((index, str(error)))
             return bad
@@ -226,7 +226,7 @@ class _LazyImages(ImageSource):
 
     def read(self, index: int) -> NDArray[np.uint8]:
         try:
-            return to_pixels(self._listing.load(index), self.image_size)
+            return self._decode(index)
         except InputFileError as error:
             if self._on_bad_image == "error":
                 raise
@@ -236,7 +236,7 @@ class _LazyImages(ImageSource):
         start = int(np.searchsorted(same_class, index))
         for other in map(int, np.roll(same_class, -start)[1:]):
             try:
-                return to_pixels(self._listing.load(other), self.image_size)
+                return self._decode(other)
             except InputFileError:
                 self._record(other)
         class_name = self.class_names[int(self.labels[index])]
@@ -246,6 +246,9 @@ class _LazyImages(ImageSource):
             where=self._listing.where,
             fix="repair the images or remove the class",
         )
+
+    def _decode(self, index: int) -> NDArray[np.uint8]:
+        return to_pixels(self._listing.load(index), self.image_size, self._listing.names[index])
 
     def _record(self, index: int) -> None:
         with self._lock:
@@ -302,11 +305,12 @@ def _too_many_bad(bad: dict[int, str], listing: Listing) -> InputFileError:
     count = len(listing.labels)
     order = sorted(bad)
     more = f", and {len(bad) - 10} more" if len(bad) > 10 else ""
+    first = bad[order[0]].partition(" Fix: ")[0].rstrip(".")
     return InputFileError(
         f"{len(bad)} of {count} images unreadable",
         got=", ".join(listing.names[index] for index in order[:10])
         + more
-        + f"; the first: {bad[order[0]].rstrip('.')}",
+        + f"; the first: {first}",
         where=listing.where,
         fix="repair or remove them"
         + (", or leave them out with data.on_bad_image=skip" if len(bad) < count else ""),

@@ -212,7 +212,7 @@ class LatentWork:
 
         def decode(index: int) -> Pixels | None:
             try:
-                return to_pixels(listing.load(index), self.plan.image_size)
+                return to_pixels(listing.load(index), self.plan.image_size, listing.names[index])
             except InputFileError:
                 if skip_bad:
                     return None

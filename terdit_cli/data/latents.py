@@ -40,6 +40,7 @@ class LatentSource:
         self._first = np.cumsum([0, *(record.images for record in records)])
         self.class_names = self.index.class_names
         self.labels = np.concatenate([shard.labels for shard in self._shards])
+        self.skipped = [name for record in records for name in record.skipped]
 
     def __len__(self) -> int:
         return self.index.images

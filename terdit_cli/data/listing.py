@@ -5,7 +5,6 @@ Shapes: N images of H x W pixels.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from terdit_cli.data.decode import decode_image, is_image_name
-from terdit_cli.data.files import ZipFiles, read_bounded, require_folder
-from terdit_cli.data.tars import TarFiles, match_shards
+from terdit_cli.data.decode import decode_image
+from terdit_cli.data.files import FolderFiles, ZipFiles, require_folder
+from terdit_cli.data.tars import TarFiles, match_shards, shards_in
 from terdit_cli.errors import InputFileError
 from terdit_cli.torchvision_shim import import_vision
 
@@ -44,20 +43,16 @@ def list_folder(root: Path) -> Listing:
     )
     if not names:
         raise _no_images(root, "no class folder")
-    prefix = len(str(root)) + 1
-    samples = import_vision("torchvision.datasets.folder").make_dataset(
-        str(root),
-        {name: label for label, name in enumerate(names)},
-        is_valid_file=lambda file: is_image_name(file[prefix:].replace(os.sep, "/")),
-        allow_empty=True,
-    )
-    files = [file[prefix:] for file, _ in samples]
-    labels = np.array([label for _, label in samples], dtype=np.int64)
+    position = {name: label for label, name in enumerate(names)}
+    folder = FolderFiles(root)
+    inside = (name for name in folder.names if "/" in name)
+    placed = sorted((name.split("/")[0], *name.rpartition("/")[::2]) for name in inside)
+    files = [f"{subfolder}/{name}" for _, subfolder, name in placed]
+    labels = np.array([position[name] for name, _, _ in placed], dtype=np.int64)
     check_classes(root, names, labels)
 
     def load(index: int) -> Image.Image:
-        name = files[index]
-        return decode_image(read_bounded(root / name, name), name)
+        return decode_image(folder.read(files[index]), files[index])
 
     return Listing(str(root), names, labels, files, load)
 
@@ -95,8 +90,17 @@ def list_tars(path: Path) -> Listing:
     The class of an image is the number in its .cls file (webdataset), else its folder inside the
     tar, else the tar's name (as ImageNet's own n01440764.tar).
     """
-    archive = TarFiles(match_shards(str(path / "*.tar" if path.is_dir() else path)))
+    shards = shards_in(path) if path.is_dir() else [path] if path.is_file() else []
+    archive = TarFiles(shards or match_shards(str(path)))
     files, numbers = archive.names, archive.labels
+    if archive.unlabelled is not None:
+        raise InputFileError(
+            "an image without a class among images with .cls files",
+            got=f"no number in the .cls of {archive.unlabelled}",
+            expected="a .cls file with the number of its class beside each image, or none at all",
+            where=path,
+            fix="complete the .cls files, or leave them out where folders or tars are the classes",
+        )
     if numbers and max(numbers) >= len(files):
         raise InputFileError(
             "classes without images", got=f"a class {max(numbers)} among {len(files)} images",

@@ -10,6 +10,7 @@ moments bfloat16 [2C, h, w] of one.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,7 @@ class BatchSource(Protocol):
 
     class_names: list[str]
     labels: NDArray[np.int64]
+    skipped: list[str]  # unreadable images left out so far
 
     def __len__(self) -> int: ...
 
@@ -99,15 +101,19 @@ class BatchLoader:
         """Return the batch of one step (0 is the first)."""
         return _finish(self._start(step))
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches of `start_step`, `start_step` + 1, ... without end."""
+    def iterate(self, start_step: int = 0, end_step: int | None = None) -> Iterator[Batch]:
+        """Yield the batches of `start_step`, `start_step` + 1, ... up to `end_step` (without it).
+
+        No image of a later batch is touched: what is wrong with it is no reason to stop.
+        """
         ahead: deque[_Pending] = deque()
         try:
-            step = start_step
-            while True:
-                while len(ahead) <= PREFETCH:
-                    ahead.append(self._start(step))
-                    step += 1
+            steps = itertools.count(start_step) if end_step is None else range(start_step, end_step)
+            for step in steps:
+                ahead.append(self._start(step))
+                if len(ahead) > PREFETCH:
+                    yield _finish(ahead.popleft())
+            while ahead:
                 yield _finish(ahead.popleft())
         finally:
             for pending in ahead:

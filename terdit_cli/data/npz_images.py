@@ -44,35 +44,48 @@ class NpzImages:
                 shape, fortran_order, dtype, header = _read_header(archive, members[key])
                 if dtype.hasobject:
                     raise self._bad("pickled objects, which are never loaded")
-                labels = next((key for key in map(_member, LABEL_KEYS) if key in members), None)
-                self.count = shape[0] if shape else 0
-                self.labels = None if labels is None else self._read_labels(archive, labels)
         except _BROKEN as error:
             raise self._bad(str(error) or type(error).__name__) from error
         if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
             layout = " in Fortran order" if fortran_order else ""
             raise self._bad(f"{dtype} {list(shape)}{layout}")
-        self.height, self.width = shape[1:3]
+        self.count, self.height, self.width = shape[:3]
         if self.height * self.width > MAX_PIXELS:
             raise self._bad(f"images of {shape[1]} x {shape[2]} pixels, over {MAX_PIXELS}")
         self._member = member = members[key]
         self._stored = member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & 1
-        packed = min(member.compress_size, path.stat().st_size)
-        if member.file_size > packed * (1 if self._stored else _DEFLATE_RATIO):
-            raise self._bad(f"{member.file_size} bytes packed into {packed}")
+        self._check_packed(member)
         if member.file_size != len(header) + math.prod(shape):
             raise self._bad(f"{member.file_size - len(header)} bytes for shape {list(shape)}")
         self._start = len(header)  # of the images in the member
         self._crc, self._checked = zlib.crc32(header), 0  # of that many images so far
         self._stream: IO[bytes] | None = None
+        labels = next((key for key in map(_member, LABEL_KEYS) if key in members), None)
+        self.labels = None if labels is None else self._read_labels(members[labels])
 
-    def _read_labels(self, archive: zipfile.ZipFile, key: str) -> NDArray[np.int64]:
-        shape, _, dtype, header = _read_header(archive, archive.getinfo(key))
-        if dtype.kind not in "iu" or shape != (self.count,):
-            raise ValueError(f"labels {dtype} {list(shape)} for {self.count} images")
-        with archive.open(key) as stream:
-            stream.seek(len(header))
-            content = stream.read(self.count * dtype.itemsize)
+    def _check_packed(self, member: zipfile.ZipInfo) -> None:
+        """Refuse a member that declares more bytes than the file can hold."""
+        packed = min(member.compress_size, self.path.stat().st_size)
+        stored = member.compress_type == zipfile.ZIP_STORED
+        if member.file_size > packed * (1 if stored else _DEFLATE_RATIO):
+            raise self._bad(f"{member.file_size} bytes packed into {packed}")
+
+    def _read_labels(self, member: zipfile.ZipInfo) -> NDArray[np.int64]:
+        self._check_packed(member)
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                shape, _, dtype, header = _read_header(archive, member)
+                if dtype.kind not in "iu" or shape != (self.count,):
+                    raise self._bad(f"labels {dtype} {list(shape)} for {self.count} images")
+                size = self.count * dtype.itemsize
+                if member.file_size != len(header) + size:
+                    got = f"{member.file_size - len(header)} bytes for {self.count} labels {dtype}"
+                    raise self._bad(got)
+                with archive.open(member) as stream:
+                    stream.seek(len(header))
+                    content = stream.read(size)
+        except _BROKEN as error:
+            raise self._bad(str(error) or type(error).__name__) from error
         return np.frombuffer(content, dtype=dtype, count=self.count).astype(np.int64)
 
     def sha256(self) -> str:

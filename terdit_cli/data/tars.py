@@ -57,9 +57,10 @@ def match_shards(pattern: str) -> list[Path]:
         shards |= dict.fromkeys(map(Path, paths))
         wrong = name if not paths else next((path for path in paths if not _is_shard(path)), None)
         if wrong is not None:
+            got = "a folder without tars" if Path(wrong).is_dir() else "another file"
             raise InputFileError(
                 "tar of images not found",
-                got="nothing there" if not Path(wrong).exists() else "another file",
+                got=got if Path(wrong).exists() else "nothing there",
                 expected=f"a tar for each part of {pattern}",
                 where=wrong,
                 fix="check the pattern, and that all shards were copied",
@@ -104,12 +105,13 @@ class _Member(NamedTuple):
 class TarFiles:
     """All images of some tar shards; names are "shard.tar/member", in the order of the shards.
 
-    `members` are their names without the shards, `labels` their classes, None unless all have one.
+    `members` are their names without the shards, `labels` their classes, None unless all have one,
+    `unlabelled` the first image without a class among such with a .cls file.
     """
 
     def __init__(self, shards: list[Path]) -> None:
         self._found: dict[str, _Member] = {}
-        labels: dict[str, int] = {}
+        labels: dict[str, int | None] = {}
         base = os.path.commonpath([shard.absolute().parent for shard in shards] or [Path("/")])
         for shard in shards:
             place = shard.absolute().relative_to(base).as_posix()
@@ -117,10 +119,12 @@ class TarFiles:
         self.names = list(self._found)
         self.members = [member.name for member in self._found.values()]
         keys = [_key(name) for name in self.names]
-        all_labelled = bool(keys) and all(key in labels for key in keys)
-        self.labels = [labels[key] for key in keys] if all_labelled else None
+        numbers = [number for key in keys if (number := labels.get(key)) is not None]
+        self.labels = numbers if numbers and len(numbers) == len(keys) else None
+        lacking = (name for name in self.names if labels.get(_key(name)) is None)
+        self.unlabelled = next(lacking, None) if labels else None
 
-    def _scan(self, shard: Path, place: str, labels: dict[str, int]) -> None:
+    def _scan(self, shard: Path, place: str, labels: dict[str, int | None]) -> None:
         """Note the images and classes of one shard; of equal names the last counts, as in a tar."""
         try:
             with _HeaderReader(shard) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
@@ -139,9 +143,7 @@ class TarFiles:
                     if is_image_name(name) and not header.isdir():
                         self._found[f"{place}/{name}"] = member
                     elif name.endswith(".cls") and member.regular:
-                        label = _read_label(member)
-                        if label is not None:
-                            labels[_key(f"{place}/{name}")] = label
+                        labels[_key(f"{place}/{name}")] = _read_label(member)
                 if stream.last != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("no end mark where the members end")
         except _SCAN_ERRORS as error:

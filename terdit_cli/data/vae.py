@@ -24,6 +24,7 @@ from terdit_cli.torchvision_shim import import_vision
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 _WEIGHTS = "diffusion_pytorch_model"
 _MAX_CONFIG_BYTES = 1 << 20
+_LUMA = (19595, 38470, 7471)  # of red, green and blue / 2**16, ITU-R 601, as Pillow rounds them
 
 
 class Space(Protocol):
@@ -63,9 +64,12 @@ class PixelSpace:
     def encode(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Turn images uint8 [B, H, W, 3] into float32 [B, C, H, W] in [-1, 1].
 
-        Grey takes the first channel; `noise` is not used.
+        Grey is the luma of ITU-R 601, of three equal channels their value; `noise` is not used.
         """
-        return _to_float(images)[:, : self.channels].contiguous()
+        if self.channels == 1:
+            weighted = images.int() * torch.tensor(_LUMA, dtype=torch.int32, device=images.device)
+            images = (weighted.sum(-1, dtype=torch.int32, keepdim=True) + (1 << 15)) >> 16
+        return _to_float(images).contiguous()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Turn [B, C, H, W] into images uint8 [B, H, W, 3]; grey fills all three channels."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -91,6 +91,14 @@ class SamplerConfig:
         if self.eta and self.name != "ddim":
             raise _wrong("eta", self.eta, f"0 for {self.name}", "eta=0, or --sampler ddim")
 
+    def clipped_for(self, pixels: bool) -> SamplerConfig:
+        """Return the sampler for pixels, which end in [-1, 1], or for latents, which end anywhere.
+
+        ddpm and ddim clamp their guesses of pixels, as ADM does; the solvers, which extrapolate
+        from guess to guess, do not.
+        """
+        return replace(self, clip_denoised=pixels and self.name not in SOLVERS)
+
     @property
     def respacing(self) -> str:
         """Return the respacing string of the ddpm or ddim schedule."""
@@ -158,8 +166,9 @@ def forward_with_cfg(
     """Return the network's output [2B, C or 2C, H, W] with guided eps, the same in both halves.
 
     x: [2B, C, H, W], of which only the first half is read; t: [2B]; y: [2B], first the classes,
-    then the null class. "3" guides the first three channels of eps, as DiT does, "all" guides
-    every one; the rest, the variance with it, stays what each half's own class gave.
+    then the null class. "3" guides the first three channels of eps, as DiT does (which of fewer
+    than three would guide the variance as well), "all" guides every one; the rest, the variance
+    with it, stays what each half's own class gave.
     """
     half = x[: len(x) // 2]
     output = network(torch.cat([half, half]), t, y)

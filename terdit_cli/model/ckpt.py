@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from terdit_cli.atomic import atomic_path
 from terdit_cli.errors import InputFileError
 from terdit_cli.model.info import ModelInfo
 
@@ -45,22 +44,12 @@ class Checkpoint:
         return self.ema if weights == "ema" else self.model
 
 
-def save_ckpt(
-    path: Path, info: ModelInfo, recipe: str, model: dict[str, Tensor], ema: dict[str, Tensor]
-) -> None:
-    """Write ckpt.pt whole or not at all; raises EnvironmentProblem as `atomic_path`."""
-    with atomic_path(path) as temporary:
-        save_tensors(
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "info": info.to_dict(),
-                "recipe": recipe,
-                "model": model,
-                "ema": ema,
-            },
-            temporary,
-        )
+def ckpt_values(
+    info: dict[str, Any], recipe: str, model: dict[str, Tensor], ema: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Return what a ckpt.pt holds; `info` is that of `ModelInfo.to_dict`."""
+    head = {"format": FORMAT, "version": VERSION, "info": info, "recipe": recipe}
+    return head | {"model": model, "ema": ema}
 
 
 def save_tensors(values: Any, path: Path) -> None:
@@ -118,6 +107,32 @@ def load_tensors(path: Path) -> Any:
         ) from error
 
 
+def check_state_dict(values: Any, what: str, where: object) -> None:
+    """Raise InputFileError unless `values` is a flat dictionary of tensors as files hold them.
+
+    A tensor must have as many bytes in the file as in its shape: one whose strides are 0 would
+    become as large as its shape claims where it is converted.
+    """
+    got = None if isinstance(values, dict) else f"a {type(values).__name__}"
+    for key, value in values.items() if got is None else ():
+        if not isinstance(key, str) or type(value) not in (Tensor, nn.Parameter):
+            got = f"{str(key)[:100]!r}: a {type(value).__name__}"
+        elif value.layout != torch.strided or value.device.type != "cpu":
+            got = f"{key[:100]!r}: a tensor that is {value.layout} on {value.device}"
+        elif not value.is_floating_point() and value.dtype != torch.uint8:
+            got = f"{key[:100]!r}: {value.dtype}"
+        elif value.nbytes > value.untyped_storage().nbytes():
+            got = f"{key[:100]!r}: shape {list(value.shape)} with fewer values behind it"
+        if got is not None:
+            break
+    if got is not None:
+        raise InputFileError(
+            f"{what} is not a state dict", got=got,
+            expected="names with whole tensors of floating point, or packed bytes",
+            where=where, fix="copy it again, or save its state dict alone with torch.save",
+        )  # fmt: skip
+
+
 def _is_archive(path: Path) -> bool:
     try:
         return zipfile.is_zipfile(path)
@@ -164,13 +179,7 @@ def load_ckpt(path: Path) -> Checkpoint:
             fix="update terdit",
         )
     for part in ("model", "ema"):
-        tensors = values.get(part)
-        if not isinstance(tensors, dict) or not all(
-            isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
-        ):
-            raise InputFileError(
-                f"the checkpoint's {part!r} is not a state dict", where=path, fix="copy it again"
-            )
+        check_state_dict(values.get(part), f"the checkpoint's {part!r}", path)
     info = ModelInfo.from_dict(values.get("info"), path)
     if info.config.n_layers > min(len(values["model"]), len(values["ema"])):
         raise InputFileError(

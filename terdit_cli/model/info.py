@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ from terdit_cli.errors import InputFileError, TerditError
 from terdit_cli.model.dit import DiTConfig
 from terdit_cli.model.ternary import TernaryConfig
 
-# The only process this project trains and samples (upstream's).
+# The only process this project trains and samples (upstream's). The variance is of networks with
+# `learn_sigma`; the others' is fixed.
 DIFFUSION: dict[str, object] = {
     "steps": 1000,
     "schedule": "linear",
@@ -95,6 +97,11 @@ class ModelInfo:
             if info.class_names and len(info.class_names) != info.config.num_classes:
                 count = len(info.class_names)
                 raise ValueError(f"{count} class names for {info.config.num_classes} classes")
+            if info.image_size < 1 or not 0 < info.space.scale_factor < math.inf:
+                scale = info.space.scale_factor
+                raise ValueError(f"images of {info.image_size} pixels, latents times {scale}")
+            if info.space.kind == "pixel" and info.config.in_channels not in (1, 3):
+                raise ValueError(f"pixels of {info.config.in_channels} channels, expected 1 or 3")
             if info.config.ffn_width > LARGEST_INTEGER:
                 raise ValueError(f"a feed-forward width of {info.config.ffn_width} is too large")
         except (TypeError, KeyError, ValueError, TerditError) as error:
@@ -122,8 +129,10 @@ class ModelInfo:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise InputFileError(
-                "the model's description is not JSON", got=error, where=where
-            ) from error
+                "the model's description is not JSON", got=error, where=where,
+                expected="the metadata that terdit writes",
+                fix="make the file again with `terdit pack`",
+            ) from error  # fmt: skip
         return cls.from_dict(values, where)
 
     def label_rows(self) -> list[int]:

@@ -20,14 +20,15 @@ def empty_network(config: DiTConfig, linear: LinearFactory, kind: type[DiT] = Di
 
 
 def restore_network(checkpoint: Checkpoint, weights: Literal["ema", "raw"] = "ema") -> DiT:
-    """Return the trained network of a checkpoint with its float32 masters, frozen, in eval mode.
+    """Return the trained network of a checkpoint with float32 masters, frozen, in eval mode.
 
     Raises:
         InputFileError: the tensors do not fit the checkpoint's own configuration.
     """
     network = empty_network(checkpoint.info.config, checkpoint.info.ternary.linear())
+    state = {key: value.float() for key, value in checkpoint.state_dict(weights).items()}
     try:
-        network.load_state_dict(checkpoint.state_dict(weights), strict=True, assign=True)
+        network.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise InputFileError(
             "the checkpoint does not fit its own configuration",

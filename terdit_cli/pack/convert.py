@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from terdit_cli.errors import InputFileError, UsageError, did_you_mean
-from terdit_cli.model.ckpt import load_tensors
+from terdit_cli.model.ckpt import check_state_dict, load_tensors
 from terdit_cli.model.dit import SIZES, DiTConfig
-from terdit_cli.model.info import ModelInfo, SpaceInfo, check_types
+from terdit_cli.model.info import LARGEST_INTEGER, ModelInfo, SpaceInfo, check_types
 from terdit_cli.model.ternary import TernaryConfig
-from terdit_cli.pack.exported import StateDictModel
+from terdit_cli.pack.exported import StateDictModel, check_fit
 from terdit_cli.pack.trits import has_invalid_codes, released_decode
 
 ARGUMENTS_FILE = "model_args.pth"
@@ -56,7 +56,7 @@ class ReleasedFolder(StateDictModel):
 
     def __init__(self, folder: Path, **overrides: Any) -> None:
         _check_overrides(overrides, folder)
-        self._folder = folder
+        self._folder = self._where = folder
         weights = next((folder / name for name in _WEIGHT_FILES if (folder / name).exists()), None)
         if weights is None:
             found = sorted(path.name for path in folder.glob("*.pth"))
@@ -68,15 +68,12 @@ class ReleasedFolder(StateDictModel):
                 fix="download the released folder whole, or join model-parallel parts first",
             )
         self._state: dict[str, Tensor] = load_tensors(weights)
-        if not isinstance(self._state, dict) or not all(
-            isinstance(key, str) and isinstance(value, Tensor) for key, value in self._state.items()
-        ):
-            raise InputFileError("not a flat state dict", where=weights, fix="copy it again")
+        check_state_dict(self._state, "the released file", weights)
         arguments = self._read_arguments()
         config = self._config(arguments, overrides)
         image_size = config.input_size * _VAE_DOWNSAMPLE
         vae = str(getattr(arguments, "vae", None) or "ema")
-        self.info = ModelInfo(
+        info = ModelInfo(
             config=config,
             ternary=TernaryConfig(),
             space=SpaceInfo("vae", _VAE_IDS.get(vae, vae), 0.18215),
@@ -84,6 +81,12 @@ class ReleasedFolder(StateDictModel):
             class_order="text",
             weights="ema" if "_ema" in weights.name else "raw",
         )
+        self.info = ModelInfo.from_dict(info.to_dict(), folder)  # bounds all sizes
+        shapes = {key: tuple(tensor.shape) for key, tensor in self._state.items()}
+        matrices = {f"{name}.weight" for name in self.ternary_names()}
+        for key in matrices & shapes.keys():
+            shapes[key] = (4 * shapes[key][0], *shapes[key][1:]) if shapes[key] else ()
+        check_fit(config, info.ternary, shapes, folder, "download the released folder again")
 
     def _read_arguments(self) -> argparse.Namespace:
         path = self._folder / ARGUMENTS_FILE
@@ -96,29 +99,34 @@ class ReleasedFolder(StateDictModel):
                 got=type(arguments).__name__,
                 expected="an argparse.Namespace",
                 where=path,
+                fix="download the released folder again",
             )
         return arguments
 
     def _argument(self, arguments: argparse.Namespace, name: str, default: int) -> int:
         value = getattr(arguments, name, default)
-        if type(value) is not int or value < 1:
-            raise InputFileError(
-                "a training argument has a wrong value",
-                got=f"{name} = {value!r}",
-                expected="a whole number from 1",
-                where=self._folder / ARGUMENTS_FILE,
-                fix="download the released folder again",
-            )
+        if type(value) is not int or not 1 <= value <= LARGEST_INTEGER:
+            raise self._wrong(f"{name} = {value!r}", f"a whole number from 1 to {LARGEST_INTEGER}")
         return value
+
+    def _wrong(self, got: str, expected: str) -> InputFileError:
+        return InputFileError(
+            "a training argument has a wrong value",
+            got=got,
+            expected=expected,
+            where=self._folder / ARGUMENTS_FILE,
+            fix="download the released folder again",
+        )
 
     def _shape(self, key: str, dimensions: int) -> tuple[int, ...]:
         tensor = self._state.get(key)
-        if tensor is None or tensor.dim() != dimensions:
+        if tensor is None or tensor.dim() != dimensions or 0 in tensor.shape:
             raise InputFileError(
                 "the checkpoint lacks a tensor of a TerDiT",
                 got="nothing" if tensor is None else f"shape {tuple(tensor.shape)}",
                 expected=f"{key} with {dimensions} dimensions",
                 where=self._folder,
+                fix="download the released folder again",
             )
         return tuple(tensor.shape)
 
@@ -152,6 +160,10 @@ class ReleasedFolder(StateDictModel):
             )
         n_heads, n_kv_heads = self._heads(arguments, overrides, dim, 4 * kv_rows)
         image_size = self._argument(arguments, "image_size", 256)
+        if "input_size" not in overrides and image_size % (_VAE_DOWNSAMPLE * patch_size):
+            raise self._wrong(
+                f"image_size = {image_size}", f"{_VAE_DOWNSAMPLE * patch_size} times a whole number"
+            )
         num_classes = overrides.get("num_classes")
         if num_classes is None:
             num_classes = self._argument(arguments, "num_classes", table_rows - 1)
@@ -244,8 +256,7 @@ class ReleasedFolder(StateDictModel):
         return released_decode(packed)
 
     def alphas(self, name: str) -> Tensor:
-        self._shape(f"{name}.alphas", 1)
-        return self._state[f"{name}.alphas"].float()
+        return self._finite(f"{name}.alphas").float()
 
 
 def _check_overrides(overrides: dict[str, Any], folder: Path) -> None:
@@ -257,6 +268,7 @@ def _check_overrides(overrides: dict[str, Any], folder: Path) -> None:
                 got=repr(name) + did_you_mean(name, _OVERRIDES),
                 expected="one of " + ", ".join(_OVERRIDES),
                 where=folder,
+                fix=f"leave {name} out",
             )
         try:
             check_types(DiTConfig, {name: value})

@@ -6,13 +6,19 @@ know no formats, and a 4.2b model is converted with one tensor in memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 from torch import Tensor
 
+from terdit_cli.errors import InputFileError
+from terdit_cli.model.dit import DiTConfig
 from terdit_cli.model.info import ModelInfo
+from terdit_cli.model.restore import empty_network
+from terdit_cli.model.ternary import TernaryConfig
 
 # The eight large matrices of a block, as in upstream's state dict.
 MATRICES = (
@@ -68,10 +74,39 @@ def count_weights(model: ExportedModel) -> int:
     return sum(rows * columns for rows, columns in shapes)
 
 
+def check_fit(
+    config: DiTConfig,
+    ternary: TernaryConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    where: Path,
+    fix: str,
+) -> None:
+    """Check the tensors of a file against the network that it says it holds.
+
+    Args:
+        shapes: of all tensors by their state dict names; matrices have that of their trits.
+
+    Raises:
+        InputFileError: a tensor too many, too few or of another shape.
+    """
+    network = empty_network(config, ternary.linear())
+    expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    for key in sorted({*expected, *shapes}):
+        if shapes.get(key) != expected.get(key):
+            raise InputFileError(
+                "the weights do not fit the model's own configuration",
+                got=f"{key} of shape {list(shapes[key])}" if key in shapes else f"no {key}",
+                expected=f"shape {list(expected[key])}" if key in expected else "no such tensor",
+                where=where,
+                fix=fix,
+            )
+
+
 class StateDictModel(ExportedModel):
     """The part that formats with a flat state dict share; `_state` is mapped, not read."""
 
     _state: dict[str, Tensor]
+    _where: Path
 
     def __exit__(
         self,
@@ -90,4 +125,19 @@ class StateDictModel(ExportedModel):
         return [key for key in self._state if key not in ternary]
 
     def rest(self, name: str) -> Tensor:
-        return self._state[name]
+        return self._finite(name)
+
+    def _finite(self, key: str) -> Tensor:
+        """Return a tensor; InputFileError if a value is infinite or not a number.
+
+        Such a master would become zeros without a word.
+        """
+        tensor = self._state[key]
+        if not tensor.isfinite().all():
+            raise InputFileError(
+                "the model holds values that are no finite numbers",
+                got=key,
+                where=self._where,
+                fix="take an earlier checkpoint: this training had diverged",
+            )
+        return tensor

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from terdit_cli.errors import InputFileError
 from terdit_cli.model.ckpt import Checkpoint, release_pages
 from terdit_cli.model.info import ModelInfo
 from terdit_cli.model.ternary import (
@@ -30,7 +29,7 @@ from terdit_cli.model.ternary import (
     expand_alphas,
     ternarize,
 )
-from terdit_cli.pack.exported import StateDictModel
+from terdit_cli.pack.exported import StateDictModel, check_fit
 
 
 def fit_trits(weight: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
@@ -74,7 +73,8 @@ class CheckpointExport(StateDictModel):
         fit_granularity: for full-precision checkpoints, the scales to fit.
 
     Raises:
-        InputFileError: the state dict lacks a tensor of its own configuration.
+        InputFileError: the state dict does not fit its own configuration; later, where it is not
+            finite.
     """
 
     def __init__(
@@ -91,16 +91,9 @@ class CheckpointExport(StateDictModel):
                 ternary, enabled=True, granularity=fit_granularity, activations="none"
             )
         self.info: ModelInfo = dataclasses.replace(info, ternary=ternary, weights=weights)
-        self._state = checkpoint.state_dict(weights)
-        for name in self.ternary_names():
-            key = f"{name}.weight"
-            if key not in self._state or self._state[key].dim() != 2:
-                raise InputFileError(
-                    "the checkpoint does not fit its own configuration",
-                    got=f"no matrix {key}",
-                    where=checkpoint.path,
-                    fix="copy it again",
-                )
+        self._state, self._where = checkpoint.state_dict(weights), checkpoint.path
+        shapes = {key: tuple(tensor.shape) for key, tensor in self._state.items()}
+        check_fit(info.config, info.ternary, shapes, checkpoint.path, "copy it again")
 
     def master(self, name: str) -> Tensor:
         """Return the float32 master weight of a matrix."""
@@ -112,21 +105,22 @@ class CheckpointExport(StateDictModel):
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - trits and alphas of one matrix come together
     def _fit(self, name: str) -> tuple[Tensor, Tensor]:
+        self._finite(f"{name}.weight")
         return fit_trits(self.master(name), self.info.ternary.granularity)
 
     def trits(self, name: str) -> Tensor:
         if self.fitted:
             return self._fit(name)[0]
-        trits = ternarize(self.master(name)).to(torch.int8)
-        release_pages(self._state[f"{name}.weight"])
+        master = self._finite(f"{name}.weight")
+        trits = ternarize(master.float()).to(torch.int8)
+        release_pages(master)
         return trits
 
     def alphas(self, name: str) -> Tensor:
         if self.fitted:
             return self._fit(name)[1]
-        learned = self._state.get(f"{name}.alphas")
-        if learned is not None:
-            return learned.float()
+        if self.info.ternary.scale == "learned":
+            return self._finite(f"{name}.alphas").float()
         return absmean_alphas(self.master(name), self.info.ternary.granularity)
 
     def matrix_error(self, name: str) -> MatrixError:

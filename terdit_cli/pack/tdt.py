@@ -26,7 +26,7 @@ import json
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +41,7 @@ from terdit_cli.errors import InputFileError
 from terdit_cli.model.info import LARGEST_INTEGER, ModelInfo
 from terdit_cli.model.ternary import GRANULARITIES, alpha_shape
 from terdit_cli.pack import trits as codecs
-from terdit_cli.pack.exported import MATRICES, ExportedModel
+from terdit_cli.pack.exported import MATRICES, ExportedModel, check_fit
 
 FORMAT = "tdt"
 FORMAT_VERSION = 1
@@ -290,6 +290,10 @@ class TdtFile(ExportedModel):
                 found = tuple(self._file.get_slice(key).get_shape())
                 if found != shape:
                     raise self._damaged(f"tensor {key} has shape {found}, expected {shape}")
+        shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._keys}
+        shapes |= {f"{name}.weight": self.matrix_shape(name) for name in self._ternary}
+        ternary = replace(self.info.ternary, enabled=True, scale="learned")  # all have alphas here
+        check_fit(self.info.config, ternary, shapes, self.path, _REPACK)
         for key, allowed in dtypes.items():
             if (dtype := self._file.get_slice(key).get_dtype()) not in allowed:
                 raise self._damaged(f"tensor {key} is {dtype}, expected {' or '.join(allowed)}")

@@ -132,7 +132,6 @@ def packed_network(
         precision: as `resolve_activations` gives it for this model.
 
     Raises:
-        InputFileError: tensors that do not fit the model's configuration.
         EnvironmentProblem: a matrix that the backend cannot multiply with, or a precision that the
             GPU lacks.
     """
@@ -154,14 +153,8 @@ def packed_network(
         adaln = "int16"
     state: dict[str, Tensor] = {}
     for name in model.ternary_names():
-        layer = _layer(network, name)
-        if layer is None or layer.shape != model.matrix_shape(name):
-            raise InputFileError(
-                "the weights do not fit the model's configuration",
-                got=f"{name} of shape {list(model.matrix_shape(name))}",
-                expected="no such layer" if layer is None else list(layer.shape),
-                fix="pack the checkpoint again",
-            )
+        layer = network.get_submodule(name)
+        assert isinstance(layer, PackedTernaryLinear)
         if backend in (cpu, gpu) and layer.shape[1] > cpu.LARGEST_K:
             raise EnvironmentProblem(
                 f"a matrix is too wide for the {backend.NAME} backend",
@@ -179,14 +172,7 @@ def packed_network(
         state[name] = _aligned(stored.float()).to(device)
         if stored.dtype != torch.float32:
             release_pages(stored)
-    try:
-        network.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        raise InputFileError(
-            "the weights do not fit the model's configuration",
-            got=" ".join(str(error).split())[:400],
-            fix="pack the checkpoint again",
-        ) from error
+    network.load_state_dict(state, strict=True, assign=True)
     if isinstance(model, TdtFile) and device.type == "cpu":
         network.register_forward_pre_hook(MappedFile(model.path))
     return network.to(device).eval().requires_grad_(False)
@@ -210,11 +196,3 @@ def _packed(model: ExportedModel, name: str, backend: Backend) -> Tensor:
 def _aligned(tensor: Tensor) -> Tensor:
     """Return the tensor with its elements aligned in memory; in a file they need not be."""
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
-
-
-def _layer(network: DiT, name: str) -> PackedTernaryLinear | None:
-    try:
-        layer = network.get_submodule(name)
-    except AttributeError:
-        return None
-    return layer if isinstance(layer, PackedTernaryLinear) else None

@@ -68,6 +68,8 @@ def open_data(recipe: Recipe) -> BatchSource:
     data = recipe.data
     source = LatentSource(data) if data.source == "latents" else _open_images(recipe)
     check_classes(recipe, len(source.class_names))
+    if source.skipped:
+        console.warn(f"{len(source.skipped)} unreadable images skipped, first: {source.skipped[0]}")
     return source
 
 
@@ -92,7 +94,7 @@ def _open_images(recipe: Recipe) -> ImageSource:
             meter["last"] = done
             console.note(f"reading images: {done}/{total}")
 
-    source = open_images(
+    return open_images(
         data.source,
         data.path,
         data.image_size,
@@ -100,9 +102,6 @@ def _open_images(recipe: Recipe) -> ImageSource:
         split=data.split,
         on_progress=on_progress,
     )
-    if source.skipped:
-        console.warn(f"{len(source.skipped)} unreadable images skipped, first: {source.skipped[0]}")
-    return source
 
 
 def open_space(recipe: Recipe, device: torch.device) -> Space:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from terdit_cli.atomic import atomic_path
 from terdit_cli.errors import InputFileError
-from terdit_cli.model.ckpt import FORMAT, VERSION, save_tensors
+from terdit_cli.model.ckpt import ckpt_values, save_tensors
 from terdit_cli.train.checkpoint import RECIPE, Saved
 from terdit_cli.train.shards import ShardReader
 
@@ -42,22 +42,19 @@ def export_ckpt(saved: Saved, target: Path) -> None:
     names = [key for part in PARTS for key in stored if key.startswith(part + ".")]
     with FakeTensorMode():
         hollow = {key: torch.empty(stored[key].size, dtype=_dtype(stored[key])) for key in names}
-    values: dict[str, object] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "info": saved.info,
-        "recipe": (saved.path / RECIPE).read_text(encoding="utf-8"),
-    }
+    parts: dict[str, dict[str, Tensor]] = {}
     for part in PARTS:
         prefix = part + "."
-        values[part] = {
+        parts[part] = {
             key.removeprefix(prefix): hollow[key] for key in names if key.startswith(prefix)
         }
-        if not values[part]:
+        if not parts[part]:
             raise InputFileError(
                 "the checkpoint lacks a part", got=f"no {part}", where=saved.path,
                 fix="use another checkpoint of the run",
             )  # fmt: skip
+    recipe = (saved.path / RECIPE).read_text(encoding="utf-8")
+    values = ckpt_values(saved.info, recipe, **parts)
     with atomic_path(target) as temporary:
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             save_tensors(values, temporary)

@@ -12,7 +12,7 @@ from pathlib import Path
 from terdit_cli import console
 from terdit_cli.data.loader import BatchLoader
 from terdit_cli.errors import EnvironmentProblem, GateFailed, Interrupted
-from terdit_cli.train.checkpoint import folder_of
+from terdit_cli.train.checkpoint import RECIPE, complete_checkpoints, folder_of
 from terdit_cli.train.loggers import read_metrics
 from terdit_cli.train.observe import Observer
 from terdit_cli.train.parallel import World
@@ -37,8 +37,8 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
 
     Raises:
         Interrupted: SIGINT or SIGTERM on any process, after saving.
-        GateFailed: more steps in a row than `train.max_skipped` without finite losses and
-            gradients, after saving the state before them.
+        GateFailed: more steps in a row than `train.max_skipped`, or the last step, without finite
+            losses and gradients. The checkpoints from before stay as they are.
         EnvironmentProblem: a checkpoint could not be written.
     """
     recipe, world = trainer.recipe, trainer.world
@@ -65,19 +65,17 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
         watchdog,
     ):
         meter.start_at(trainer.step)
-        status, skipped, drawn = "", 0, time.monotonic()
-        for images, labels in observer.timed(loader.iterate(trainer.step)):
-            if trainer.step >= steps:
-                break
+        status, skipped, save_due, drawn = "", 0, False, time.monotonic()
+        for images, labels in observer.timed(loader.iterate(trainer.step, steps)):
             failed = trainer.checkpoints.failed
             result = trainer.train_step(images, labels, (*stop.flags, failed))
             watchdog.beat()
             step = trainer.step
             observer.add(result)
             skipped = 0 if result.finite else skipped + 1
-            if skipped > recipe.train.max_skipped:
+            if skipped > recipe.train.max_skipped or (skipped and step == steps):
                 with watchdog.paused():
-                    raise _diverged(trainer, result, skipped, saved_step)
+                    raise _diverged(trainer, result, skipped)
             if not result.finite:
                 console.warn(f"step {step} skipped: {_numbers(result)}")
             *stops, failed = result.notices
@@ -91,15 +89,18 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
                 status = f"loss {loss}  {rate:.0f} img/s  {left} left"
             meter.update(step, status)
             paused = time.monotonic()
-            if recipe.sample.every and (step % recipe.sample.every == 0 or step == steps):
-                trainer.preview()
-            if step % recipe.checkpoint.every == 0 or step == steps:
+            save_due |= step % recipe.checkpoint.every == 0 or step == steps
+            # A state that gives nothing finite must not take the place of one that did.
+            if save_due and result.finite:
                 with watchdog.paused():  # for the checkpoint before it
                     trainer.save()
-                saved_step = step
+                saved_step, save_due = step, False
                 if paused - drawn > DRAW_SECONDS:
                     drawn = paused
                     observer.draw(f"{recipe.name}: step {step}")
+            if recipe.sample.every and (step % recipe.sample.every == 0 or step == steps):
+                with watchdog.paused():  # many images of many steps may take longer than a hang
+                    trainer.preview()
             observer.pause(time.monotonic() - paused)
             if any(stops) and step < steps:
                 with watchdog.paused():
@@ -122,20 +123,27 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
     return path
 
 
-def _diverged(trainer: Trainer, result: StepResult, skipped: int, saved_step: int) -> GateFailed:
-    """Save the state before the skipped steps, the last of which gave `result`."""
-    good = trainer.step - skipped
-    if saved_step != good:
-        trainer.checkpoints.save(good, trainer.state())
+def _diverged(trainer: Trainer, result: StepResult, skipped: int) -> GateFailed:
+    """Return the error for `skipped` steps in a row, the last of which gave `result`.
+
+    Their weights are worth nothing: skipped steps change nothing, and data and noise depend on the
+    step alone, so from them it would only happen again. What helps is a lower rate from an earlier
+    checkpoint on, in a folder of its own.
+    """
     trainer.checkpoints.wait()
-    folder = folder_of(trainer.run_folder, good)
-    lower = trainer.recipe.optim.lr / 2
+    good = trainer.step - skipped
+    run_folder = trainer.run_folder
+    earlier = next((step for step in complete_checkpoints(run_folder) if step < good), None)
+    words = [] if earlier is None else ["--resume", str(folder_of(run_folder, earlier))]
+    words += ["--out", f"{run_folder}-lower", f"optim.lr={trainer.recipe.optim.lr / 2:g}"]
     return GateFailed(
         f"training diverged at step {good + 1}",
         got=f"{_numbers(result)} in step {trainer.step}",
-        expected=f"finite numbers after at most {skipped - 1} skipped steps",
-        where=f"state before it saved in {folder}",
-        fix=f"continue with a lower rate: {resume_command(trainer.run_folder)} optim.lr={lower:g}",
+        expected="finite numbers in the last step"
+        if trainer.step == trainer.recipe.train.steps
+        else f"finite numbers after at most {skipped - 1} skipped steps",
+        where=run_folder,
+        fix=f"try a lower rate: terdit train {_recipe_of(run_folder)} {shlex.join(words)}",
     )
 
 
@@ -165,8 +173,12 @@ def lost_process(world: World, run_folder: Path) -> Iterator[None]:
 
 def resume_command(run_folder: Path) -> str:
     """Return the command line that continues a run."""
-    recipe = shlex.quote(str(run_folder / "recipe.yaml"))
-    return f"terdit train {recipe} --resume auto --out {shlex.quote(str(run_folder))}"
+    out = shlex.quote(str(run_folder))
+    return f"terdit train {_recipe_of(run_folder)} --resume auto --out {out}"
+
+
+def _recipe_of(run_folder: Path) -> str:
+    return shlex.quote(str(run_folder / RECIPE))
 
 
 def loss_summary(run_folder: Path) -> tuple[float, float] | None:

@@ -19,7 +19,7 @@ from terdit_cli.recipe import Recipe
 from terdit_cli.train import build
 from terdit_cli.train.flips import record_bytes
 from terdit_cli.train.flops import BACKWARD_AND_FORWARD, find_gpu, training_flops
-from terdit_cli.train.optim import moment_bytes
+from terdit_cli.train.optim import check_moments, moment_bytes
 from terdit_cli.train.parallel import grad_accum_steps
 from terdit_cli.train.teacher import open_teacher
 from terdit_cli.train.trace import Share, StepTracer
@@ -77,7 +77,7 @@ def plan_run(
 
     Raises:
         UsageError: an unknown GPU, a share that is none or of an unknown peak, a batch that
-            does not divide; a teacher of other images.
+            does not divide; a teacher of other images; 8-bit moments that would be sharded.
         InputFileError: no checkpoint where the recipe's teacher should be.
     """
     gpu = None if gpu_memory is None else find_gpu(gpu_memory)
@@ -85,6 +85,7 @@ def plan_run(
     if mfu is not None:
         _check_mfu(mfu, peak)
     train = recipe.train
+    check_moments(recipe.optim, gpus > 1 and recipe.parallel.mode != "ddp")
     accumulate = grad_accum_steps(train, gpus)
     every = int(train.activation_checkpointing)
     teacher = open_teacher(recipe)  # its activations die before the student's begin

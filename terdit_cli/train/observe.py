@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from terdit_cli import console
 from terdit_cli.train.curves import draw_run
 from terdit_cli.train.flips import FlipMeter
 from terdit_cli.train.flops import device_peak, training_flops
@@ -46,6 +47,7 @@ class Observer:
         if world.device.type == "cuda" and recipe.train.precision == "bf16":
             self._peak = device_peak(torch.cuda.get_device_name(world.device))
         self.skipped = 0  # steps without finite numbers, in this process's life
+        self._left_out = len(trainer.source.skipped)  # unreadable images that were told of
         self._restart()
 
     def _restart(self) -> None:
@@ -115,8 +117,16 @@ class Observer:
             entry["mfu"] = rate * self._image_flops / (world.size * self._peak)
         for log in self._logs:
             log.append(entry)
+        self._tell_left_out()
         self._restart()
         return entry
+
+    def _tell_left_out(self) -> None:
+        """Warn of images that were found unreadable, and left out, since the last entry."""
+        names = self._trainer.source.skipped
+        if len(names) > self._left_out:
+            self._left_out = len(names)
+            console.warn(f"{len(names)} unreadable images skipped so far, last: {names[-1]}")
 
     def _distilled(self, results: list[StepResult]) -> dict[str, Any]:
         distill = self._trainer.recipe.distill

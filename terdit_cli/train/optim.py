@@ -57,13 +57,7 @@ def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Opti
             orthogonal, optim.lr, optim.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
         return Together(muon, adamw)
-    if any(isinstance(parameter, DTensor) for parameter in network.parameters()):
-        raise UsageError(
-            "8-bit moments cannot be sharded",
-            got="optim.kind=adamw8bit with parallel.mode fsdp or hsdp",
-            expected="one of the two: sharding already divides the moments by the processes",
-            fix="set parallel.mode=ddp, or optim.kind=adamw",
-        )
+    check_moments(optim, any(isinstance(p, DTensor) for p in network.parameters()))
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
@@ -76,6 +70,17 @@ def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Opti
         groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, block_size=BLOCK_8BIT
     )
     return optimizer
+
+
+def check_moments(optim: OptimSection, sharded: bool) -> None:
+    """Raise UsageError where moments would have to be 8-bit and sharded."""
+    if sharded and optim.kind == "adamw8bit":
+        raise UsageError(
+            "8-bit moments cannot be sharded",
+            got="optim.kind=adamw8bit with parallel.mode fsdp or hsdp",
+            expected="one of the two: sharding already divides the moments by the processes",
+            fix="set parallel.mode=ddp, or optim.kind=adamw",
+        )
 
 
 def is_block_matrix(name: str, parameter: Tensor) -> bool:

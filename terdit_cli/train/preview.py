@@ -26,12 +26,9 @@ def preview_sampler(recipe: Recipe) -> SamplerConfig:
     """
     section = recipe.sample
     guided = recipe.model.class_dropout_prob > 0
-    return SamplerConfig(
-        name=section.sampler,
-        steps=section.steps,
-        cfg_scale=section.cfg_scale if guided else 1.0,
-        clip_denoised=recipe.data.vae is None,
-    )
+    scale = section.cfg_scale if guided else 1.0
+    sampler = SamplerConfig(section.sampler, section.steps, scale)
+    return sampler.clipped_for(pixels=recipe.data.vae is None)
 
 
 @torch.no_grad()  # inference mode would spoil the buffers that fsdp keeps for training

@@ -21,9 +21,10 @@ from terdit_cli.commands.generate import sampler_for
 from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.errors import InputFileError, TerditError
 from terdit_cli.evaluate.result import load_result
-from terdit_cli.model.ckpt import load_ckpt, save_ckpt
+from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.models import catalogue
 from terdit_cli.models.card import Advice, read_card
+from tests.ckpt_file import save_ckpt
 
 WORDS = Words("1,000 images", "MIT", "draws noise")
 

@@ -25,10 +25,11 @@ from terdit_cli.commands.eval_options import EvalOptions
 from terdit_cli.commands.generate import sampler_for
 from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.errors import InputFileError, UsageError
-from terdit_cli.model.ckpt import load_ckpt, save_ckpt
+from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.models import catalogue
 from terdit_cli.models.card import Advice, Card, parse_card, read_card
 from terdit_cli.pack.tdt import TdtFile
+from tests.ckpt_file import save_ckpt
 
 CARD = {
     "name": "clothes",

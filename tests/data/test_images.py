@@ -106,6 +106,29 @@ def test_class_folders(kind: str, tmp_path: Path, storage: str) -> None:
         assert np.array_equal(source.read(index), expected)
 
 
+def test_links_back_are_not_followed(tmp_path: Path) -> None:
+    make_folder(tmp_path, contents(["a/1.png", "b/2.png"]))
+    (tmp_path / "a" / "again").symlink_to(".")
+    (tmp_path / "b" / "up").symlink_to("..")
+    source = open_images("folder", tmp_path, 12)
+    assert [source.name(index) for index in range(len(source))] == ["a/1.png", "b/2.png"]
+
+
+@pytest.mark.usefixtures("storage")
+def test_a_line_of_pixels_is_not_blown_up(tmp_path: Path) -> None:
+    """To a short side of 256 it would have 3.9 thousand million pixels."""
+    stream = io.BytesIO()
+    Image.new("RGB", (1, 60_000)).save(stream, "PNG")
+    make_folder(tmp_path, {"a/1.png": png(1, 256), "a/2.png": stream.getvalue()})
+    source = open_images("folder", tmp_path, 256, "skip")
+    assert all(np.array_equal(source.read(i), source.read(0)) for i in range(len(source)))
+    assert source.skipped == ["a/2.png"]
+    with pytest.raises(
+        InputFileError, match=r"1 x 60000 pixels, which would become 256 x 15360000"
+    ):
+        open_images("folder", tmp_path, 256).read(1)
+
+
 def test_folder_order_is_torchvisions(tmp_path: Path) -> None:
     names = ["b/1.png", "b/10.png", "b/2.png", "a-1/x.png", "a/y.png", "a/B.png", "a/s/0.png"]
     make_folder(tmp_path, contents(names))

@@ -55,6 +55,25 @@ def test_folders_and_names_of_tars(tmp_path: Path) -> None:
     assert many.labels.tolist() == [0, 0, 1]
 
 
+def test_images_without_a_class_among_others(tmp_path: Path) -> None:
+    """Falling back on the tars' names would train on shards as classes."""
+    for bad in ({}, {"y.cls": b"5,"}, {"y.cls": b""}):
+        write(tmp_path / "a.tar", {"x.png": png(1), "x.cls": b"0", "y.png": png(2)} | bad)
+        with pytest.raises(InputFileError, match=r"no number in the \.cls of a\.tar/y\.png"):
+            list_images("tars", tmp_path)
+    write(tmp_path / "a.tar", {"x.png": png(1), "x.cls": b"cat"})
+    with pytest.raises(InputFileError, match=r"no number in the \.cls of a\.tar/x\.png"):
+        list_images("tars", tmp_path)
+
+
+def test_paths_that_look_like_patterns(tmp_path: Path) -> None:
+    folder = tmp_path / "set[1]{a,b}"
+    folder.mkdir()
+    write(folder / "n[0].tar", {"1.png": png(1)})
+    for path in (folder, folder / "n[0].tar"):
+        assert list_images("tars", path).class_names == ["n[0]"]
+
+
 def test_number_that_no_image_has(tmp_path: Path) -> None:
     write(tmp_path / "a.tar", {"x.png": png(1), "x.cls": b"1"})
     with pytest.raises(InputFileError, match=r"got a class 1 among 1 images.*Fix: number"):

@@ -95,6 +95,18 @@ def test_error_comes_up_with_its_batch() -> None:
             next(stream)
 
 
+def test_nothing_of_later_batches_is_read() -> None:
+    order = [batch_indices(37, 0, step, 4) for step in range(6)]
+    earlier = {int(index) for batch in order[:5] for index in batch}
+    source = Made(False, bad=next(int(index) for index in order[5] if int(index) not in earlier))
+    with BatchLoader(source, 0, 4, False) as loader:
+        assert len(list(loader.iterate(1, 5))) == 4
+        assert not list(loader.iterate(5, 5))
+        assert source.bad not in source.reads
+        with pytest.raises(InputFileError, match=f"image {source.bad}"):
+            list(loader.iterate(1, 6))
+
+
 def test_prefetch_is_bounded_and_threads_end() -> None:
     threads = threading.active_count()
     source = Made(False)

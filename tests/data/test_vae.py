@@ -8,8 +8,10 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from terdit_cli.data import vae as vae_module
 from terdit_cli.data.vae import PixelSpace, VaeSpace
@@ -77,11 +79,15 @@ def test_pixels_come_back_exactly(channels: int) -> None:
     assert space.downsample == 1
 
 
-def test_grey_is_the_first_channel() -> None:
+def test_grey_is_pillows() -> None:
+    """Equal channels come back as they were: what grey images give."""
     images = noise(2, 5, 7, 3)
+    images[1] = images[1, ..., :1]
     back = PixelSpace(1).decode(PixelSpace(1).encode(images))
+    grey = [np.array(Image.fromarray(image.numpy()).convert("L")) for image in images]
     for channel in range(3):
-        assert torch.equal(back[..., channel], images[..., 0])
+        assert torch.equal(back[..., channel], torch.from_numpy(np.stack(grey)))
+    assert torch.equal(back[1], images[1])
 
 
 def test_colour_axes() -> None:

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from terdit_cli.errors import InputFileError
-from terdit_cli.model.ckpt import VERSION, load_ckpt, load_tensors, save_ckpt
+from terdit_cli.model.ckpt import VERSION, load_ckpt, load_tensors
 from terdit_cli.model.dit import DiTConfig
 from terdit_cli.model.info import DIFFUSION, ModelInfo, SpaceInfo
 from terdit_cli.model.ternary import TernaryConfig
+from tests.ckpt_file import save_ckpt
 
 
 def test_round_trip(tmp_path, tiny_config, make_ckpt, random_network):

@@ -11,6 +11,7 @@ import torch
 
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.dit import DiTConfig, build_config
+from terdit_cli.pack import convert
 from terdit_cli.pack.convert import (
     ARGUMENTS_FILE,
     ReleasedFolder,
@@ -186,6 +187,12 @@ def edits():
         "gap in layers": put("layers.7.weight", torch.ones(1)),
         "alphas of a matrix": put("layers.0.attention.wq.alphas", torch.ones(1, 1)),
         "two alphas": put("layers.0.attention.wq.alphas", torch.ones(2)),
+        "no rows": put("y_embedder.embedding_table.weight", torch.zeros(0, 64)),
+        "no width": put("x_embedder.weight", torch.zeros(0, 16)),
+        "spread": put(WQ, torch.zeros(1, 1, dtype=torch.uint8).expand(1 << 18, 1 << 22)),
+        "sparse": put("x_embedder.bias", torch.zeros(64).to_sparse()),
+        "complex": put("x_embedder.bias", torch.zeros(64, dtype=torch.complex64)),
+        "not finite": put("x_embedder.bias", torch.full((64,), torch.inf)),
         "no tensor": put("number", 3),
         "key no text": put(3, torch.ones(1)),
     }
@@ -210,12 +217,36 @@ def test_files_that_are_missing_or_foreign(folder, tmp_path):
     with pytest.raises(InputFileError, match=r"no packed weights.*consolidated_ema.00-of-01"):
         load_model(folder, n_heads=4)
     torch.save([1], folder / WEIGHTS)
-    with pytest.raises(InputFileError, match="not a flat state dict"):
+    with pytest.raises(InputFileError, match="the released file is not a state dict: got a list"):
         load_model(folder, n_heads=4)
     (folder / WEIGHTS).write_bytes(b"junk")
     with pytest.raises(InputFileError, match=r"not written by torch\.save"):
         load_model(folder, n_heads=4)
     assert not is_released_folder(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", edits())
+def test_damaged_weights_are_not_packed(folder, tmp_path, name):
+    """Nor read at length: what does not fit is refused before anything is decoded."""
+    rewrite(folder, edits()[name])
+    with pytest.raises(InputFileError) as error:
+        write_tdt(ReleasedFolder(folder, n_heads=4), tmp_path / "m.tdt", "t2", "fp32")
+    assert str(folder) in str(error.value)
+    assert not (tmp_path / "m.tdt").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(2**20, "too large"), (2**30, "from 1 to"), (40, "16 times a whole number"), (0, "from 1 to")],
+)
+def test_impossible_image_sizes(folder, value, words):
+    """The first two would ask for 34 GB and 36 PB of positions."""
+    arguments = torch.load(folder / ARGUMENTS_FILE, weights_only=False)
+    arguments.image_size = value
+    torch.save(arguments, folder / ARGUMENTS_FILE)
+    with pytest.raises(InputFileError, match=words) as error:
+        ReleasedFolder(folder, n_heads=4)
+    assert str(folder) in str(error.value)
 
 
 def test_weights_without_average(folder):
@@ -245,7 +276,9 @@ def test_bfloat16_rest_stays_close(tmp_path, golden_case, released_folder):
 @pytest.mark.parametrize(
     ("name", "dim", "heads"), [("600M", 1536, 32), ("3B", 3072, 32), ("7B", 4096, 32)]
 )
-def test_published_names_tell_the_heads(tmp_path, name, dim, heads):
+def test_published_names_tell_the_heads(tmp_path, monkeypatch, name, dim, heads):
+    for check in ("check_state_dict", "check_fit"):  # of the values, which are not here
+        monkeypatch.setattr(convert, check, lambda *arguments: None)
     ffn = build_config(SIZES_BY_NAME[name]).ffn_width
     shapes = {
         "x_embedder.weight": (dim, 16),

@@ -15,6 +15,7 @@ from terdit_cli.model.dit import DiT
 from terdit_cli.model.ternary import TernaryConfig, TernaryLinear, expand_alphas
 from terdit_cli.pack.exported import count_weights, matrix_names
 from terdit_cli.pack.qat import CheckpointExport, fit_trits
+from terdit_cli.pack.tdt import write_tdt
 
 FULL_PRECISION = TernaryConfig(enabled=False)
 
@@ -125,13 +126,49 @@ def test_full_precision_checkpoints_are_fitted(tmp_path, tiny_config, make_ckpt,
         assert error.relative_error**2 + error.cosine**2 == pytest.approx(1, abs=1e-4)
 
 
-def test_checkpoint_without_a_matrix(tmp_path, tiny_config, make_ckpt):
-    opened = load_ckpt(make_ckpt(tmp_path / "ckpt.pt", tiny_config))
-    state = dict(opened.ema)
-    del state["layers.1.attention.wo.weight"]
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("layers.1.attention.wo.weight", None, "got no layers.1.attention.wo.weight"),
+        ("layers.1.attention.wo.weight", torch.zeros(3, 2), r"of shape \[3, 2\], expected shape"),
+        ("layers.1.attention.wo.alphas", None, "got no layers.1.attention.wo.alphas"),
+        ("layers.1.attention.wo.alphas", torch.ones(20), r"of shape \[20\], expected shape \[1\]"),
+        ("x_embedder.bias", None, "got no x_embedder.bias"),
+        ("extra", torch.ones(1), "got extra of shape .*expected no such tensor"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("enabled", [True, False])
+def test_checkpoint_that_is_not_its_network(
+    tmp_path, tiny_config, make_ckpt, key, value, message, enabled
+):
+    """Missing scales, too: others in their place would be another model."""
+    if not enabled and "alphas" in key:
+        return
+    ternary = TernaryConfig(enabled=enabled)
+    opened = load_ckpt(make_ckpt(tmp_path / "ckpt.pt", tiny_config, ternary))
+    state = {name: tensor for name, tensor in opened.ema.items() if name != key}
+    state |= {} if value is None else {key: value}
     broken = Checkpoint(opened.path, opened.info, opened.recipe, opened.model, state)
-    with pytest.raises(InputFileError, match=r"no matrix layers.1.attention.wo.weight.*ckpt.pt"):
+    with pytest.raises(InputFileError, match=rf"{message}.*ckpt.pt"):
         CheckpointExport(broken, "ema")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("part", ["w1.weight", "w1.alphas", "x_embedder.bias"])
+def test_values_that_are_not_finite(tmp_path, tiny_config, make_ckpt, enabled, bad, part):
+    """A master that is not would become a matrix of zeros without a word."""
+    if not enabled and "alphas" in part:
+        return
+    ternary = TernaryConfig(enabled=enabled)
+    opened = load_ckpt(make_ckpt(tmp_path / "ckpt.pt", tiny_config, ternary))
+    key = part if part in opened.ema else f"layers.0.feed_forward.{part}"
+    state = dict(opened.ema) | {key: opened.ema[key].clone()}
+    state[key].view(-1)[0] = bad
+    broken = Checkpoint(opened.path, opened.info, opened.recipe, opened.model, state)
+    with pytest.raises(InputFileError, match=rf"no finite numbers: got {key} .*ckpt.pt"):
+        write_tdt(CheckpointExport(broken, "ema"), tmp_path / "m.tdt", "t2", "fp32")
+    assert not (tmp_path / "m.tdt").exists()
 
 
 def test_names_are_those_of_the_network(tiny_config):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from terdit_cli.errors import EnvironmentProblem, InputFileError
 from terdit_cli.model.ckpt import load_ckpt
+from terdit_cli.model.dit import DiT
 from terdit_cli.model.info import ModelInfo, SpaceInfo
 from terdit_cli.model.ternary import TernaryConfig
 from terdit_cli.pack.exported import ExportedModel, matrix_names
@@ -128,6 +129,8 @@ class Fake(ExportedModel):
 
     def __init__(self, config, trit: int = 1) -> None:
         self.info = ModelInfo(config, TernaryConfig(), SpaceInfo(), image_size=4)
+        tensors = DiT(config, TernaryConfig().linear()).state_dict()
+        self.shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         self.trit = trit
         self.alive: list[weakref.ref] = []
         self.most = 0
@@ -141,19 +144,20 @@ class Fake(ExportedModel):
         return matrix_names(self.info.config.n_layers)
 
     def matrix_shape(self, name: str) -> tuple[int, int]:
-        return (64, 32)
+        return self.shapes[f"{name}.weight"]
 
     def trits(self, name: str) -> Tensor:
-        return self._made(torch.full((64, 32), self.trit, dtype=torch.int8))
+        return self._made(torch.full(self.matrix_shape(name), self.trit, dtype=torch.int8))
 
     def alphas(self, name: str) -> Tensor:
         return torch.ones(1)
 
     def rest_names(self) -> list[str]:
-        return ["first", "second", "scalar"]
+        known = {f"{name}.{part}" for name in self.ternary_names() for part in ("weight", "alphas")}
+        return [key for key in self.shapes if key not in known]
 
     def rest(self, name: str) -> Tensor:
-        return self._made(torch.zeros(()) if name == "scalar" else torch.zeros(100))
+        return self._made(torch.zeros(self.shapes[name]))
 
     def __exit__(self, *error) -> None:
         return None

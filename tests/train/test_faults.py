@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -87,8 +88,8 @@ def losses(self, *arguments):
 
 
 class SlowDisk(loop.BatchLoader):
-    def iterate(self, start_step=0):
-        for number, batch in enumerate(super().iterate(start_step), start_step):
+    def iterate(self, start_step=0, end_step=None):
+        for number, batch in enumerate(super().iterate(start_step, end_step), start_step):
             if (number, "data") in faults:
                 (folder / "fault").touch()
                 time.sleep(600)
@@ -372,21 +373,47 @@ def test_too_many_in_a_row_stop_the_run(
     tmp_path: Path, train: Train, spoil: Callable[..., None], every: int,
     tensors_of: Callable[[Path], dict[str, Tensor]],
 ) -> None:  # fmt: skip
-    """The state before them may have been saved, or not."""
+    """Their state takes the place of no earlier one, from where a lower rate may help."""
     folder = tmp_path / "run"
     spoil(2, *range(5, 99))
-    words = (*WORDS, "train.max_skipped=2", f"checkpoint.every={every}")
+    words = (*WORDS, "train.max_skipped=2", f"checkpoint.every={every}", "checkpoint.keep_last=1")
     with pytest.raises(GateFailed, match="training diverged at step 5: got loss") as caught:
         train(folder, *words)
     assert caught.value.exit_code == 5
     assert "gradient norm nan in step 7, expected finite numbers after at most 2" in str(
         caught.value
     )
-    assert f"saved in {folder_of(folder, 4)}" in str(caught.value)
-    assert "Fix: continue with a lower rate: terdit train" in str(caught.value)
-    assert f"--resume auto --out {folder} optim.lr=0.001." in str(caught.value)
-    assert next(iter(complete_checkpoints(folder))) == 4
-    assert all(tensor.isfinite().all() for tensor in tensors_of(folder_of(folder, 4)).values())
+    assert list(complete_checkpoints(folder)) == [every]
+    assert all(tensor.isfinite().all() for tensor in tensors_of(folder_of(folder, every)).values())
+    assert "Fix: try a lower rate: terdit train" in str(caught.value)
+    [fix] = re.findall(r"Fix: try a lower rate: (.*)\.", str(caught.value))
+    resumed = [] if every == 4 else ["--resume", str(folder_of(folder, 3))]  # 4 is where it began
+    assert shlex.split(fix) == [
+        "terdit", "train", str(folder / "recipe.yaml"), *resumed,
+        "--out", f"{folder}-lower", "optim.lr=0.001",
+    ]  # fmt: skip
+
+
+def test_the_advice_after_a_divergence_works(tmp_path: Path, train: Train) -> None:
+    words = (*WORDS, "train.max_skipped=1", "optim.grad_clip=null", "checkpoint.every=1")
+    folder = tmp_path / "run"
+    train(folder, *words, "train.steps=3")
+    with pytest.raises(GateFailed, match="diverged at step") as caught:
+        train(folder, *words, "optim.lr=1e30", resume="auto")
+    assert f"--resume {folder_of(folder, 3)} --out {folder}-lower" in str(caught.value)
+    lower = Path(f"{folder}-lower")
+    assert train(lower, *words, "optim.lr=1e-3", resume=str(folder_of(folder, 3))).steps == STEPS
+
+
+@pytest.mark.parametrize("spoilt", [(8,), (7, 8)])
+def test_a_run_must_not_end_in_skipped_steps(
+    tmp_path: Path, train: Train, spoil: Callable[..., None], spoilt: tuple[int, ...]
+) -> None:
+    """Nobody would know whether the weights give anything."""
+    spoil(*spoilt)
+    with pytest.raises(GateFailed, match=f"diverged at step {spoilt[0]}: .*in the last step"):
+        train(tmp_path / "run", *WORDS, "train.steps=8")
+    assert not (tmp_path / "run" / "ckpt.pt").exists()
 
 
 # A process is told to stop

@@ -163,6 +163,26 @@ def test_incomplete_and_damaged_checkpoints_are_named_and_skipped(
     assert_same_run(folder, whole_run)
 
 
+def test_nothing_to_continue_from_is_no_new_run(
+    tmp_path: Path, train: Train, whole_run: Path
+) -> None:
+    """What is there, a finished model or checkpoints that may be mended, would be lost."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    shards = list((folder / "checkpoints").glob("*/__0_0.distcp"))
+    for shard in shards:
+        shard.write_bytes(shard.read_bytes()[:-100])
+    (folder / "ckpt.pt").unlink()
+    with pytest.raises(InputFileError, match=r"got damaged ones only \(.*run\)\. Fix: restore one"):
+        train(folder, resume="auto")
+    assert all(shard.exists() for shard in shards)
+    shutil.rmtree(folder / "checkpoints")
+    shutil.copy(whole_run / "ckpt.pt", folder)
+    with pytest.raises(InputFileError, match="got a finished run without checkpoints"):
+        train(folder, resume="auto")
+    assert (folder / "ckpt.pt").read_bytes() == (whole_run / "ckpt.pt").read_bytes()
+
+
 @pytest.mark.parametrize("damage", ["manifest.json", "__0_0.distcp", ".metadata", "recipe.yaml"])
 def test_a_damaged_checkpoint_named_by_the_user_is_refused(
     tmp_path: Path, train: Train, whole_run: Path, damage: str
