@@ -39,6 +39,7 @@ from terdit_cli.options import (
     Threads,
     Vae,
     chosen_weights,
+    refuse_given,
 )
 
 EXIT_CODES = """Exit codes: 0 ok, 1 bug (with traceback), 2 usage or recipe, 3 bad input file,
@@ -256,6 +257,15 @@ app.command(epilog=_example(*app_models.EXAMPLES))(app_models.models)
 app.command(epilog=_example(*app_study.EXAMPLES))(app_study.study)
 
 
+_BENCHED = {
+    "batch": ("all", "forward"),
+    "activations": ("all", "gemm", "forward", "images"),
+    "rivals": ("all", "gemm", "forward"),
+    "ggml": ("all", "gemm"),
+    "recorded": ("metrics",),
+}
+
+
 @app.command(
     epilog=_example(
         "terdit bench",
@@ -270,6 +280,7 @@ app.command(epilog=_example(*app_study.EXAMPLES))(app_study.study)
     )
 )
 def bench(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="A size (600m, 4.2b, ...: random weights), a .tdt, or a recipe.")
     ] = "600m",
@@ -315,6 +326,8 @@ def bench(
     """Measure speed, exactness and memory on this CPU or a GPU, beside the rivals."""
     line = shlex.join(["terdit", *sys.argv[1:]])
     if what in ("roofline", "kernels") or (device != "cpu" and what != "images"):
+        foreign = ("batch", "threads", "activations", "backend", "rivals", "ggml", "recorded")
+        refuse_given(context, foreign, "for the benchmarks of CPUs")
         from terdit_cli.commands import bench_gpu
 
         report = bench_gpu.run(model, what, size, images, device, gpu, repeats, seed, out, line)
@@ -324,6 +337,10 @@ def bench(
         for table in bench_gpu.gpu_tables(report):
             console.result_table(*table)
         return
+    refuse_given(context, ("images", "gpu"), "for the benchmarks of GPUs")
+    for option, kinds in _BENCHED.items():
+        if what not in kinds:
+            refuse_given(context, (option,), f"for --what {' or '.join(kinds)}")
     from terdit_cli.commands import bench as command
 
     result = command.run(

@@ -28,7 +28,14 @@ from terdit_cli.options import (
     Threads,
     Vae,
     chosen_weights,
+    refuse_given,
 )
+
+_OF_MODELS = (
+    "sampler", "steps", "cfg_scale", "cfg_channels", "labels", "batch_size", "backend",
+    "activations", "compiled", "ema", "vae",
+)  # fmt: skip
+_OF_REFERENCES = ("bootstrap", "over_n", "pr_samples")
 
 EXAMPLES = (
     "terdit eval-fid --model model.tdt --reference imagenet_val/ -n 50000 --work work/ "
@@ -65,6 +72,7 @@ class BadImages(StrEnum):
 
 
 def eval_fid(
+    context: typer.Context,
     model: Annotated[
         Path | None, typer.Option(help="Draw the images with this model: a path or a packaged one.")
     ] = None,
@@ -171,6 +179,12 @@ def eval_fid(
     json: Json = False,
 ) -> None:
     """Score a model or images against a reference; exit with 5 if a gate is missed."""
+    if images is not None:
+        refuse_given(context, _OF_MODELS, "for images that --model draws")
+    if reference is None:
+        refuse_given(context, _OF_REFERENCES, "for a comparison with --reference")
+    if max_regression is None:
+        refuse_given(context, ("tolerance",), "for --max-regression")
     from terdit_cli.commands import eval_fid as command
     from terdit_cli.commands.eval_options import EvalOptions
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import StrEnum
 from typing import Annotated, Literal
 
 import typer
+
+from terdit_cli.errors import UsageError
 
 
 class CfgChannels(StrEnum):
@@ -58,3 +61,16 @@ RawWeights = Annotated[
 def chosen_weights(ema: bool) -> Literal["ema", "raw"]:
     """Return what `RawWeights` chose, by its name in the library."""
     return "ema" if ema else "raw"
+
+
+def refuse_given(context: typer.Context, names: Collection[str], only: str) -> None:
+    """Raise UsageError if one of these parameters stands on the command line and would do nothing.
+
+    Args:
+        only: what they are for.
+    """
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            flag = parameter.opts[0]
+            raise UsageError(f"{flag} would do nothing here: it is {only}", fix=f"leave {flag} out")

@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from terdit_cli.errors import InputFileError, UsageError, did_you_mean
+from terdit_cli.shipped import find_recipe
 
 VAE_DOWNSAMPLE = 8  # of Stable Diffusion's VAE, which all published recipes use
 VAE_CHANNELS = 4
@@ -350,12 +351,13 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read, override and check a recipe.
+    """Read, override and check a recipe, the user's or one that is shipped.
 
     Raises:
         InputFileError: the file is missing or not YAML.
         UsageError: one sentence for each unknown key, wrong type or impossible value.
     """
+    path = find_recipe(path)
     values = read_mapping(path, "recipe")
     # A preset takes the place of what the file says; fields beside it win, on either side of it.
     for word in sorted(overrides, key=lambda word: not word.startswith("ternary.preset=")):

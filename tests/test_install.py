@@ -55,12 +55,14 @@ def contents(wheel: Path) -> set[str]:
 
 
 def package_files() -> set[str]:
-    """Return the files of the package that every wheel holds."""
-    return {
+    """Return the files of the package that every wheel holds, the recipes among them."""
+    package = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "terdit_cli").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.parent.name != "native"
     }
+    recipes = (ROOT / "recipes").rglob("*.yaml")
+    return package | {f"terdit_cli/{path.relative_to(ROOT)}" for path in recipes}
 
 
 def install(wheel: Path, folder: Path) -> Path:
@@ -120,6 +122,7 @@ def test_source_distribution(tmp_path: Path) -> None:
         for path in (ROOT / "terdit_cli/runtime/native").iterdir()
         if path.suffix in NATIVE_SOURCES
     }
-    assert package_files() | native | {"README.md", "LICENSE", "pyproject.toml"} <= names
+    sources = {name.replace("terdit_cli/recipes/", "recipes/") for name in package_files()}
+    assert sources | native | {"README.md", "LICENSE", "pyproject.toml"} <= names
     packaged = {name for name in names if name.startswith("terdit_cli/models/")}
     assert not any(name.endswith((".so", ".tdt")) for name in names - packaged)

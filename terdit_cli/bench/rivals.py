@@ -2,8 +2,8 @@
 
     y = x @ (alpha * trits).T + bias
 
-A rival is a layer made from the trits [N, K], one alpha and a bias; its GEMM is that layer, its
-forward the same `DiT` with that layer in place of every ternary matrix. So all rivals, and the
+A rival is a layer made from the trits [N, K], alpha [1] or [N] and a bias; its GEMM is that layer,
+its forward the same `DiT` with that layer in place of every ternary matrix. So all rivals, and the
 packed model, compute the same function of the same weights: what differs is how.
 
 Shapes: M rows of activations, K in features, N out features.
@@ -78,7 +78,7 @@ class UnpackLinear(nn.Module):
         self.alpha: Tensor
         self.bias: Tensor | None
         self.register_buffer("packed", released_encode(trits))
-        self.register_buffer("alpha", alpha)
+        self.register_buffer("alpha", alpha[:, None])
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def dense_layer(trits: Tensor, alpha: Tensor, bias: Tensor | None) -> nn.Linear:
     """Return an nn.Linear in float32 with the weight alpha * trits."""
     with torch.device("meta"):
         linear = nn.Linear(trits.shape[1], trits.shape[0], bias=bias is not None)
-    linear.weight = nn.Parameter(trits.float().mul_(alpha), requires_grad=False)
+    linear.weight = nn.Parameter(trits.float().mul_(alpha[:, None]), requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
@@ -170,14 +170,16 @@ def dense_network(model: ExportedModel, layer: Layer, dtype: torch.dtype) -> DiT
     """Build the DiT of an exported model with `layer` for each ternary matrix.
 
     One matrix at a time is in float32, so the peak of memory is that of the finished network.
-    The rivals know scales per tensor only.
+    The rivals know no scales per group.
 
     Raises:
         EnvironmentProblem: the model has scales of another granularity.
     """
     granularity = model.info.ternary.granularity
-    if granularity != "tensor":
-        raise EnvironmentProblem("no rival for these scales", got=granularity, expected="tensor")
+    if granularity == "group128":
+        raise EnvironmentProblem(
+            "no rival for these scales", got=granularity, expected="tensor or row"
+        )
     with torch.device("meta"):
         network = DiT(model.info.config, lambda *shape, bias: nn.Identity())
     biases = {f"{name}.bias" for name in model.ternary_names()}

@@ -1,7 +1,8 @@
 """What the quantiser costs in training: a recipe's steps, ternary against full precision.
 
 Both networks train on the same random images, eager and compiled, in turns. The full-precision
-twin is the recipe with `ternary.enabled=false`, which also leaves out the norm after adaLN.
+twin is the recipe with `ternary.enabled=false`, which also leaves out the norm after adaLN where
+the recipe does not ask for it.
 """
 
 from __future__ import annotations

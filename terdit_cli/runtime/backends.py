@@ -60,38 +60,37 @@ def choose_backend(name: str, device: torch.device) -> Choice:
         UsageError: an unknown name.
         EnvironmentProblem: a named backend that cannot run here, with the reason.
     """
-    if name == "auto":
-        name = os.environ.get("TERDIT_BACKEND", "auto")
-    reasons = {backend.NAME: backend.available(device) for backend in BACKENDS}
-    missing = {key: reason for key, reason in reasons.items() if reason is not None}
-    usable = [backend for backend in BACKENDS if reasons[backend.NAME] is None]
-    if name == "auto":
-        why = "; ".join(f"not {key}: {reason}" for key, reason in missing.items())
-        return Choice(usable[0], f"backend {usable[0].NAME}" + (f" ({why})" if why else ""))
-    for backend in usable:
-        if name == backend.NAME:
-            return Choice(backend, f"backend {name} (as asked)")
-    if name in missing:
-        named = next(backend for backend in BACKENDS if name == backend.NAME)
+    variable = os.environ.get("TERDIT_BACKEND") if name == "auto" else None
+    name = variable or name
+    named = next((backend for backend in BACKENDS if name == backend.NAME), None)
+    if named is None and name != "auto":
+        known = ["auto", *(backend.NAME for backend in BACKENDS)]
+        raise UsageError(
+            "unknown backend",
+            got=repr(name) + did_you_mean(name, known),
+            expected="one of " + ", ".join(known),
+            where="TERDIT_BACKEND" if variable else None,
+            fix="unset TERDIT_BACKEND" if variable else "--backend auto",
+        )
+    if named is not None and (reason := named.available(device)) is not None:
         elsewhere = [
             f"--device {kind}"
             for kind in ("cuda", "cpu")
             if kind != device.type and named.available(torch.device(kind)) is None
         ]
-        others = [backend.NAME for backend in usable]
+        auto = "unset TERDIT_BACKEND" if variable else "use --backend auto"
         raise EnvironmentProblem(
             f"backend {name!r} cannot run",
-            got=missing[name],
-            where=f"device {device}",
-            fix="use " + " or ".join([*elsewhere, "--backend auto", *others]),
+            got=reason,
+            where=f"device {device}" + (", TERDIT_BACKEND" if variable else ""),
+            fix=" or ".join([auto, *elsewhere]),
         )
-    known = ["auto", *(backend.NAME for backend in BACKENDS)]
-    raise UsageError(
-        "unknown backend",
-        got=repr(name) + did_you_mean(name, known),
-        expected="one of " + ", ".join(known),
-        fix="set --backend or TERDIT_BACKEND",
-    )
+    if named is not None:
+        return Choice(named, f"backend {name} (as asked)")
+    reasons = {backend.NAME: backend.available(device) for backend in BACKENDS}
+    usable = next(backend for backend in BACKENDS if reasons[backend.NAME] is None)
+    why = "; ".join(f"not {key}: {reason}" for key, reason in reasons.items() if reason)
+    return Choice(usable, f"backend {usable.NAME}" + (f" ({why})" if why else ""))
 
 
 def resolve_activations(requested: str, trained: Activations, backend: Backend) -> Precision:

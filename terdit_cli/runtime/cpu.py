@@ -44,8 +44,8 @@ _threads: int | None = None  # what `set_threads` was told
 def auto_precision() -> Precision:
     """Return what models that were not trained with int8 activations run in.
 
-    int8, whose images differ from fp32's by less than their 8 bits show (README, "sample"); in
-    plain C++, without instructions for bytes, fp32 is the faster one.
+    int8, whose images differ little from fp32's (README, "The CPU runtime"); in plain C++, without
+    instructions for bytes, fp32 is the faster one.
     """
     return "fp32" if isa() == "generic" else "int8"
 
@@ -111,8 +111,8 @@ def _open() -> ctypes.CDLL | str:
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    if "TERDIT_ISA" in os.environ:
-        _set_isa(library, os.environ["TERDIT_ISA"])
+    if isa_name := os.environ.get("TERDIT_ISA"):
+        _set_isa(library, isa_name)
     return library
 
 
@@ -195,8 +195,7 @@ def thread_count() -> int:
     """
     if _threads is not None:
         return _threads
-    text = os.environ.get("TERDIT_THREADS")
-    if text is not None:
+    if text := os.environ.get("TERDIT_THREADS"):
         return _checked_threads(int(text) if text.isdecimal() and len(text) < 9 else text)
     return min(torch.get_num_threads(), MAX_THREADS)
 

@@ -3,7 +3,8 @@
     fp32    x in three tf32 products         int8, int16  as the reference, bit for bit
     bf16    x rounded to bfloat16            fp8          u = e4m3(x * (1 / absmax * 448)), a row
 
-Products are summed in float32 (fp32, bf16, fp8) or int32. The codes lie on the device in another
+Products are summed in float32 (fp32, bf16, fp8; in fp8 with the fewer bits that Hopper's tensor
+cores keep) or int32. The codes lie on the device in another
 order than t2 (`to_slices`; gpu_kernels.py says why), of as many bytes: nothing larger is ever in
 global memory. Triton is imported when first used, never when this module is.
 
@@ -46,7 +47,7 @@ _LIMITS: dict[str, float] = {"int8": 127.0, "int16": INT16_LIMIT, "fp8": FP8_LIM
 
 
 def auto_precision() -> Precision:
-    """Return int8: the arithmetic is the cpu backend's, whose images were compared."""
+    """Return int8: the products are the cpu backend's, whose images were compared."""
     return "int8"
 
 

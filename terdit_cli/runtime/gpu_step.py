@@ -19,6 +19,7 @@ L layers, M = B T rows.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -92,7 +93,7 @@ class Step:
     """A network as the kernels read it, valid as long as its tensors stay what they were."""
 
     def __init__(self, network: GpuDiT) -> None:
-        self.network = network
+        self.network = weakref.proxy(network)  # which owns this step
         config = self.config = network.config
         layers: Any = network.layers
         paths = [(index, path) for index in range(config.n_layers) for path in MATRICES]
@@ -208,7 +209,7 @@ class Step:
             return multiply(rows, *layer.w13, None, self._empty(rows, width), swiglu=True)
         # Two accumulators of three products each would not fit the registers.
         both = multiply(rows, *layer.w13, None, self._empty(rows, 2 * width))
-        return F.silu(both[:, :width]) * both[:, width:]
+        return F.silu(both[:, :width], inplace=True).mul_(both[:, width:])  # `step_bytes` counts so
 
     def final(self, hidden: Tensor, c: Tensor) -> Tensor:
         """The final layer: hidden [B, T, D], c [B, A] -> [B, T, p * p * out_channels]."""

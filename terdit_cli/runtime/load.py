@@ -105,7 +105,6 @@ def _load(
     overrides: dict[str, Any],
 ) -> LoadedModel:
     checkpoint = checkpoint_path(path)
-    choice = choose_backend(backend, device)
     if checkpoint is not None:
         refuse_overrides(path, overrides)
         for flag, asked in (("--backend", backend), ("--activations", activations)):
@@ -123,6 +122,7 @@ def _load(
                 f"{flag} is for checkpoints", got="a packed or ternarized model", where=path,
                 expected="a run folder or a ckpt.pt", fix=f"leave {flag} out",
             )  # fmt: skip
+    choice = choose_backend(backend, device)
     with open_exported(path, **overrides) as model:
         trained = model.info.ternary.activations
         precision = resolve_activations(activations, trained, choice.backend)

@@ -21,6 +21,7 @@ from pydantic import model_validator as validator
 
 from terdit_cli.errors import UsageError, did_you_mean
 from terdit_cli.recipe import Recipe, Section, load_recipe, mistakes, read_mapping
+from terdit_cli.shipped import find_recipe
 
 AFTER = "$after"  # in an override: the path of the last ckpt.pt of the variant named by `after`
 TRAIN_SPLIT = "train"  # a reference that is the recipe's own training images
@@ -326,6 +327,7 @@ def load_study(path: Path, overrides: Iterable[str] = (), quick: bool = False) -
         UsageError: every mistake of the study, and those of each variant's recipe; `quick` of a
             study that has no such section.
     """
+    path = find_recipe(path)
     values = read_mapping(path, "study")
     study = _parse(values, path)
     changes: dict[str, Any] = {

@@ -93,6 +93,18 @@ def test_networks_agree(name: str) -> None:
     assert (found - exact).norm() / exact.norm() < (1e-5 if name == "unpack" else 0.1)
 
 
+@pytest.mark.parametrize("name", [*EAGER, "int8-mm"])
+def test_a_scale_a_row(name: str) -> None:
+    trits, _, x = problem(20, 64, 48)
+    alphas = torch.linspace(-0.1, 0.2, 48)
+    bias = torch.linspace(-1, 1, 48)
+    expected = x.double() @ (trits.double() * alphas.double()[:, None]).T + bias
+    rival = RIVALS[name]
+    y = rival.layer(trits, alphas, bias).to(rival.dtype)(x.to(rival.dtype)).double()
+    bound = EAGER.get(name, 2.0**-5)
+    assert (y - expected).norm() < bound * expected.norm()
+
+
 def test_scales_of_groups_have_no_rivals() -> None:
     model = RandomModel("nano", input_size=4, seed=0)
     object.__setattr__(model.info.ternary, "granularity", "group128")

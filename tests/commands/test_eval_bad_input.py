@@ -196,12 +196,15 @@ def test_extractors_that_give_no_features(
         (["-n", 50], 3, ["too few images: got 40, expected -n 50", "Fix: -n 40"]),
         (["-n", 1], 2, ["wrong -n: got 1, expected at least 2. Fix: -n 2"]),
         (["--seed", -1], 2, ["wrong --seed: got -1", "Fix: --seed 0"]),
-        (["--batch-size", 0], 2, ["wrong --batch-size: got 0"]),
+        (["--batch-size", 8], 2, ["--batch-size would do nothing", "images that --model draws"]),
+        (["--steps", 20], 2, ["--steps would do nothing here"]),
+        (["--raw"], 2, ["--ema would do nothing here"]),
+        (["--tolerance", 0.1], 2, ["--tolerance would do nothing here: it is for --max-reg"]),
         (["--bootstrap", 1], 2, ["wrong --bootstrap: got 1", "--bootstrap 100"]),
         (["--bootstrap", -1], 2, ["wrong --bootstrap: got -1"]),
         (["--pr-samples", "many"], 2, ["wrong --pr-samples: got 'many'", "all"]),
         (["--pr-samples", 3], 2, ["wrong --pr-samples: got 3, expected 0 for none, or more than"]),
-        (["--tolerance", -0.1], 2, ["wrong --tolerance: got -0.1"]),
+        (["--max-regression", "x.json", "--tolerance", -0.1], 2, ["wrong --tolerance: got -0.1"]),
         (["--max-fid", "nan"], 2, ["wrong --max-fid: got nan"]),
         (["--min-is", 3], 2, ["no Inception Score for --min-is", "torchscript grid.pt"]),
         (["--max-regression", "nowhere.json"], 3, ["nowhere.json", "--json > REF.json"]),
@@ -250,6 +253,7 @@ def test_options(
         (["--cfg-scale", "nan"], 2, ["got nan"]),
         (["--backend", "qpu"], 2, ["unknown backend"]),
         (["--vae", "some/vae"], 2, ["some/vae", "no VAE"]),
+        (["--batch-size", 0], 2, ["wrong --batch-size: got 0"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
 )
@@ -270,6 +274,8 @@ def test_nothing_to_do(refused: Refused, folder: Path, features: str, tmp_path: 
     alone = (*words, "--images", folder, "--make-reference", "r.npz")
     for option, value in (("--max-fid", 3), ("--html", "x.html"), ("--per-class", "all")):
         assert f"{option} needs a reference" in refused(2, *alone, option, value)
+    for option in (["--bootstrap", 50], ["--over-n"], ["--pr-samples", "all"]):
+        assert f"{option[0]} would do nothing here" in refused(2, *alone, *option)
     assert "no such model" in refused(3, *words, "--model", "x.tdt", "--reference", folder)
 
 
