@@ -179,6 +179,15 @@ def _check_size(name: str, added: int) -> None:
         )
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputFileError(
+            "cannot read the card's text", got=error, where=path, fix="check --text"
+        ) from error
+
+
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -191,9 +200,9 @@ def main() -> None:
     parser.add_argument("--codec", choices=("t2", "t5"), default="t5")
     parser.add_argument("--rest", choices=("bf16", "fp32"), default="bf16")
     options = parser.parse_args()
-    text = None if options.text is None else options.text.read_text(encoding="utf-8")
-    words = Words(options.data, options.licence, options.limits, text)
     try:
+        text = None if options.text is None else _read_text(options.text)
+        words = Words(options.data, options.licence, options.limits, text)
         target = run(options.run, options.name, options.eval, words, options.codec, options.rest)
     except TerditError as error:
         console.fail(str(error))

@@ -19,9 +19,10 @@ import numpy as np
 from terdit_cli import console
 from terdit_cli.commands import eval_fid, pack, sample, ternarize, train
 from terdit_cli.commands.eval_options import EvalOptions
-from terdit_cli.errors import TerditError
+from terdit_cli.errors import TerditError, UsageError
 from terdit_cli.evaluate.result import EvalResult
 from terdit_cli.models import catalogue
+from terdit_cli.recipe import load_recipe
 from terdit_cli.train.loggers import read_metrics
 
 RECIPE = Path("recipes/quickstart.yaml")
@@ -35,6 +36,12 @@ SEED = 0
 def run(recipe: Path, folder: Path, overrides: list[str]) -> None:
     """Run the demo into `folder`, replacing what an earlier demo left there."""
     started = time.monotonic()
+    load_recipe(recipe, overrides)  # a mistake in it costs nothing that is there
+    if folder.exists() and any(folder.iterdir()) and not (folder / "run").is_dir():
+        raise UsageError(
+            "the demo's folder holds something else", where=folder,
+            fix="name another, or delete it",
+        )  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     run_folder, packed = folder / "run", folder / "model.tdt"
 

@@ -112,11 +112,12 @@ def score(name: str, ours: FeatureShards, theirs: Reference, asked: Asked) -> Sc
             scores.metrics[f"{name} infinity"] = frechet_infinity(scores.curve, pool.dim)
         except UsageError as error:  # the curve itself is still worth showing
             scores.warnings.append(f"no {name} infinity: {error}")
-    if ours.count <= pool.dim:
-        scores.warnings.append(
-            f"{ours.count} images for {pool.dim} features: the distance is biased upwards; "
-            "compare it only with distances of the same n"
-        )
+    for what, count in (("images", ours.count), ("images of the reference", theirs.count)):
+        if count is not None and count <= pool.dim:
+            scores.warnings.append(
+                f"{count} {what} for {pool.dim} features: the distance is biased upwards; compare "
+                "it only with distances of the same n and reference"
+            )
     return scores
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import terdit_cli
 from terdit_cli import console
-from terdit_cli.atomic import atomic_path, make_folder
+from terdit_cli.atomic import atomic_path, check_writable, make_folder
 from terdit_cli.commands.generate import (
     DEFAULT_BATCH,
     ImageGenerator,
@@ -260,7 +260,7 @@ def _draw(
 
 
 def _check_output(output: Path) -> None:
-    """Refuse, before any work, a file where a folder is meant and unknown kinds of file."""
+    """Refuse, before any work, unknown kinds of file and what cannot be written."""
     if output.suffix not in ("", ".png", ".npz"):
         raise UsageError(
             "unknown kind of output",
@@ -271,3 +271,4 @@ def _check_output(output: Path) -> None:
         )
     if output.suffix == "" and output.is_file():
         raise UsageError("the output folder is a file", where=output, fix="name another with -o")
+    check_writable(output if output.suffix else output / "file")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from terdit_cli import console
@@ -16,6 +16,7 @@ from terdit_cli.study.document import Figure
 from terdit_cli.study.figures import Bar, Series, bar_figure, line_figure, share_figure
 from terdit_cli.study.records import Loss
 from terdit_cli.study.spec import Lines
+from terdit_cli.study.tables import cost_of
 
 _LAYERS = (("-1", "minus"), ("0", "zero"), ("+1", "plus"))
 
@@ -130,12 +131,8 @@ def bars(findings: Findings) -> list[Figure]:
     return figures
 
 
-def _footprint_model(findings: Findings, name: str) -> Model | None:
-    return next((m for m in findings.models_of(name) if m.footprint is not None), None)
-
-
 def _bytes(findings: Findings, name: str) -> str:
-    model = _footprint_model(findings, name)
+    model = cost_of(findings, name)
     return (
         "" if model is None or model.footprint is None else console.byte_size(model.footprint.bytes)
     )
@@ -188,11 +185,11 @@ def codes(findings: Findings) -> list[Figure]:
         note = f"All ternary matrices, seed {first.seed}."
         figures += _figure("shares", findings, title, note, share_figure(title, _LAYERS, rows))
     for key, title, note, log in (
-        ("zero", "Codes that are 0", "Share of all codes, first seed of each variant.", False),
+        ("zero", "Codes that are 0", "Of all codes, first seed of each variant.", False),
         (
             "flipped",
             "Codes that flip",
-            "Share of codes that one step changes, at the steps that are logged; logarithmic.",
+            "Codes that one step changes, of all, at the steps that are logged; logarithmic.",
             True,
         ),
     ):
@@ -201,10 +198,12 @@ def codes(findings: Findings) -> list[Figure]:
             model = next((m for m in findings.models_of(variant.name) if m.metrics), None)
             if model is None:
                 continue
-            points = [(float(e["step"]), float(e[key]["all"])) for e in model.metrics if key in e]
+            points = [
+                (float(e["step"]), 100 * float(e[key]["all"])) for e in model.metrics if key in e
+            ]
             number = _number(findings, variant.name)
             series.append(Series(variant.label, number, _thinned(points), marked=False))
-        drawing = line_figure(title, series, "step", "share", log_y=log)
+        drawing = line_figure(title, series, "step", "%", log_y=log)
         figures += _figure(key, findings, title, note, drawing)
     return figures
 
@@ -225,13 +224,13 @@ def sizes(findings: Findings) -> list[Figure]:
     scale = max(study.evaluation.cfg_scales)
     by_bytes, by_time = [], []
     for variant in study.variants:
-        model = _footprint_model(findings, variant.name)
+        model = cost_of(findings, variant.name)
         distance = findings.distance(variant.name, scale)
         if model is None or model.footprint is None or distance is None:
             continue
         number, cost = _number(findings, variant.name), model.footprint
         by_bytes.append(Series(variant.label, number, [(cost.bytes / 1e6, distance.mean)]))
-        milliseconds = 1000 * fmean(cost.latency)
+        milliseconds = 1000 * median(cost.latency)
         by_time.append(Series(variant.label, number, [(milliseconds, distance.mean)]))
     name = findings.distance_name
     note = f"Last step, {guidance(scale)}; both axes logarithmic. To the lower left is better."

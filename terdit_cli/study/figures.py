@@ -128,10 +128,9 @@ def line_figure(
             marks.append(
                 element("circle", cx=f"{x(a):.1f}", cy=f"{y(b):.1f}", r=2, class_=f"dot {kind}")
             )
-        if line.marked or len(line.points) == 1:
-            for a, b in line.points:
-                note = f"{line.label}: {number(b)} at {number(a)}"
-                marks.append(_marker(x(a), y(b), line.number, 4.2, note))
+        for a, b in line.points if line.marked else line.points[-1:]:
+            note = f"{line.label}: {number(b)} at {number(a)}"
+            marks.append(_marker(x(a), y(b), line.number, 4.2, note))
     frame = _axes(x, y, x_name, y_name)
     keys = [(line.label, line.number) for line in series]
     return _svg(title, [*frame, *marks], keys, HEIGHT)

@@ -5,6 +5,8 @@ Every sentence with a number in it is computed from the records; nothing here wa
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -13,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terdit_cli import console
-from terdit_cli.study.collect import Findings, guidance, pair_named, steps_taken
+from terdit_cli.study.collect import Findings, Model, guidance, pair_named, steps_taken
 from terdit_cli.study.document import (
     Block,
     Card,
@@ -30,7 +32,7 @@ from terdit_cli.study.document import (
 )
 from terdit_cli.study.drawings import bars, codes, curves, loss_against_distance, sizes
 from terdit_cli.study.figures import number
-from terdit_cli.study.spec import AFTER, Pair, Study
+from terdit_cli.study.spec import AFTER, Pair, Study, words_of
 from terdit_cli.study.tables import (
     class_table,
     cost_of,
@@ -43,6 +45,7 @@ from terdit_cli.study.tables import (
 
 ENOUGH_IMAGES = 10_000  # for a distance that others can compare with
 _MOST_COLUMNS = 16  # classes in a picture
+_INIT = "train.init_from="
 _PAIRS = 2  # drawn images of each class that are shown with their nearest
 TITLE = "terdit: ternary against full precision"
 
@@ -113,7 +116,7 @@ def _study(findings: Findings) -> Iterator[Block]:
         "(t2: 2 bits a ternary weight, t5: 1.6), or all weights in bfloat16. Memory is the peak "
         "of the process that samples. Latency is of one image at a time, median and range of its "
         'repeats, in the form and precision that "runs as" names; distances are of models that '
-        "compute in float32, unless a variant says otherwise."
+        "compute in float32, unless a variant says otherwise." + _scatter(findings)
     )
     yield cost_table(findings)
     yield latency_table(findings)
@@ -137,6 +140,23 @@ def _study(findings: Findings) -> Iterator[Block]:
         ],
     )
     yield _commands(findings)
+
+
+def _scatter(findings: Findings) -> str:
+    """Return how much the latency of one and the same network differs between variants."""
+    alike: dict[tuple[object, ...], list[float]] = {}
+    for model in findings.models:
+        if (cost := model.footprint) is not None:
+            kind = (cost.parameters, cost.form, cost.backend, cost.activations, cost.nfe)
+            alike.setdefault(kind, []).append(median(cost.latency))
+    most = max(alike.values(), key=lambda found: max(found) / min(found), default=[])
+    if len(most) < 2:
+        return ""
+    low, high = (f"{1000 * seconds:.3g}" for seconds in (min(most), max(most)))
+    return (
+        f" They were measured at different hours on a shared machine: networks of one size, run "
+        f"alike, took from {low} to {high} ms. What is less than that is the machine's."
+    )
 
 
 def _label(findings: Findings, name: str) -> str:
@@ -165,8 +185,10 @@ def _setting(findings: Findings) -> str:
     if study.headline_images != evaluation.n:
         others.append(f"{study.headline_images:,} for the {_pairs_named(study)}")
     curve = f" ({', '.join(others)})" if others else ""
+    words = ", ".join([*study.overrides, *study.words])
     return (
-        f"Base recipe {study.recipe.name}, seeds {', '.join(map(str, study.seeds))}. "
+        f"Recipe {study.recipe.name}{f' with {words}' if words else ''}; "
+        f"seeds {', '.join(map(str, study.seeds))}. "
         f"{evaluation.n:,} images a model{curve} from its averaged weights, {evaluation.sampler} "
         f"with {evaluation.sampling_steps} steps, seed {evaluation.seed}, classes in turn, "
         f"compared with {reference} by {pipeline}."
@@ -182,13 +204,10 @@ def _notes(findings: Findings) -> Iterator[str]:
             f"{study.evaluation.n:,} images are few: distances of so many are biased upwards and "
             "compare only with each other."
         )
-    ratios = (
-        findings.ratio(pair.ternary, scale, study.headline_images, pair.twin)
-        for pair in study.pairs
-        for scale in study.evaluation.cfg_scales
-    )
-    if any(ratio is not None and len(ratio.values) < 2 for ratio in ratios):
-        yield "One seed: no spread is known, and small differences mean nothing."
+    seeds = Counter(model.variant.name for model in findings.models if model.scores)
+    if alone := sum(count == 1 for count in seeds.values()):
+        of = "" if alone == len(seeds) else f" of {alone} of {len(seeds)} variants"
+        yield f"One seed{of}: no spread is known, and small differences mean nothing."
     for model in findings.models:
         name = f"{model.variant.label}, seed {model.seed}"
         if model.training is not None and model.training.failed:
@@ -318,10 +337,24 @@ def _what_differs(findings: Findings, name: str) -> str:
             f"{_label(findings, variant.of)}, packed {pack.codec}, rest {pack.rest}, "
             f"activations {pack.activations}"
         )
-    words = ", ".join(variant.overrides) or "the base recipe"
+    words = ", ".join(variant.overrides) or "nothing"
     if variant.after is not None:
         words = words.replace(AFTER, f"ckpt.pt of {_label(findings, variant.after)}")
     return words
+
+
+def _training_command(study: Study, model: Model) -> str:
+    """Return the command that trains a model as it was trained, with the recipe of today.
+
+    The recorded one leaves out what the recipe said on that day.
+    """
+    assert model.training is not None
+    recorded = shlex.split(model.training.command)
+    if model.changed:
+        return model.training.command
+    after = next((word.partition("=")[2] for word in recorded if word.startswith(_INIT)), None)
+    words = words_of(study, model.variant, model.seed, Path(after) if after else None)
+    return shlex.join(["terdit", "train", str(study.recipe), *words])
 
 
 def _commands(findings: Findings) -> Commands:
@@ -335,7 +368,7 @@ def _commands(findings: Findings) -> Commands:
         if model.training is not None:
             training = model.training
             where = f"{training.machine}; {training.date}; {console.duration(training.seconds)}"
-            rows.append((f"{name}: training", training.command, where))
+            rows.append((f"{name}: training", _training_command(study, model), where))
         if model.conversion is not None:
             made = model.conversion
             rows.append((f"{name}: made of it", made.command, f"{made.machine}; {made.date}"))

@@ -111,7 +111,8 @@ class Bars(Section):
 class Lines(Section):
     """Figures of lines over training: of each variant one, or of a list one through their ends.
 
-    A list is of trainings that differ in length alone; its line has its first one's label.
+    A list is of trainings of different length, with the decay that suits each; its line has its
+    first one's label.
     """
 
     title: Annotated[str, Field(min_length=1)]

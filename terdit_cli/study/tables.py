@@ -236,7 +236,8 @@ def nearest_table(findings: Findings) -> Iterator[Block]:
         yield Text(
             "Distances in feature space from generated images to the nearest of so many training "
             'images, evenly spread ("among"), beside those from these to their nearest other one. '
-            "A model that copies would be nearer; copies of training images that are not among "
+            "A model that copies would be nearer; so are images that are smoother than real ones, "
+            "which the pictures below tell apart. Copies of training images that are not among "
             "them are not seen."
         )
         header = (

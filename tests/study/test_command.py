@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 from terdit_cli import app_study
 from terdit_cli.commands import study as command
 from terdit_cli.errors import EnvironmentProblem, UsageError
-from terdit_cli.study.records import Folder
+from terdit_cli.recipe import load_recipe
+from terdit_cli.study.records import Folder, differences, essence
 from terdit_cli.study.spec import Study, load_study
 
 ROOT = Path(__file__).parents[2]
@@ -118,3 +120,23 @@ def test_the_page_of_results_is_what_its_records_say(
     for made in (tmp_path / "results.md", *tmp_path.rglob("*.svg")):
         kept = ROOT / "docs" / made.relative_to(tmp_path)
         assert kept.read_text(encoding="utf-8") == made.read_text(encoding="utf-8"), made.name
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar10", "ablations"])
+def test_the_training_commands_of_the_page_train_what_was_trained(name: str) -> None:
+    """Though recipes have got other defaults since."""
+    lines = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index(f"## {load_study(ROOT / 'recipes/studies' / f'{name}.yaml').title}")
+    made = {}
+    for line in lines[start:]:
+        if line.startswith(f"terdit train recipes/{name.replace('ablations', 'quickstart')}.yaml "):
+            _, _, recipe, *words = shlex.split(line)
+            if not any(word.startswith("train.init_from=") for word in words):
+                values = essence(load_recipe(ROOT / recipe, words))
+                made[words[-1], words[-2]] = values
+    assert made
+    for (run, seed), values in made.items():
+        variant = run.removeprefix(f"name={name}-")
+        record = ROOT / "docs/studies" / name / variant / seed.replace("=", "-") / "train.json"
+        asked = json.loads(record.read_text(encoding="utf-8"))["asked"]
+        assert not differences(asked, json.loads(json.dumps({"recipe": values}))), (variant, seed)

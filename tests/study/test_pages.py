@@ -197,10 +197,10 @@ def test_a_line_joins_the_ends_of_trainings(study: Study, tmp_path: Path, invent
 def test_the_warning_of_one_seed_is_of_what_is_there(
     study: Study, folder: Folder, tmp_path: Path
 ) -> None:
-    assert "One seed" not in pages(study, folder, tmp_path / "r.md")[1]
+    assert "One seed of 2 of 5 variants: no" in pages(study, folder, tmp_path / "r.md")[1]
     shutil.rmtree(folder.path / "ternary" / "seed-1")
     found, text, _ = pages(study, folder, tmp_path / "r.md")
-    assert "One seed" in text
+    assert "One seed of 3 of 5 variants: no" in text
     twin = found.distance("twin", 2.0)
     assert twin is not None
     card = next(line for line in text.splitlines() if "ternary : twin, guided 2" in line)
