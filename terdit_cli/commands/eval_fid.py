@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import terdit_cli
+from terdit_cli import console
 from terdit_cli.commands import eval_outputs
 from terdit_cli.commands.eval_features import (
     ModelSource,
@@ -66,6 +67,21 @@ from terdit_cli.runtime.cpu import set_threads
 DEFAULT_IMAGES = 1000  # of a model
 
 
+class _Download:
+    """Says every few seconds how much of an extractor's weights has come."""
+
+    SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self._due = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        if (now := time.monotonic()) >= self._due or done == total:
+            self._due = now + self.SECONDS
+            sizes = f"{console.byte_size(done)} of {console.byte_size(total)}"
+            console.note(f"downloading the extractor's weights: {sizes}")
+
+
 def run(options: EvalOptions) -> EvalResult | None:
     """Evaluate; returns None where there was nothing to compare, and in all but the main process.
 
@@ -88,6 +104,7 @@ def run(options: EvalOptions) -> EvalResult | None:
             options.weights,
             device,
             options.precision,
+            _Download(),
         )
         source = _open(options, device)
         provenance = _provenance(options, source, extractor)

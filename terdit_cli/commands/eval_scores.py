@@ -21,6 +21,7 @@ from terdit_cli.data.collection import spread
 from terdit_cli.errors import UsageError
 from terdit_cli.evaluate.confidence import bootstrap_interval, frechet_infinity, frechet_over_n
 from terdit_cli.evaluate.metrics import (
+    INCEPTION_SPLIT,
     frechet_distance,
     frechet_distance_of_samples,
     inception_score,
@@ -99,6 +100,12 @@ def score(name: str, ours: FeatureShards, theirs: Reference, asked: Asked) -> Sc
     logits = ours.rows("logits")
     if logits is not None:
         scores.metrics["IS"] = inception_score(logits)
+        last = len(logits) % INCEPTION_SPLIT
+        if len(logits) > INCEPTION_SPLIT and last:
+            scores.warnings.append(
+                f"the last split of the Inception Score has {last} of {INCEPTION_SPLIT} images, "
+                "which lowers the mean: choose a multiple"
+            )
     if theirs.features is not None:
         _compare_samples(scores, ours, theirs.features, asked)
     if asked.bootstrap:
@@ -112,12 +119,13 @@ def score(name: str, ours: FeatureShards, theirs: Reference, asked: Asked) -> Sc
             scores.metrics[f"{name} infinity"] = frechet_infinity(scores.curve, pool.dim)
         except UsageError as error:  # the curve itself is still worth showing
             scores.warnings.append(f"no {name} infinity: {error}")
-    for what, count in (("images", ours.count), ("images of the reference", theirs.count)):
-        if count is not None and count <= pool.dim:
-            scores.warnings.append(
-                f"{count} {what} for {pool.dim} features: the distance is biased upwards; compare "
-                "it only with distances of the same n and reference"
-            )
+    counts = {"images": ours.count, "of the reference": theirs.count}
+    few = [f"{n} {what}" for what, n in counts.items() if n is not None and n <= pool.dim]
+    if few:
+        scores.warnings.append(
+            f"{' and '.join(few)} for {pool.dim} features: the distance is biased upwards; compare "
+            "it only with distances of the same n and reference"
+        )
     return scores
 
 

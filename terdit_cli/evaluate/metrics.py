@@ -227,7 +227,10 @@ def kernel_inception_standard_error(
     return float(distances.std(ddof=1) * np.sqrt(1 / len(distances) + share / (1 - share)))
 
 
-def inception_scores(logits: ArrayLike, split_size: int = 5000) -> Matrix:
+INCEPTION_SPLIT = 5000  # images, as guided-diffusion's evaluator
+
+
+def inception_scores(logits: ArrayLike, split_size: int = INCEPTION_SPLIT) -> Matrix:
     """Return exp(mean KL(p(y|x) || p(y))) of each consecutive split, [S].
 
     A shorter last split counts as one. The Inception Score is their mean. Source: Salimans et al.
@@ -254,7 +257,7 @@ def _inception_score(logits: Samples) -> float:
     return float((p * (log_p - marginal)).sum(dim=1).mean().exp())
 
 
-def inception_score(logits: ArrayLike, split_size: int = 5000) -> float:
+def inception_score(logits: ArrayLike, split_size: int = INCEPTION_SPLIT) -> float:
     """Return the Inception Score, the mean of `inception_scores`."""
     return float(inception_scores(logits, split_size).mean())
 

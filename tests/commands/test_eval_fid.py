@@ -94,10 +94,15 @@ def test_a_shift_of_all_pixels_is_the_distance(
     assert result.warnings == []
 
 
-def test_a_part_of_both_sides(folder: Path, evaluate: Evaluate) -> None:
+def test_a_part_of_both_sides(
+    folder: Path, tmp_path: Path, images: Images, evaluate: Evaluate
+) -> None:
     result = evaluate(images=str(folder), reference=str(folder), n=10)
     assert (result.n, result.n_reference) == (10, 10)
     assert any("biased upwards" in text for text in result.warnings)
+    np.savez(tmp_path / "few.npz", arr_0=images(12))
+    of_few = evaluate(images=str(folder), reference=str(tmp_path / "few.npz"))
+    assert any("12 of the reference for 12 features: the dist" in text for text in of_few.warnings)
     all_of_it = evaluate(images=str(folder), reference="embedded:heldout", n=40)
     assert all_of_it.n_reference == 40
 
