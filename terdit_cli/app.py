@@ -11,18 +11,15 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 import terdit_cli
 from terdit_cli import app_eval, app_models, app_prepare, app_study, app_train, console, tables
-from terdit_cli.errors import Interrupted, TerditError, UsageError
+from terdit_cli.errors import TerditError, UsageError
 from terdit_cli.options import (
     Activations,
     BackendName,
@@ -41,10 +38,11 @@ from terdit_cli.options import (
     chosen_weights,
     refuse_given,
 )
+from terdit_cli.signals import StopSignal, handled, raise_stop
 
 EXIT_CODES = """Exit codes: 0 ok, 1 bug (with traceback), 2 usage or recipe, 3 bad input file,
 4 environment (backend or extra missing, disk full), 5 quality gate failed or training diverged,
-130/143 stopped by SIGINT/SIGTERM after saving."""
+130/143 stopped by SIGINT/SIGTERM after saving (129: the terminal was closed)."""
 
 app = typer.Typer(
     name="terdit",
@@ -354,34 +352,30 @@ def bench(
         console.result_table(*table)
 
 
-@contextmanager
-def _stop_signals() -> Iterator[None]:
-    """Make SIGINT and SIGTERM an exception, so that half-written files are removed.
-
-    Training, while it runs, handles the two itself (`train/loop.py`).
-    """
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(
-            f"stopped by {signal.Signals(number).name}: nothing half-written is left",
-            signal_number=number,
-        )
-
-    previous = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
-
-
 def main() -> None:
-    """Run the command line and exit with a documented code."""
+    """Run the command line and exit with a documented code.
+
+    A stop signal becomes an exception, so that half-written files are removed; training, while it
+    runs, handles them itself (`train/loop.py`).
+    """
+    code: Any = 0
     try:
-        with _stop_signals():
+        with handled(raise_stop):
             app(prog_name="terdit")
+    except SystemExit as end:
+        code = end.code
+        if isinstance(end.__context__, BrokenPipeError):  # of which click says 1, a bug
+            code = 128 + signal.SIGPIPE
+    except StopSignal as stop:
+        code = _fail(stop.told())
     except TerditError as error:
-        if os.environ.get("TERDIT_DEBUG"):
-            traceback.print_exc()
-        console.fail(str(error))
-        sys.exit(error.exit_code)
+        code = _fail(error)
+    sys.exit(code)
+
+
+def _fail(error: TerditError) -> int:
+    """Print an error and return its exit code."""
+    if os.environ.get("TERDIT_DEBUG"):
+        traceback.print_exc()
+    console.fail(str(error))
+    return error.exit_code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import textwrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -51,7 +52,7 @@ def _as_json(model: PackagedModel) -> dict[str, Any]:
 
 
 def _print_list(models: list[PackagedModel]) -> None:
-    header = ("name", "bytes", "parameters", "classes", "data", "score")
+    header = ("name", "bytes", "parameters", "classes", "score", "data")
     rows = []
     for model in models:
         metric, value = model.card.score
@@ -61,8 +62,8 @@ def _print_list(models: list[PackagedModel]) -> None:
                 f"{model.file_bytes:,}",
                 f"{model.parameters:,}",
                 len(model.classes),
-                model.card.data,
                 f"{metric} {value:.4g}",
+                textwrap.shorten(model.card.data, 60, placeholder=" ..."),
             )
         )
     console.result_table("packaged models", header, rows)

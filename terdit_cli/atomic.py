@@ -27,6 +27,8 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         EnvironmentProblem: the folder cannot be written or the disk is full.
     """
     target = Path(target)
+    if target.is_dir():
+        raise write_problem(target, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +77,8 @@ def write_problem(target: Path, error: OSError) -> EnvironmentProblem:
     """Turn the operating system's refusal to write `target` into a sentence with a way out."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         fix = "free disk space or name another folder; the previous file, if any, is untouched"
+    elif error.errno == errno.EISDIR:
+        fix = "name a file in it"
     else:
         fix = "name a folder you can write to"
     reason = error.strerror or str(error)

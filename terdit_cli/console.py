@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,6 +27,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from terdit_cli.errors import EnvironmentProblem
 
 PLAIN_SECONDS = 10.0  # without a terminal: one line at most this often, unless told otherwise
 PIPE_WIDTH = 160  # columns of a table that no terminal shows
@@ -56,16 +60,33 @@ def fail(text: str) -> None:
     _err.print(f"[red]error:[/] {escape(text)}")
 
 
+@contextmanager
+def _written() -> Iterator[None]:
+    """Raise EnvironmentProblem where stdout is on a full disk; a closed pipe's own error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise EnvironmentProblem(
+            "the result cannot be written to stdout", got=error.strerror,
+            fix="redirect it to a disk with room",
+        ) from error  # fmt: skip
+
+
 def result(text: str) -> None:
     """Print a line to stdout."""
     if is_main():
-        _out.print(escape(text))
+        with _written():
+            _out.print(escape(text))
 
 
 def result_json(value: dict[str, Any]) -> None:
     """Print exactly one JSON object to stdout."""
     if is_main():
-        print(json.dumps(value, indent=2, default=str))
+        with _written():
+            print(json.dumps(value, indent=2, default=str))
 
 
 def result_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -86,10 +107,15 @@ def result_table(title: str, header: Sequence[str], rows: Sequence[Sequence[obje
         )
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
-    _out.print(f"[bold]{escape(title)}[/]")  # not the table's own: that is folded to its width
-    # A table that is piped must not be folded to eighty columns.
-    target = _out if _out.is_terminal else Console(width=PIPE_WIDTH, highlight=False)
-    target.print(table, soft_wrap=False)
+    # Rich would cut what is wider than the terminal, digits too, and a pipe is none: there the
+    # terminal itself wraps.
+    wide = Console(width=10 * PIPE_WIDTH)
+    needed = Measurement.get(wide, wide.options, table).maximum
+    fits = _out.is_terminal and needed <= _out.width
+    target = _out if fits else Console(width=max(needed, PIPE_WIDTH), highlight=False)
+    with _written():
+        _out.print(f"[bold]{escape(title)}[/]")  # not the table's own: that is folded to its width
+        target.print(table, soft_wrap=not fits)
 
 
 class Meter:

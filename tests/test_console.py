@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from terdit_cli import console
+from terdit_cli.errors import EnvironmentProblem
 
 
 def test_results_and_notes_go_apart(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,6 +46,28 @@ def test_lines_and_tables_are_not_folded(capsys: pytest.CaptureFixture[str]) -> 
     assert out[0] == "word " * 60
     assert any("x" * 100 in line and "y" * 40 in line for line in out)
     assert any(line.startswith("[b]") and line.rstrip().endswith("3") for line in out)
+
+
+@pytest.mark.parametrize("width", [20, 80, 300])
+def test_a_narrow_terminal_cuts_no_digits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setattr(console, "_out", Console(width=width, force_terminal=True))
+    row = ["a long name of a model " * 4, "1,234,567", "116.0"]
+    console.result_table("title", ["name", "bytes", "ms"], [row])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1,234,567 116.0" in printed
+    assert row[0].strip() in printed
+
+
+def test_a_full_disk_behind_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(EnvironmentProblem, match="cannot be written to stdout: got No space"):
+            console.result_json({"a": 1})
+        monkeypatch.undo()
+        with suppress(OSError):
+            full.close()
 
 
 def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ import torch
 
 import terdit_cli
 from terdit_cli import console
-from terdit_cli.atomic import atomic_path
+from terdit_cli.atomic import atomic_path, check_writable
 from terdit_cli.bench import gemm, metrics, network, rivals
 from terdit_cli.bench.goals import goals
 from terdit_cli.bench.options import Options, What, numbers, words
@@ -99,6 +99,8 @@ def run(
             "unknown kind of page", got=output.suffix, expected=".md", where=output,
             fix="--out bench.md",
         )  # fmt: skip
+    if output is not None:
+        check_writable(output)
     if ggml is not None:
         rivals.open_ggml(ggml)
     choice = choose_backend(backend, usable_device(device))

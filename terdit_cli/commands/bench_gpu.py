@@ -19,6 +19,7 @@ from terdit_cli.bench.gpu import CudaStopwatch, GpuFindings, Plan, measure
 from terdit_cli.bench.gpu_page import GpuReport, gpu_goals, gpu_page, gpu_tables
 from terdit_cli.bench.options import DOWNSAMPLE, numbers, words
 from terdit_cli.bench.roofline import RooflineRow, analyse, find_chip
+from terdit_cli.commands.generate import usable_device
 from terdit_cli.errors import EnvironmentProblem, UsageError, did_you_mean
 from terdit_cli.model.dit import SIZES, build_config
 from terdit_cli.runtime import gpu
@@ -75,7 +76,7 @@ def run(
     if what != "all":
         why_not = "nothing was measured"
     else:
-        place = torch.device(device)
+        place = usable_device(device)
         why_not = gpu.available(place)
         if why_not is not None:
             raise EnvironmentProblem(

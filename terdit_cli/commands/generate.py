@@ -233,15 +233,23 @@ def open_generator(
     return ImageGenerator(path, model, place, vae)
 
 
+DEVICES = ("cpu", "cuda", "mps")  # kinds of
+
+
 def usable_device(name: str | None) -> torch.device:
     """Return a device by name, or the default one for None and "auto".
 
     Raises:
         UsageError: no such kind of device. EnvironmentProblem: a GPU that is not there.
     """
-    if name in (None, "auto"):
+    if name is None or name == "auto":
         return default_device()
     kind: type[TerditError] = UsageError
+    if name.partition(":")[0] not in DEVICES:
+        raise UsageError(
+            "the device cannot be used", got=repr(name), expected="auto, cpu, cuda or cuda:1",
+            fix="--device cpu",
+        )  # fmt: skip
     try:
         device = torch.device(name)
         if device.type == "cuda":

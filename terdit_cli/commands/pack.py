@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from terdit_cli import console
-from terdit_cli.errors import UsageError
 from terdit_cli.pack.exported import count_weights
-from terdit_cli.pack.sources import open_exported
+from terdit_cli.pack.sources import open_exported, refuse_output
 from terdit_cli.pack.tdt import RestDtype, write_tdt
 from terdit_cli.pack.trits import blob_shape
 
@@ -57,8 +56,7 @@ def run(
     Raises:
         InputFileError, UsageError, EnvironmentProblem.
     """
-    if output.exists() and source.exists() and output.samefile(source):
-        raise UsageError("the output is the input", where=output, fix="name another file with -o")
+    refuse_output(output, source)
     started = time.monotonic()
     with open_exported(source, weights, **overrides) as model:
         steps = 2 * len(model.ternary_names()) + len(model.rest_names())

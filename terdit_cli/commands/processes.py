@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import distributed
 
 from terdit_cli.errors import EnvironmentProblem, Interrupted, TerditError
+from terdit_cli.signals import STOP_SIGNALS, StopSignal
 
 # One may finish its images long before another. A process that dies takes the job down at once:
 # that is torchrun's work.
@@ -199,10 +200,13 @@ def _open_store() -> distributed.Store:
 def _one_message(processes: Processes) -> Iterator[None]:
     """Let only the first process that fails say why; the others exit with its code."""
     try:
-        yield
+        try:
+            yield
+        except StopSignal as stop:
+            raise stop.told() from None
     except TerditError as error:
         # Nothing may interrupt what is left to do: torchrun stops all when the first one ends.
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         problem = _cause(processes, error)
         code = _leave(processes, problem.exit_code)
         if code is not None:

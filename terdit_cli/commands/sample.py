@@ -27,12 +27,13 @@ from terdit_cli.commands.models import model_for
 from terdit_cli.commands.processes import Processes, join_processes
 from terdit_cli.data.classes import find_classes
 from terdit_cli.data.grid import draw_grid, save_png
-from terdit_cli.diffusion.sampler import SamplerConfig
+from terdit_cli.diffusion.sampler import SamplerConfig, prepare
 from terdit_cli.errors import UsageError
 from terdit_cli.models import catalogue
 from terdit_cli.runtime.cpu import set_threads
 
 GRID_LIMIT = 256  # images in one picture
+FOLDER_LIMIT = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -140,14 +141,8 @@ def run(
         )
         names = generator.class_names
         classes = find_classes(prompt_class, names)
+        _check_count(n * len(classes), output, generator.model.info.image_size)
         indices = [copy * len(names) + class_id for class_id in classes for copy in range(n)]
-        if output.suffix == ".png" and len(indices) > GRID_LIMIT:
-            raise UsageError(
-                "too many images for one grid",
-                got=len(indices),
-                expected=f"at most {GRID_LIMIT}",
-                fix="write a folder or an .npz: -o samples/",
-            )
         config = generator.fit(asked)
         _ = generator.space  # a VAE that cannot be opened is found before the work
         # The same in all processes, whatever else their GPUs do: images depend on it a little.
@@ -167,6 +162,7 @@ def run(
             "sampler": f"{config.name} {config.steps} steps",
             "cfg_scale": f"{config.cfg_scale:g} ({config.cfg_channels} channels)",
         }
+        prepare(config)
         started = time.monotonic()
         drawn = _draw(generator, config, seed, indices, size, processes, output, text)
         seconds = time.monotonic() - started
@@ -257,6 +253,21 @@ def _draw(
                     processes.receive(whole[start : start + batch_size], number % processes.size)
                     on_step(0)
     return whole
+
+
+def _check_count(count: int, output: Path, image_size: int) -> None:
+    """Refuse more images than a picture, a folder or, for an .npz, the memory holds."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = {".png": GRID_LIMIT, ".npz": memory // (3 * image_size**2)}
+    limit = limits.get(output.suffix, FOLDER_LIMIT)
+    if count > limit:
+        raise UsageError(
+            "too many images",
+            got=count,
+            expected=f"at most {limit:,}",
+            where=output,
+            fix="write a folder: -o samples/" if output.suffix else "draw fewer with -n",
+        )
 
 
 def _check_output(output: Path) -> None:

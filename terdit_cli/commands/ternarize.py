@@ -10,7 +10,7 @@ from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.ternary import Granularity, absmean
 from terdit_cli.pack.qat import CheckpointExport
-from terdit_cli.pack.sources import checkpoint_path
+from terdit_cli.pack.sources import checkpoint_path, refuse_output
 from terdit_cli.pack.tdt import write_tdt
 
 
@@ -61,11 +61,12 @@ def run(
     if path is None:
         raise InputFileError(
             "only a training checkpoint can be ternarized",
-            got=checkpoint.suffix or "a folder",
+            got=checkpoint.suffix or ("a folder" if checkpoint.is_dir() else "a file"),
             expected="ckpt.pt or its run folder",
             where=checkpoint,
             fix="other formats are ternary already: use `terdit pack`",
         )
+    refuse_output(output, checkpoint)
     export = CheckpointExport(load_ckpt(path), weights, granularity or "tensor")
     if granularity is not None and not export.fitted:
         raise UsageError(

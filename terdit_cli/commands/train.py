@@ -8,9 +8,13 @@ from pathlib import Path
 
 from terdit_cli import console
 from terdit_cli.atomic import atomic_path
+from terdit_cli.data.loader import BatchSource
+from terdit_cli.data.vae import Space
 from terdit_cli.errors import InputFileError, UsageError
+from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.recipe import Recipe, load_recipe
 from terdit_cli.train import build
+from terdit_cli.train.alone import alone_in
 from terdit_cli.train.checkpoint import (
     FOLDER,
     MANIFEST,
@@ -134,6 +138,7 @@ def export(source: Path, out: Path | None = None) -> ExportResult:
 
     Raises:
         InputFileError: no checkpoint there, or a damaged one.
+        UsageError: ckpt.pt would take the place of that of another step.
         EnvironmentProblem: disk full or not writable.
     """
     world = World()
@@ -149,6 +154,12 @@ def export(source: Path, out: Path | None = None) -> ExportResult:
             )  # fmt: skip
         saved = newest
     path = out or run_folder / CKPT
+    if out is None and path.exists() and load_ckpt(path).info.step not in (None, saved.step):
+        raise UsageError(
+            "the run's ckpt.pt is of another step", got=f"step {load_ckpt(path).info.step}",
+            expected=f"step {saved.step}, as the checkpoint", where=path,
+            fix="name another file: -o early.pt",
+        )  # fmt: skip
     export_ckpt(saved, path)
     return ExportResult(saved.path, path, saved.step)
 
@@ -160,8 +171,21 @@ def _train(
     saved = _find_checkpoint(resume, run_folder, world)
     if saved is not None:
         _check_same_network(recipe, saved)
+    build.model_config(recipe)  # a network that cannot be is found before any data is read
     source = build.open_data(recipe)
     space = build.open_space(recipe, world.device)
+    with alone_in(run_folder, world):
+        return _run(recipe, saved, source, space, run_folder, world)
+
+
+def _run(
+    recipe: Recipe,
+    saved: Saved | None,
+    source: BatchSource,
+    space: Space,
+    run_folder: Path,
+    world: World,
+) -> tuple[Trainer, Path]:
     start = recipe.train.init_from if saved is None else None
     trainer = Trainer(recipe, source, space, world, run_folder, start)
     if saved is not None:
@@ -205,6 +229,11 @@ def _find_checkpoint(resume: str | None, run_folder: Path, world: World) -> Save
             )
         console.note(f"no complete checkpoint in {run_folder}: starting a new run")
         return None
+    if (Path(resume) / FOLDER).is_dir():
+        raise UsageError(
+            "--resume takes a checkpoint, not a run folder", where=resume,
+            fix=f"--resume auto --out {resume}, or one of {Path(resume) / FOLDER}/step-*",
+        )  # fmt: skip
     saved = check_checkpoint(Path(resume), world)
     here = _saved_here(saved, run_folder)
     if newest > here:

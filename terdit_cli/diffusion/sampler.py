@@ -155,6 +155,12 @@ def sample(
     )
 
 
+def prepare(config: SamplerConfig) -> None:
+    """Load what the sampler is made of: the solvers' library takes seconds to import."""
+    if config.name in SOLVERS:
+        _scheduler(config)
+
+
 def forward_with_cfg(
     network: Network,
     x: Tensor,

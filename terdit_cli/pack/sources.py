@@ -23,21 +23,35 @@ def checkpoint_path(path: Path) -> Path | None:
     """
     if not path.exists():
         raise InputFileError("no such model", where=path, fix="check the path")
-    if path.is_file():
+    if not path.is_dir():
         return path if path.suffix in (".pt", ".pth") else None
     if is_released_folder(path):
         return None
     if not (path / CKPT).exists():
-        unfinished = (path / "recipe.yaml").exists()
+        fix = "name a run folder, ckpt.pt, .safetensors or .tdt"
+        if (path / "manifest.json").exists() or any(path.glob("checkpoints/step-*/manifest.json")):
+            fix = f"make one of the checkpoint: terdit train --export {path} -o early.pt"
+        elif (path / "recipe.yaml").exists():
+            fix = f"finish the run: terdit train {path / 'recipe.yaml'} --resume auto --out {path}"
         raise InputFileError(
             "the folder holds no finished model",
             expected=f"{CKPT} of a run, or a released TerDiT checkpoint",
             where=path,
-            fix=f"finish the run: terdit train {path / 'recipe.yaml'} --resume auto --out {path}"
-            if unfinished
-            else "name a run folder, ckpt.pt, .safetensors or .tdt",
+            fix=fix,
         )
     return path / CKPT
+
+
+def refuse_output(output: Path, source: Path) -> None:
+    """Raise UsageError if an output would take its own source's place, or a checkpoint's name."""
+    inputs = [path for path in (source, source / CKPT) if path.exists()]
+    if output.exists() and any(output.samefile(path) for path in inputs):
+        raise UsageError("the output is the input", where=output, fix="name another file with -o")
+    if output.suffix in (".pt", ".pth"):
+        raise UsageError(
+            "the output is no checkpoint", got=output.name, expected="a name as model.tdt",
+            where=output, fix="name another file with -o",
+        )  # fmt: skip
 
 
 def refuse_overrides(path: Path, overrides: dict[str, Any]) -> None:

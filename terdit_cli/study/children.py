@@ -25,6 +25,7 @@ from typing import Any
 
 from terdit_cli.atomic import write_problem
 from terdit_cli.errors import Interrupted, TerditError, UsageError
+from terdit_cli.signals import STOP_SIGNALS
 
 LOCK = ".lock"
 _POLL_SECONDS = 0.05
@@ -119,7 +120,7 @@ def run_terdit(words: Sequence[str], descriptor: int, tick: Tick | None = None) 
         if process.returncode:
             code = process.returncode
             stopped = -code if code < 0 else code - 128
-            if stopped in (signal.SIGINT, signal.SIGTERM):
+            if stopped in STOP_SIGNALS:
                 raise Interrupted(
                     "a step of the study was stopped; run the study again to go on",
                     signal_number=stopped,

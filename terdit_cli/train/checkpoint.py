@@ -21,6 +21,7 @@ import re
 import shutil
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -127,6 +128,11 @@ class CheckpointWriter:
         if self._world.is_main:
             shutil.rmtree(_hidden(final), ignore_errors=True)
         raise _explain(final, error) from error
+
+    def abandon(self) -> None:
+        """Wait for what is being written, whatever comes of it; a half-written save is removed."""
+        with suppress(TerditError):
+            self.wait()
 
     def _publish(self, final: Path, step: int, files: dict[str, Fingerprint]) -> None:
         """Make a hidden folder a checkpoint; on the main process only."""

@@ -12,11 +12,12 @@ from pathlib import Path
 from terdit_cli import console
 from terdit_cli.data.loader import BatchLoader
 from terdit_cli.errors import EnvironmentProblem, GateFailed, Interrupted
+from terdit_cli.signals import STOP_SIGNALS
 from terdit_cli.train.checkpoint import RECIPE, complete_checkpoints, folder_of
 from terdit_cli.train.loggers import read_metrics
 from terdit_cli.train.observe import Observer
 from terdit_cli.train.parallel import World
-from terdit_cli.train.stop import SIGNALS, stop_signals
+from terdit_cli.train.stop import stop_signals
 from terdit_cli.train.trainer import StepResult, Trainer
 from terdit_cli.train.watch import Watchdog
 
@@ -63,6 +64,7 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
         meter_context as meter,
         closing(observer),
         watchdog,
+        _no_half_save(trainer),
     ):
         meter.start_at(trainer.step)
         status, skipped, save_due, drawn = "", 0, False, time.monotonic()
@@ -108,7 +110,7 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
                         trainer.save()
                     trainer.checkpoints.wait()
                 stop.heed()
-                number = max(n for n, wanted in zip(SIGNALS, stops, strict=True) if wanted)
+                number = max(n for n, wanted in zip(STOP_SIGNALS, stops, strict=True) if wanted)
                 raise Interrupted(
                     f"stopped by {number.name} after step {step}, saved",
                     signal_number=number,
@@ -121,6 +123,20 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
     path = trainer.finish()
     observer.draw(f"{recipe.name}: {steps} steps")
     return path
+
+
+@contextmanager
+def _no_half_save(trainer: Trainer) -> Iterator[None]:
+    """Let no failure leave a half-written checkpoint behind, which may be what fills the disk.
+
+    Of several processes the others may be gone, and a save waits for all: the next run removes it.
+    """
+    try:
+        yield
+    except BaseException:
+        if trainer.world.size == 1:
+            trainer.checkpoints.abandon()
+        raise
 
 
 def _diverged(trainer: Trainer, result: StepResult, skipped: int) -> GateFailed:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: finish the step, save, exit; once more: exit now."""
+"""A stop signal: finish the step, save, exit; once more: exit now."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from terdit_cli.signals import STOP_SIGNALS, handled
+
 # A batch system signals every process of a job, and torchrun, which passes it on: the processes
 # hear it twice.
 AGAIN_SECONDS = 3.0
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
@@ -41,18 +41,18 @@ class StopRequest:
             os.kill(os.getpid(), number)
 
     @property
-    def flags(self) -> tuple[bool, bool]:
-        """Say for each of SIGNALS whether it is the one received."""
-        return (self.number == signal.SIGINT, self.number == signal.SIGTERM)
+    def flags(self) -> tuple[bool, ...]:
+        """Say for each of STOP_SIGNALS whether it is the one received."""
+        return tuple(self.number == number for number in STOP_SIGNALS)
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
     """Collect the stop signals inside; after `heed` the process remains deaf to them."""
     request = StopRequest()
-    previous = {name: signal.signal(name, request.receive) for name in SIGNALS}
-    try:
-        yield request
-    finally:
-        for name, handler in previous.items():
-            signal.signal(name, signal.SIG_IGN if request._final else handler)
+    with handled(request.receive) as previous:
+        try:
+            yield request
+        finally:
+            if request._final:
+                previous.update(dict.fromkeys(previous, signal.SIG_IGN))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from terdit_cli.commands import pack, ternarize
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.ternary import TernaryConfig
 from terdit_cli.pack.convert import ReleasedFolder
@@ -56,3 +57,27 @@ def test_overrides_only_where_needed(tmp_path, tiny_config, make_ckpt, tiny_tdts
     for source in (path, tiny_tdts["t2"]):
         with pytest.raises(UsageError, match=r"takes overrides: got n_heads=4 .*Fix: leave them"):
             open_exported(source, n_heads=4)
+
+
+def test_a_run_that_is_not_finished_has_its_checkpoints(tmp_path):
+    step = tmp_path / "checkpoints" / "step-00000004"
+    step.mkdir(parents=True)
+    (tmp_path / "recipe.yaml").write_text("")
+    (step / "manifest.json").write_text("{}")
+    for path in (tmp_path, step):
+        with pytest.raises(InputFileError, match=rf"Fix: .*terdit train --export {path} -o early"):
+            open_exported(path)
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "other.pt"])
+def test_an_output_takes_no_checkpoints_place(tmp_path, tiny_config, make_ckpt, name):
+    run = tmp_path / "run"
+    run.mkdir()
+    path = make_ckpt(run / "ckpt.pt", tiny_config)
+    before = path.read_bytes()
+    for source in (run, path):
+        for verb in (pack.run, ternarize.run):
+            with pytest.raises(UsageError, match=r"output is (the input|no checkpoint).*another"):
+                verb(source, run / name)
+    assert path.read_bytes() == before
+    assert [file.name for file in run.iterdir()] == ["ckpt.pt"]

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from terdit_cli.commands import train as command
-from terdit_cli.errors import EnvironmentProblem, InputFileError
+from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.train.checkpoint import Saved
 from terdit_cli.train.export import PARTS, export_ckpt
@@ -163,6 +163,18 @@ def test_a_named_checkpoint(tmp_path: Path, whole_run: Path) -> None:
     (moved / "__0_0.distcp").write_bytes(b"")
     with pytest.raises(InputFileError, match="is not what the manifest says"):
         command.export(moved)
+
+
+def test_an_older_checkpoint_does_not_replace_the_product(tmp_path: Path, whole_run: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    before = (folder / "ckpt.pt").read_bytes()
+    [older, _] = sorted((folder / "checkpoints").iterdir())
+    with pytest.raises(UsageError, match=r"got step 40, expected step 30.*Fix: name another file"):
+        command.export(older)
+    assert (folder / "ckpt.pt").read_bytes() == before
+    assert command.export(older, folder / "early.pt").step == 30
+    assert command.export(folder).step == 40
 
 
 def test_a_folder_without_checkpoints(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from terdit_cli.errors import InputFileError, UsageError
+from terdit_cli.train.alone import alone_in
+from terdit_cli.train.parallel import World
 
 Train = Callable[..., Any]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -78,7 +80,9 @@ def test_a_finished_run_resumed_stays_the_same(
     assert manifest.stat().st_ino == before  # it was never away
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_saves_and_says_how_to_continue(
     tmp_path: Path, start: Start, wait_for: Callable[..., None], train: Train, whole_run: Path,
     assert_same_run: Callable[..., None], number: signal.Signals, code: int,
@@ -161,6 +165,24 @@ def test_incomplete_and_damaged_checkpoints_are_named_and_skipped(
     assert str(saved / "step-00000040") in err
     assert "resuming small after step 30" in err
     assert_same_run(folder, whole_run)
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path, train: Train) -> None:
+    folder = tmp_path / "run"
+    for _ in range(2):  # the second time the first one has let go
+        with alone_in(folder, World()):
+            for resume in (None, "auto"):
+                with pytest.raises(UsageError, match="another process trains in this run folder"):
+                    train(folder, resume=resume)
+        assert not folder.exists()  # nothing was made in it
+    train(folder, "train.steps=2")
+
+
+def test_a_run_folder_is_no_checkpoint(tmp_path: Path, train: Train, whole_run: Path) -> None:
+    with pytest.raises(
+        UsageError, match=rf"not a run folder.*Fix: --resume auto --out {whole_run}"
+    ):
+        train(tmp_path / "run", resume=str(whole_run))
 
 
 def test_nothing_to_continue_from_is_no_new_run(

@@ -1,0 +1,69 @@
+"""The signals that stop a program: Ctrl-C, a batch system's SIGTERM, a terminal that is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from terdit_cli.errors import Interrupted
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StopSignal(BaseException):
+    """A stop signal, raised wherever the program is just then.
+
+    No `except Exception` may take it for a failure of what it guards.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+    def told(self) -> Interrupted:
+        """Return the error that says so."""
+        name = signal.Signals(self.number).name
+        text = f"stopped by {name}: nothing half-written is left"
+        return Interrupted(text, signal_number=self.number)
+
+
+def raise_stop(number: int, frame: FrameType | None) -> None:
+    """Raise StopSignal: the handler of all that has nothing to save."""
+    raise StopSignal(number)
+
+
+@contextmanager
+def handled(receive: Callable[[int, FrameType | None], None]) -> Iterator[dict[int, Any]]:
+    """Let `receive` handle the stop signals; yields the handlers from before, set again at the end.
+
+    A SIGHUP that is ignored, as under nohup, stays so. Where it comes, what is still printed goes
+    nowhere: the terminal's end answers every write with an error.
+    """
+
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _silence(terminals)
+        receive(number, frame)
+
+    previous: dict[int, Any] = {}
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            previous[number] = signal.signal(number, heard)
+    try:
+        yield previous
+    finally:
+        for heard_before, handler in previous.items():
+            signal.signal(heard_before, handler)
+
+
+def _silence(descriptors: list[int]) -> None:
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in descriptors:
+        os.dup2(nothing, descriptor)
+    os.close(nothing)
