@@ -375,17 +375,15 @@ def test_other_failures_end_the_study_with_their_code(place: Path, tiny: Study) 
 CHILD = """
 import sys
 from pathlib import Path
-from terdit_cli.errors import TerditError, Interrupted
-from terdit_cli.app import _stop_signals
+from terdit_cli.signals import StopSignal, handled, raise_stop
 from terdit_cli.study.children import lock, run_terdit
 recipe, out = sys.argv[1:]
 try:
-    with _stop_signals(), lock(Path(out)) as held:
+    with handled(raise_stop), lock(Path(out)) as held:
         words = ["train", recipe, "train.steps=1000000", "--out", out + "/run", "--resume", "auto"]
         run_terdit(words, held)
-except TerditError as error:
-    print(error)
-    sys.exit(error.exit_code)
+except StopSignal as stop:
+    sys.exit(stop.told().exit_code)
 """
 
 
