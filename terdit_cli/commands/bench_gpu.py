@@ -19,7 +19,6 @@ from terdit_cli.bench.gpu import CudaStopwatch, GpuFindings, Plan, measure
 from terdit_cli.bench.gpu_page import GpuReport, gpu_goals, gpu_page, gpu_tables
 from terdit_cli.bench.options import DOWNSAMPLE, numbers, words
 from terdit_cli.bench.roofline import RooflineRow, analyse, find_chip
-from terdit_cli.commands.generate import usable_device
 from terdit_cli.errors import EnvironmentProblem, UsageError, did_you_mean
 from terdit_cli.model.dit import SIZES, build_config
 from terdit_cli.runtime import gpu
@@ -76,7 +75,12 @@ def run(
     if what != "all":
         why_not = "nothing was measured"
     else:
-        place = usable_device(device)
+        if device.partition(":")[0] != "cuda":
+            raise UsageError(
+                "the device cannot be used", got=repr(device), expected="cpu, cuda or cuda:1",
+                fix="--device cuda",
+            )  # fmt: skip
+        place = torch.device(device)
         why_not = gpu.available(place)
         if why_not is not None:
             raise EnvironmentProblem(

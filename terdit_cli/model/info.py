@@ -100,8 +100,6 @@ class ModelInfo:
             if info.image_size < 1 or not 0 < info.space.scale_factor < math.inf:
                 scale = info.space.scale_factor
                 raise ValueError(f"images of {info.image_size} pixels, latents times {scale}")
-            if info.space.kind == "pixel" and info.config.in_channels not in (1, 3):
-                raise ValueError(f"pixels of {info.config.in_channels} channels, expected 1 or 3")
             if info.config.ffn_width > LARGEST_INTEGER:
                 raise ValueError(f"a feed-forward width of {info.config.ffn_width} is too large")
         except (TypeError, KeyError, ValueError, TerditError) as error:

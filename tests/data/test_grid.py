@@ -83,5 +83,5 @@ def test_png_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem) as caught:
         save_png(draw_grid(pictures(1)), path)
     assert str(path) in str(caught.value)
-    assert "Fix: name a folder you can write to" in str(caught.value)
+    assert "Fix: name a file in it" in str(caught.value)
     assert list(tmp_path.rglob("*")) == [path]

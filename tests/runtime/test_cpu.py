@@ -178,7 +178,7 @@ def test_who_decides_on_threads(threads, monkeypatch):
     assert cpu.thread_count() == 3
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "257", "two", "", "1.5", "9" * 5000])
+@pytest.mark.parametrize("text", ["0", "-1", "257", "two", "1.5", "9" * 5000])
 def test_wrong_threads_in_the_environment(monkeypatch, text):
     monkeypatch.setenv("TERDIT_THREADS", text)
     with pytest.raises(UsageError, match=r"wrong number of threads: got .* expected 1 to 256") as e:
