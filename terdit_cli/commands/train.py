@@ -154,14 +154,22 @@ def export(source: Path, out: Path | None = None) -> ExportResult:
             )  # fmt: skip
         saved = newest
     path = out or run_folder / CKPT
-    if out is None and path.exists() and load_ckpt(path).info.step not in (None, saved.step):
+    if out is None and _step_of(path) not in (None, saved.step):
         raise UsageError(
-            "the run's ckpt.pt is of another step", got=f"step {load_ckpt(path).info.step}",
+            "the run's ckpt.pt is of another step", got=f"step {_step_of(path)}",
             expected=f"step {saved.step}, as the checkpoint", where=path,
             fix="name another file: -o early.pt",
         )  # fmt: skip
     export_ckpt(saved, path)
     return ExportResult(saved.path, path, saved.step)
+
+
+def _step_of(path: Path) -> int | None:
+    """Return the step of a ckpt.pt; None where there is none, or a damaged one to be made again."""
+    try:
+        return load_ckpt(path).info.step
+    except InputFileError:
+        return None
 
 
 def _train(

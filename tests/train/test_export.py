@@ -175,6 +175,8 @@ def test_an_older_checkpoint_does_not_replace_the_product(tmp_path: Path, whole_
     assert (folder / "ckpt.pt").read_bytes() == before
     assert command.export(older, folder / "early.pt").step == 30
     assert command.export(folder).step == 40
+    (folder / "ckpt.pt").write_bytes(before[:-100])
+    assert command.export(older).out == folder / "ckpt.pt"  # instead of a damaged one
 
 
 def test_a_folder_without_checkpoints(tmp_path: Path) -> None:
