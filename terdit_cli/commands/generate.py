@@ -233,7 +233,7 @@ def open_generator(
     return ImageGenerator(path, model, place, vae)
 
 
-DEVICES = ("cpu", "cuda", "mps")  # kinds of
+DEVICES = ("cpu", "cuda", "mps")  # their kinds, as torch calls them
 
 
 def usable_device(name: str | None) -> torch.device:

@@ -194,6 +194,7 @@ def _run(
     run_folder: Path,
     world: World,
 ) -> tuple[Trainer, Path]:
+    """Train in a folder that is held; see `_train`."""
     start = recipe.train.init_from if saved is None else None
     trainer = Trainer(recipe, source, space, world, run_folder, start)
     if saved is not None:

@@ -56,7 +56,7 @@ class ReleasedFolder(StateDictModel):
 
     def __init__(self, folder: Path, **overrides: Any) -> None:
         _check_overrides(overrides, folder)
-        self._folder = self._where = folder
+        self._where = folder
         weights = next((folder / name for name in _WEIGHT_FILES if (folder / name).exists()), None)
         if weights is None:
             found = sorted(path.name for path in folder.glob("*.pth"))
@@ -89,7 +89,7 @@ class ReleasedFolder(StateDictModel):
         check_fit(config, info.ternary, shapes, folder, "download the released folder again")
 
     def _read_arguments(self) -> argparse.Namespace:
-        path = self._folder / ARGUMENTS_FILE
+        path = self._where / ARGUMENTS_FILE
         if not path.exists():
             return argparse.Namespace()
         arguments = load_tensors(path)
@@ -114,7 +114,7 @@ class ReleasedFolder(StateDictModel):
             "a training argument has a wrong value",
             got=got,
             expected=expected,
-            where=self._folder / ARGUMENTS_FILE,
+            where=self._where / ARGUMENTS_FILE,
             fix="download the released folder again",
         )
 
@@ -125,7 +125,7 @@ class ReleasedFolder(StateDictModel):
                 "the checkpoint lacks a tensor of a TerDiT",
                 got="nothing" if tensor is None else f"shape {tuple(tensor.shape)}",
                 expected=f"{key} with {dimensions} dimensions",
-                where=self._folder,
+                where=self._where,
                 fix="download the released folder again",
             )
         return tuple(tensor.shape)
@@ -145,7 +145,7 @@ class ReleasedFolder(StateDictModel):
                 "the layers are not numbered from 0",
                 got=", ".join(sorted(layers)[:10]),
                 expected=f"0 to {n_layers - 1}",
-                where=self._folder,
+                where=self._where,
                 fix="download the released folder again",
             )
         in_channels = overrides.get("in_channels", 4)
@@ -155,7 +155,7 @@ class ReleasedFolder(StateDictModel):
                 "the patch size does not fit the checkpoint",
                 got=f"patch_size {patch_size} with in_channels {in_channels}",
                 expected=f"patch_size^2 * in_channels = {patch_inputs}",
-                where=self._folder,
+                where=self._where,
                 fix="give patch_size and in_channels",
             )
         n_heads, n_kv_heads = self._heads(arguments, overrides, dim, 4 * kv_rows)
@@ -199,7 +199,7 @@ class ReleasedFolder(StateDictModel):
                     f"the override of {name} contradicts the checkpoint",
                     got=getattr(given, name),
                     expected=getattr(config, name),
-                    where=self._folder,
+                    where=self._where,
                     fix="leave it out",
                 )
         return given
@@ -219,21 +219,21 @@ class ReleasedFolder(StateDictModel):
             raise UsageError(
                 "the number of attention heads is not in the checkpoint",
                 got=f"model {name or 'unnamed'} with dim {dim}",
-                where=self._folder,
+                where=self._where,
                 fix="add n_heads=N",
             )
         if dim % n_heads or kv_width % (dim // n_heads):
             raise UsageError(
                 "n_heads does not fit the checkpoint", got=n_heads,
                 expected=f"a divisor of dim {dim} whose head width divides {kv_width}",
-                where=self._folder, fix="add n_heads=N",
+                where=self._where, fix="add n_heads=N",
             )  # fmt: skip
         n_kv_heads = kv_width // (dim // n_heads)
         given = overrides.get("n_kv_heads")
         if given is not None and given != n_kv_heads:
             raise UsageError(
                 "n_kv_heads does not fit the checkpoint", got=given, expected=n_kv_heads,
-                where=self._folder, fix=f"leave n_kv_heads out or set it to {n_kv_heads}",
+                where=self._where, fix=f"leave n_kv_heads out or set it to {n_kv_heads}",
             )  # fmt: skip
         return n_heads, None if n_kv_heads == n_heads else n_kv_heads
 
@@ -250,7 +250,7 @@ class ReleasedFolder(StateDictModel):
                 got=f"{key} of {packed.dtype}"
                 + (" with code 3" if packed.dtype == torch.uint8 else ""),
                 expected="uint8 with codes 0, 1 and 2",
-                where=self._folder,
+                where=self._where,
                 fix="download the released folder again",
             )
         return released_decode(packed)

@@ -116,6 +116,20 @@ def test_state_that_does_not_fit(tmp_path, tiny_config, make_ckpt):
         terdit_cli.load_model(tmp_path / "absent")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_checkpoint_of_half_the_bits(tmp_path, tiny_config, make_ckpt, random_inputs, dtype):
+    """Computes in float32 with the values that it holds, as what is packed of it does."""
+    path = make_ckpt(tmp_path / "ckpt.pt", tiny_config)
+    values = torch.load(path, weights_only=True)
+    values["ema"] = {key: value.to(dtype) for key, value in values["ema"].items()}
+    torch.save(values, path)
+    write_tdt(CheckpointExport(load_ckpt(path)), tmp_path / "m.tdt", "t2", "fp32")
+    inputs = random_inputs(tiny_config)
+    with torch.inference_mode():
+        found = load(path).network(*inputs)
+        assert torch.equal(load(tmp_path / "m.tdt", backend="reference").network(*inputs), found)
+
+
 @pytest.fixture
 def packed(run_folder):
     """Return packed(codec="t2", rest="fp32"): writes a .tdt."""
