@@ -8,9 +8,7 @@ a second study of the same folder does not start beside it.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -23,11 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from terdit_cli.atomic import write_problem
 from terdit_cli.errors import Interrupted, TerditError, UsageError
+from terdit_cli.locks import held
 from terdit_cli.signals import STOP_SIGNALS
 
-LOCK = ".lock"
 _POLL_SECONDS = 0.05
 _TICK_SECONDS = 1.0
 _SAVING_SECONDS = 600.0  # that a child may take to save after it was told to stop
@@ -73,24 +70,14 @@ def lock(folder: Path) -> Iterator[int]:
         UsageError: another study, or a child that one has left behind, is at work there.
         EnvironmentProblem: the folder cannot be written.
     """
-    path = folder / LOCK
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise write_problem(path, error) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with held(folder) as descriptor:
+        if descriptor is None:
             raise UsageError(
                 "another process is at work on this study",
                 where=folder,
                 fix="wait until it has ended, or name another folder with --runs",
-            ) from error
+            )
         yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def run_terdit(words: Sequence[str], descriptor: int, tick: Tick | None = None) -> Finished:
