@@ -360,6 +360,7 @@ def main() -> None:
     """
     code: Any = 0
     try:
+        _refuse_empty(sys.argv[1:])
         with handled(raise_stop):
             app(prog_name="terdit")
     except SystemExit as end:
@@ -371,6 +372,16 @@ def main() -> None:
     except TerditError as error:
         code = _fail(error)
     sys.exit(code)
+
+
+def _refuse_empty(words: list[str]) -> None:
+    """Refuse an empty word, which as a path would be the current folder."""
+    if "" in words:
+        raise UsageError(
+            "a word of the command is empty",
+            got=shlex.join(["terdit", *words]),
+            fix="give it a value; a shell variable without one leaves such a word",
+        )
 
 
 def _fail(error: TerditError) -> int:

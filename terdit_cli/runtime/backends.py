@@ -45,6 +45,11 @@ class Backend(Protocol):
 BACKENDS: tuple[Backend, ...] = (gpu, cpu, reference)
 
 
+def backend_named(name: str) -> Backend | None:
+    """Return the backend of that name, None where there is none."""
+    return next((backend for backend in BACKENDS if name == backend.NAME), None)
+
+
 @dataclass(frozen=True)
 class Choice:
     """The chosen backend and, for a line on stderr, why."""
@@ -62,7 +67,7 @@ def choose_backend(name: str, device: torch.device) -> Choice:
     """
     variable = os.environ.get("TERDIT_BACKEND") if name == "auto" else None
     name = variable or name
-    named = next((backend for backend in BACKENDS if name == backend.NAME), None)
+    named = backend_named(name)
     if named is None and name != "auto":
         known = ["auto", *(backend.NAME for backend in BACKENDS)]
         raise UsageError(

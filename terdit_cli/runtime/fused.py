@@ -249,6 +249,10 @@ class FusedDiT(DiT):
 
     _native: _Native | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: all but addresses, which are found anew."""
+        return self.__dict__ | {"_native": None}
+
     def run_blocks(self, hidden: Tensor, c: Tensor) -> Tensor:
         """Run hidden [B, T, D], float32, through all blocks in place; see `DiT.run_blocks`.
 

@@ -294,6 +294,10 @@ class GpuDiT(DiT):
     _step: Step | None = None
     _lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: all but graphs and streams, which are made anew."""
+        return self.__dict__ | {"_step": None}
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict noise and variance; see `DiT.forward`. t and y may lie on the CPU.
 

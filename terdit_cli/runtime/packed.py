@@ -26,7 +26,7 @@ from terdit_cli.pack.exported import ExportedModel
 from terdit_cli.pack.tdt import TdtFile
 from terdit_cli.pack.trits import t2_encode, t2_shape
 from terdit_cli.runtime import cpu, gpu
-from terdit_cli.runtime.backends import Backend
+from terdit_cli.runtime.backends import Backend, backend_named
 from terdit_cli.runtime.fused import FusedDiT
 from terdit_cli.runtime.gpu_step import GpuDiT
 from terdit_cli.runtime.reference import Precision
@@ -72,6 +72,13 @@ class PackedTernaryLinear(nn.Module):
             x, self.weight, self.alphas, self.bias, self.shape, self.precision
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: of the backend, a module of Python, its name."""
+        return self.__dict__ | {"backend": self.backend.NAME}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"backend": backend_named(state["backend"])})
+
     def extra_repr(self) -> str:
         rows, columns = self.shape
         return (
@@ -87,15 +94,16 @@ class MappedFile:
     place does not: its weights change, and a page that is gone stops the process with SIGBUS. So
     each forward first compares inode, size and time of change with those at load. What remains: a
     file cut while a forward runs, or between the check of its digests and the first look here.
+
+    A copied or unpickled network has its tensors in memory of its own, so it looks at no file.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.absolute()
-        self.identity, self.state = self._look()
+        self.path: Path | None = path.absolute()
+        self.identity, self.state = _look(self.path)
 
-    def _look(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        found = os.stat(self.path)  # noqa: PTH116  twice as fast as Path.stat, once a step
-        return (found.st_dev, found.st_ino), (found.st_size, found.st_mtime_ns)
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": None}
 
     def __call__(self, module: nn.Module, arguments: Any) -> None:
         """Check the file, as a forward pre-hook.
@@ -103,10 +111,10 @@ class MappedFile:
         Raises:
             InputFileError: it was changed in place.
         """
-        if torch.compiler.is_compiling():
+        if self.path is None or torch.compiler.is_compiling():
             return
         try:
-            identity, state = self._look()
+            identity, state = _look(self.path)
         except OSError:
             return  # unlinked: what is mapped stays
         if identity == self.identity and state != self.state:
@@ -117,6 +125,11 @@ class MappedFile:
                 where=self.path,
                 fix="load it again; replace a model by renaming a new file over it",
             )
+
+
+def _look(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
+    found = os.stat(path)  # noqa: PTH116  twice as fast as Path.stat, once a step
+    return (found.st_dev, found.st_ino), (found.st_size, found.st_mtime_ns)
 
 
 def packed_network(

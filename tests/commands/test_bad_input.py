@@ -56,6 +56,13 @@ def test_train_without_a_recipe(refused: Callable[..., str], tmp_path: Path) -> 
     assert "not key=value" in refused(2, "train", "there.yaml", "--", "-steps", "5")
 
 
+def test_an_empty_word_is_no_folder(refused: Callable[..., str]) -> None:
+    # -o "$OUT" without such a variable: Path("") would be the current folder.
+    message = refused(2, "sample", "--prompt-class", "sneaker", "-o", "")
+    assert "terdit sample --prompt-class sneaker -o ''" in message
+    assert "shell variable" in message
+
+
 def damaged(kind: str, folder: Path, small_run: Path, small_tdt: Path, evil: Evil) -> Path:
     """Write a model file with something wrong into `folder`."""
     path = folder / f"{kind}.tdt"
@@ -155,7 +162,7 @@ def test_pack(
         (["--prompt-class", "ankel boot"], 2, ["'ankel boot'", "did you mean 'ankle boot'?"]),
         (["--prompt-class", "10"], 2, ["out of range: got 10, expected 0 to 9"]),
         (["--prompt-class", "-1"], 2, ["out of range: got -1"]),
-        (["--prompt-class", ""], 2, ["unknown class"]),
+        (["--prompt-class", " "], 2, ["unknown class"]),
         (["--prompt-class", "1,,2"], 2, ["unknown class"]),
         (["--prompt-class", "1", "--sampler", "dppm"], 2, ["'dppm'", "did you mean 'ddpm'"]),
         (["--prompt-class", "1", "--steps", "0"], 2, ["got 0", "--steps"]),

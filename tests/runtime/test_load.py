@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import os
+import pickle
 import shutil
 
 import pytest
@@ -303,3 +306,27 @@ def test_mapped_file_survives_its_deletion(run_folder, tiny_config, random_input
 def test_unknown_attribute():
     with pytest.raises(AttributeError, match="load_modle"):
         terdit_cli.load_modle  # noqa: B018
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
+def test_a_copy_computes_the_same_and_needs_no_file(
+    run_folder, tiny_config, random_inputs, backend, copied
+):
+    path = run_folder / "out.tdt"
+    write_tdt(CheckpointExport(load_ckpt(run_folder / "ckpt.pt"), "ema"), path, "t2", "fp32")
+    inputs = random_inputs(tiny_config)
+    network = load(path, backend=backend).network
+    with torch.inference_mode():
+        before = copied(network)
+        expected = network(*inputs)
+        after = copied(network)  # addresses of the first are known to the native library by now
+        assert torch.equal(before(*inputs), expected)
+        assert torch.equal(after(*inputs), expected)
+        after.layers[0].attention.wq.alphas.zero_()
+        assert not torch.equal(after(*inputs), expected)
+        assert torch.equal(network(*inputs), expected)
+        os.utime(path, (0, 0))  # as if it had been written to in place
+        assert torch.equal(before(*inputs), expected)
+        with pytest.raises(InputFileError, match="changed while it was in use"):
+            network(*inputs)
