@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -41,6 +42,8 @@ def _import_triton() -> None:
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
     _import_triton()
 torch.set_num_threads(1)
+# Under nohup it is ignored, here and in all children, which is what a few tests are not about.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 settings.register_profile("terdit", deadline=None, derandomize=True)
 settings.load_profile("terdit")
 
