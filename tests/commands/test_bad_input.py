@@ -162,6 +162,7 @@ def test_pack(
         (["--prompt-class", "ankel boot"], 2, ["'ankel boot'", "did you mean 'ankle boot'?"]),
         (["--prompt-class", "10"], 2, ["out of range: got 10, expected 0 to 9"]),
         (["--prompt-class", "-1"], 2, ["out of range: got -1"]),
+        (["--prompt-class", ""], 2, ["a word of the command is empty"]),
         (["--prompt-class", " "], 2, ["unknown class"]),
         (["--prompt-class", "1,,2"], 2, ["unknown class"]),
         (["--prompt-class", "1", "--sampler", "dppm"], 2, ["'dppm'", "did you mean 'ddpm'"]),
