@@ -6,6 +6,7 @@ Exit codes: see `errors.py`. The verbs' work is in `commands/`, imported when a 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shlex
 import signal
@@ -19,7 +20,7 @@ import typer
 
 import terdit_cli
 from terdit_cli import app_eval, app_models, app_prepare, app_study, app_train, console, tables
-from terdit_cli.errors import TerditError, UsageError
+from terdit_cli.errors import EnvironmentProblem, TerditError, UsageError
 from terdit_cli.options import (
     Activations,
     BackendName,
@@ -371,6 +372,12 @@ def main() -> None:
         code = _fail(stop.told())
     except TerditError as error:
         code = _fail(error)
+    except OSError as error:  # help, say, which typer writes; what `atomic` writes is handled there
+        if error.errno != errno.ENOSPC:
+            raise
+        code = _fail(
+            EnvironmentProblem("a disk is full", got=error, fix="make room, or write elsewhere")
+        )
     sys.exit(code)
 
 

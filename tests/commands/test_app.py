@@ -32,6 +32,15 @@ def test_help_names_the_verbs_and_exit_codes(terdit: Terdit) -> None:
         assert "130/143 stopped by" in text
 
 
+def test_help_onto_a_full_disk() -> None:
+    with Path("/dev/full").open("w") as full:
+        line = [sys.executable, "-m", "terdit_cli", "--help"]
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 4
+    assert done.stderr.startswith("error: a disk is full: got [Errno 28] No space left")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_a_verb_has_examples(terdit: Terdit, verb: str) -> None:
     done = terdit(verb, "--help")
