@@ -59,7 +59,17 @@ def handled(receive: Callable[[int, FrameType | None], None]) -> Iterator[dict[i
         yield previous
     finally:
         for heard_before, handler in previous.items():
-            signal.signal(heard_before, handler)
+            if signal.getsignal(heard_before) != signal.SIG_IGN:  # `ignore_stops` lasts
+                signal.signal(heard_before, handler)
+
+
+def ignore_stops() -> None:
+    """Ignore the stop signals for the rest of the process, whichever of its threads they reach.
+
+    A mask would be one thread's: another takes the signal, and Python's handler runs all the same.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _silence(descriptors: list[int]) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import distributed
 
 from terdit_cli.errors import EnvironmentProblem, Interrupted, TerditError
-from terdit_cli.signals import STOP_SIGNALS, StopSignal
+from terdit_cli.signals import StopSignal, ignore_stops
 
 # One may finish its images long before another. A process that dies takes the job down at once:
 # that is torchrun's work.
@@ -206,7 +206,7 @@ def _one_message(processes: Processes) -> Iterator[None]:
             raise stop.told() from None
     except TerditError as error:
         # Nothing may interrupt what is left to do: torchrun stops all when the first one ends.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        ignore_stops()
         problem = _cause(processes, error)
         code = _leave(processes, problem.exit_code)
         if code is not None:
