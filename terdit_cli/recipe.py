@@ -92,6 +92,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "granularity": "tensor",
         "activations": "none",
         "ste": "scaled",
+        "ste_clip": None,
     },
 }
 
@@ -111,6 +112,7 @@ class TernarySection(Section):
     activations: Literal["none", "int8"] = "none"
     # What masters get of the effective weight's gradient: alpha times it, or its sign of alpha.
     ste: Literal["scaled", "identity"] = "scaled"
+    ste_clip: PositiveFloat | None = None  # gammas; masters beyond get no gradient. None: all do
 
     @model_validator(mode="before")
     @classmethod
@@ -228,6 +230,7 @@ class OptimSection(Section):
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
+    decayed: Literal["matrices", "blocks"] = "matrices"  # blocks: the blocks' matrices only
     grad_clip: PositiveFloat | None = 2.0  # L2 norm of all gradients; None: off
     warmup_steps: NonNegativeInt = 0
     schedule: Literal["constant", "cosine", "step"] = "constant"

@@ -18,6 +18,7 @@ PAPER = {
     "granularity": "tensor",
     "activations": "none",
     "ste": "scaled",
+    "ste_clip": None,
 }
 OTHER = {
     "scale": "absmean",
@@ -26,6 +27,7 @@ OTHER = {
     "granularity": "row",
     "activations": "int8",
     "ste": "identity",
+    "ste_clip": 2.5,
 }
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -33,7 +33,7 @@ def model_config(recipe: Recipe) -> DiTConfig:
 
 def ternary_config(recipe: Recipe) -> TernaryConfig:
     """Return how the large matrices are quantised."""
-    return TernaryConfig(**recipe.ternary.model_dump(exclude={"adaln_norm"}))
+    return TernaryConfig(**recipe.ternary.model_dump(exclude={"adaln_norm", "ste_clip"}))
 
 
 def build_network(recipe: Recipe) -> DiT:

@@ -23,6 +23,10 @@ _PARTS_8BIT = ("codes", "scale")  # what changes of a moment of torchao's
 def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
     """Return the optimizer; weight decay acts on matrices only, not on norms, biases and alphas.
 
+    With `decayed="blocks"` on those of blocks only, so neither on the embedders' nor on the last
+    layer's, all of which stay full precision: strong decay makes ternary masters move, which these
+    have no need of (docs/lab.md).
+
     "muon" moves the blocks' matrices by their momentum made orthogonal (K. Jordan,
     kellerjordan.github.io/posts/muon), in steps of AdamW's size (Liu et al., arXiv 2502.16982), so
     that one rate serves both; AdamW moves all else.
@@ -41,7 +45,7 @@ def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Opti
         elif _is_alphas(name):
             alphas.append(parameter)
         else:
-            (decayed if _is_matrix(name, parameter) else kept).append(parameter)
+            (decayed if _is_decayed(name, parameter, optim) else kept).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": kept, "weight_decay": 0.0},
@@ -86,6 +90,10 @@ def check_moments(optim: OptimSection, sharded: bool) -> None:
 def is_block_matrix(name: str, parameter: Tensor) -> bool:
     """Return whether a parameter is a matrix of a block, which "muon" moves by Muon."""
     return name.startswith("layers.") and _is_matrix(name, parameter)
+
+
+def _is_decayed(name: str, parameter: Tensor, optim: OptimSection) -> bool:
+    return (is_block_matrix if optim.decayed == "blocks" else _is_matrix)(name, parameter)
 
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:

@@ -50,6 +50,7 @@ from terdit_cli.train.parallel import (
     spread,
 )
 from terdit_cli.train.preview import draw_preview
+from terdit_cli.train.ste import clip_straight_through
 from terdit_cli.train.teacher import FeatureMatch, load_teacher, teacher_weight
 
 QUARTERS = 4
@@ -209,6 +210,8 @@ class Trainer:
             for micro, (batch, y, drawn) in enumerate(zip(*parts, strict=True)):
                 with accumulating(self.model, last=micro == self.accumulate - 1):
                     sums += self._backward(batch, y, drawn) / self.accumulate
+        if (clip := self.recipe.ternary.ste_clip) is not None:
+            clip_straight_through(self.network, clip)
         limit = self.recipe.optim.grad_clip
         norm = torch.nn.utils.clip_grad_norm_(
             self.network.parameters(), math.inf if limit is None else limit, foreach=True

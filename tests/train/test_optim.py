@@ -82,6 +82,27 @@ def test_weight_decay_acts_on_matrices_only() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_weight_decay_of_blocks_alone(kind: str) -> None:
+    """Without gradients only decay moves: by lr * weight_decay, the blocks' matrices alone."""
+    dit = network()
+    before = {name: p.detach().clone() for name, p in dit.named_parameters()}
+    fields = {"kind": kind, "lr": 0.5, "weight_decay": 0.25, "decayed": "blocks"}
+    optimizer = build_optimizer(dit, OptimSection.model_validate(fields))
+    for parameter in dit.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    outside = 0
+    for name, parameter in dit.named_parameters():
+        value = before[name]
+        if name.startswith("layers.") and name.endswith("weight") and value.dim() == 2:
+            value = value * (1 - 0.5 * 0.25)
+        else:
+            outside += value.dim() == 2
+        torch.testing.assert_close(parameter.detach(), value, rtol=1e-6, atol=0)
+    assert outside == 6
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_alphas_have_a_rate_of_their_own(kind: str) -> None:
     """Nothing else moves otherwise: a step is that of ratio 1 but for the alphas' size."""
     moved = []

@@ -62,6 +62,7 @@ KINDS: dict[str, list[str]] = {
     "full precision": ["ternary.enabled=false"],
     "bf16": ["train.precision=bf16"],
     "muon": ["optim.kind=muon"],
+    "clipped": ["ternary.scale=absmean", "ternary.ste_clip=2"],
 }
 # Cases, by number of processes: what must not change it.
 CASES: dict[int, list[tuple[str, list[str]]]] = {
@@ -88,11 +89,14 @@ CASES: dict[int, list[tuple[str, list[str]]]] = {
         ("muon", ["parallel.mode=ddp"]),
         ("muon", ["parallel.mode=fsdp"]),
         ("bf16", ["parallel.mode=fsdp", "parallel.reduce=bf16"]),
+        ("clipped", ["parallel.mode=ddp"]),
+        ("clipped", ["parallel.mode=fsdp"]),
     ],
     3: [
         ("learned", ["parallel.mode=fsdp"]),
         ("absmean rows", ["parallel.mode=fsdp"]),
         ("muon", ["parallel.mode=fsdp"]),
+        ("clipped", ["parallel.mode=fsdp"]),
     ],
     4: [("learned", ["parallel.mode=hsdp", "parallel.shard_size=2"])],
 }

@@ -1,0 +1,44 @@
+"""Clipping of the straight-through estimator: masters far from every threshold stand still.
+
+A master W rounds to 0 below gamma / 2 and to its sign above. The estimator's gradient moves one of
+many gammas as it moves one at the threshold, though no step soon changes its trit. Without that
+gradient only weight decay moves it, back to where its trit can change. Hubara et al. clip the sign
+function's estimator so (arXiv 1602.02830, eq. 4), at |W| = 1; here the limit is in gammas, which
+the masters' size decides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from terdit_cli.model.ternary import TernaryLinear, gammas
+from terdit_cli.train.codes import sharded_gammas
+
+
+@torch.no_grad()
+def clip_straight_through(network: nn.Module, limit: float) -> None:
+    """Zero the gradients of ternary masters with |W| > limit * gamma, in place.
+
+    Gamma is the mean |W| of a whole matrix, also where FSDP shards it: then all ranks must call,
+    and each does its own rows. Gradients that are not finite stay so.
+
+    Args:
+        network: its TernaryLinear layers' weights have gradients.
+        limit: in gammas.
+    """
+    masters = [layer.weight for layer in network.modules() if isinstance(layer, TernaryLinear)]
+    shards = [weight for weight in masters if isinstance(weight, DTensor)]
+    wholes = [weight for weight in masters if not isinstance(weight, DTensor)]
+    if wholes:
+        for weight, gamma in zip(wholes, gammas(wholes).unbind(), strict=True):
+            _clip(weight, weight.grad, limit * gamma)
+    for shard, gamma in zip(shards, sharded_gammas(shards), strict=True):
+        assert isinstance(shard.grad, DTensor)
+        _clip(shard._local_tensor, shard.grad._local_tensor, limit * gamma)
+
+
+def _clip(weight: Tensor, gradient: Tensor | None, largest: Tensor) -> None:
+    if gradient is not None:
+        gradient.mul_(weight.abs() <= largest)
