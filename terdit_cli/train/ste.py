@@ -1,10 +1,11 @@
-"""Clipping of the straight-through estimator: masters far from every threshold stand still.
+"""Clipping of the straight-through estimator: masters far from every threshold get no gradient.
 
 A master W rounds to 0 below gamma / 2 and to its sign above. The estimator's gradient moves one of
 many gammas as it moves one at the threshold, though no step soon changes its trit. Without that
-gradient only weight decay moves it, back to where its trit can change. Hubara et al. clip the sign
+gradient weight decay takes it back to where its trit can change. Hubara et al. clip the sign
 function's estimator so (arXiv 1602.02830, eq. 4), at |W| = 1; here the limit is in gammas, which
-the masters' size decides.
+the masters' size decides. What an optimizer makes of the gradients may still move such a master:
+its momentum does, and so does Muon, which makes whole matrices orthogonal.
 """
 
 from __future__ import annotations

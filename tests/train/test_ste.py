@@ -103,7 +103,7 @@ def one_step(folder: Path, *words: str) -> tuple[dict[str, Tensor], dict[str, Te
     return before, after, result.grad_norm
 
 
-def test_a_step_of_training_leaves_far_masters_alone(tmp_path: Path) -> None:
+def test_a_step_of_adamw_leaves_far_masters_alone(tmp_path: Path) -> None:
     before, after, clipped = one_step(tmp_path, "ternary.ste_clip=1.5")
     _, free, norm = one_step(tmp_path)
     assert clipped < norm  # what is cut off is not part of the norm
