@@ -305,13 +305,12 @@ def differences(old: Any, new: Any, defaults: Any = None, path: str = "") -> lis
     found: list[str] = []
     for key in {**old, **new}:
         inner = f"{path}.{key}" if path else key
-        if defaults is None:
-            known = _DEFAULTS[key]() if key in _DEFAULTS else None
-        else:
-            known = defaults.get(key) if isinstance(defaults, dict) else None
+        known = defaults if isinstance(defaults, dict) else {}
+        if defaults is None and key in _DEFAULTS:
+            known = {key: _DEFAULTS[key]()}
         if key in old and key in new:
-            found += differences(old[key], new[key], known, inner)
-        elif key in old or known is None or new[key] != known:
+            found += differences(old[key], new[key], known.get(key), inner)
+        elif key in old or key not in known or new[key] != known[key]:
             found.append(inner)
     return found
 

@@ -56,6 +56,10 @@ def test_a_field_that_did_not_exist_then_counts_as_its_default(study: Study) -> 
     old = {"recipe": {**new["recipe"], "ternary": dict(new["recipe"]["ternary"])}}
     del old["recipe"]["ternary"]["alpha_init"]  # "absmean", its default
     assert differences(old, new) == []
+    del old["recipe"]["ternary"]["ste_clip"]  # None, its default
+    assert differences(old, new) == []
+    clipped = {"recipe": new["recipe"] | {"ternary": new["recipe"]["ternary"] | {"ste_clip": 2.5}}}
+    assert differences(old, clipped) == ["recipe.ternary.ste_clip"]
     del old["recipe"]["ternary"]["granularity"]  # "tensor", which is not
     assert differences(old, new) == ["recipe.ternary.granularity"]
     nested = model_asked(study, study.variant("packed"), 0)
