@@ -20,14 +20,14 @@ from terdit_cli.train.codes import sharded_gammas
 
 @torch.no_grad()
 def clip_straight_through(network: nn.Module, limit: float) -> None:
-    """Zero the gradients of ternary masters with |W| > limit * gamma, in place.
+    """Zero the gradients of ternary masters, float32 [N, K], where |W| > limit * gamma, in place.
 
     Gamma is the mean |W| of a whole matrix, also where FSDP shards it: then all ranks must call,
     and each does its own rows. Gradients that are not finite stay so.
 
     Args:
-        network: its TernaryLinear layers' weights have gradients.
-        limit: in gammas.
+        network: masters without a gradient are passed over.
+        limit: in gammas, above 0.
     """
     masters = [layer.weight for layer in network.modules() if isinstance(layer, TernaryLinear)]
     shards = [weight for weight in masters if isinstance(weight, DTensor)]
