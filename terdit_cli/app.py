@@ -28,6 +28,7 @@ from terdit_cli.options import (
     CfgChannels,
     CfgScale,
     Device,
+    EpsScale,
     GuidedChannels,
     Json,
     RawWeights,
@@ -221,6 +222,7 @@ def sample(
     sampler: Sampler = None,
     cfg_scale: CfgScale = None,
     cfg_channels: GuidedChannels = CfgChannels.three,
+    eps_scale: EpsScale = None,
     seed: Seed = 0,
     batch_size: BatchSizeThatFits = None,
     backend: BackendName = "auto",
@@ -239,7 +241,7 @@ def sample(
 
     result = command.run(
         prompt_class, model, n, steps, sampler, cfg_scale, cfg_channels.value, seed, batch_size,
-        backend, device, vae, out, activations, threads, chosen_weights(ema),
+        backend, device, vae, out, activations, threads, chosen_weights(ema), eps_scale,
     )  # fmt: skip
     if json:
         console.result_json(dataclasses.asdict(result))

@@ -19,6 +19,7 @@ from terdit_cli.options import (
     CfgChannels,
     CfgScale,
     Device,
+    EpsScale,
     GuidedChannels,
     Json,
     RawWeights,
@@ -32,7 +33,7 @@ from terdit_cli.options import (
 )
 
 _OF_MODELS = (
-    "sampler", "steps", "cfg_scale", "cfg_channels", "labels", "batch_size", "backend",
+    "sampler", "steps", "cfg_scale", "cfg_channels", "eps_scale", "labels", "batch_size", "backend",
     "activations", "compiled", "ema", "vae",
 )  # fmt: skip
 _OF_REFERENCES = ("bootstrap", "over_n", "pr_samples")
@@ -125,6 +126,7 @@ def eval_fid(
     steps: Steps = None,
     cfg_scale: CfgScale = None,
     cfg_channels: GuidedChannels = CfgChannels.three,
+    eps_scale: EpsScale = None,
     labels: Annotated[
         LabelRule, typer.Option(help="Classes in turn, or drawn at random as DiT's sample_ddp.")
     ] = LabelRule.balanced,
@@ -206,6 +208,7 @@ def eval_fid(
             steps=steps,
             cfg_scale=cfg_scale,
             cfg_channels=cfg_channels.value,
+            eps_scale=eps_scale,
             labels=labels.value,
             seed=seed,
             batch_size=batch_size,

@@ -83,7 +83,11 @@ def _print_card(model: PackagedModel) -> None:
         *([("began with", card.began_with)] if card.began_with else []),
         *((metric, f"{value:.4g}") for metric, value in card.scores.items()),
         ("measured", card.measured),
-        ("sampler", f"{advice.name}, {advice.steps} steps, cfg scale {advice.cfg_scale:g}"),
+        (
+            "sampler",
+            f"{advice.name}, {advice.steps} steps, cfg scale {advice.cfg_scale:g}, "
+            f"eps scale {advice.eps_scale:g}",
+        ),
         ("limits", card.limits),
         ("try", f"terdit sample --model {model.name} --prompt-class {some_class} -n 4"),
     ]

@@ -31,6 +31,10 @@ Sampler = Annotated[
 CfgScale = Annotated[
     float | None, typer.Option(help="Guidance; 1 is off.  [default: 4, or its own]")
 ]
+EpsScale = Annotated[
+    float | None,
+    typer.Option(help="Factor of the predicted noise; 1 is off.  [default: 1, or its own]"),
+]
 GuidedChannels = Annotated[
     CfgChannels, typer.Option(help="Guided channels: 3 as published, or all.")
 ]

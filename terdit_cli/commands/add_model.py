@@ -142,6 +142,7 @@ def _card(name: str, checkpoint: Checkpoint, result: EvalResult, words: Words, s
                 "name": how.get("sampler"),
                 "steps": how.get("steps"),
                 "cfg_scale": how.get("cfg_scale"),
+                "eps_scale": how.get("eps_scale", 1.0),
             },
             "limits": words.limits,
             "sha256": sha256,

@@ -203,8 +203,9 @@ def _open(options: EvalOptions, device: str) -> Source:
         return open_set(str(options.images), options.n, options.on_bad_image)
     path = catalogue.resolve(options.model)
     asked = sampler_for(
-        path, options.sampler, options.steps, options.cfg_scale, options.cfg_channels
-    )
+        path, options.sampler, options.steps, options.cfg_scale, options.cfg_channels,
+        options.eps_scale,
+    )  # fmt: skip
     generator = open_generator(
         path,
         options.backend,
@@ -256,6 +257,7 @@ def _provenance(
         "steps": sampler.steps,
         "cfg_scale": sampler.cfg_scale,
         "cfg_channels": sampler.cfg_channels,
+        "eps_scale": sampler.eps_scale,
         "nfe": sampler.nfe,
         "labels": source.labels,
         **source.generator.model.facts(),

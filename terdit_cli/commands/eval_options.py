@@ -38,10 +38,11 @@ class EvalOptions:
     bootstrap: int = 0
     over_n: bool = False
     # sampling
-    sampler: str | None = None  # these three: see `sampler_for`
+    sampler: str | None = None  # these three and eps_scale: see `sampler_for`
     steps: int | None = None
     cfg_scale: float | None = None
     cfg_channels: str = "3"
+    eps_scale: float | None = None
     labels: Labels = "balanced"
     seed: int = 0
     batch_size: int = 8

@@ -176,16 +176,20 @@ def sampler_for(
     steps: int | None = None,
     cfg_scale: float | None = None,
     cfg_channels: str = "3",
+    eps_scale: float | None = None,
 ) -> SamplerConfig:
     """Return the sampler that was asked for; what was not (None) is `SamplerConfig`'s default.
 
     For a packaged model it is what its card advises instead, and a line on stderr says so. The
-    advised steps are of the advised sampler: another sampler has its own default.
+    advised steps are of the advised sampler: another sampler has its own default. The advised
+    factor of the predicted noise is of that sampler with those steps and that guidance.
 
     Raises:
         UsageError: impossible values. InputFileError: a damaged card.
     """
-    found: dict[str, Any] = {"name": name, "steps": steps, "cfg_scale": cfg_scale}
+    found: dict[str, Any] = {
+        "name": name, "steps": steps, "cfg_scale": cfg_scale, "eps_scale": eps_scale
+    }  # fmt: skip
     packaged = catalogue.name_of(path)
     if packaged is not None and None in found.values():
         advice = read_card(packaged).sampler
@@ -194,7 +198,13 @@ def sampler_for(
             advised["steps"] = advice.steps
         taken = {field: value for field, value in advised.items() if found[field] is None}
         found |= taken
-        options = {"name": "--sampler", "steps": "--steps", "cfg_scale": "--cfg-scale"}
+        whole = advice.model_dump(exclude={"eps_scale"})
+        if eps_scale is None and all(found[field] == value for field, value in whole.items()):
+            found |= (taken := taken | {"eps_scale": advice.eps_scale})
+        options = {
+            "name": "--sampler", "steps": "--steps", "cfg_scale": "--cfg-scale",
+            "eps_scale": "--eps-scale",
+        }  # fmt: skip
         words = [f"{options[field]} {taken[field]}" for field in options if field in taken]
         if words:
             console.note(f"{packaged}: {' '.join(words)}, as its card advises")

@@ -46,6 +46,7 @@ class SampleResult:
     sampler: str
     steps: int
     cfg_scale: float
+    eps_scale: float
     nfe: int
     seconds: float
     model: Path
@@ -108,6 +109,7 @@ def run(
     activations: str = "auto",
     threads: int | None = None,
     weights: Literal["ema", "raw"] = "ema",
+    eps_scale: float | None = None,
 ) -> SampleResult:
     """Draw `n` images of each class that `prompt_class` names; under torchrun together.
 
@@ -117,7 +119,7 @@ def run(
     Args:
         prompt_class: an id, a name, a comma separated list of either, or "all".
         model: a path, the name of a packaged model, or None: see `find_model`.
-        steps, sampler, cfg_scale: None: see `sampler_for`.
+        steps, sampler, cfg_scale, eps_scale: None: see `sampler_for`.
         batch_size: images drawn at once; None: see `ImageGenerator.batch_size`.
         output: .png (a labelled grid), .npz (arr_0 uint8 [N, H, W, 3], labels int64 [N]) or a
             folder (one PNG an image).
@@ -133,7 +135,7 @@ def run(
                 raise UsageError(f"wrong {name}", got=value, expected="a positive number")
         _check_output(output)
         path = find_model(model, prompt_class)
-        asked = sampler_for(path, sampler, steps, cfg_scale, cfg_channels)
+        asked = sampler_for(path, sampler, steps, cfg_scale, cfg_channels, eps_scale)
         if threads is not None:
             set_threads(threads)
         generator = open_generator(
@@ -161,6 +163,7 @@ def run(
             "seed": str(seed),
             "sampler": f"{config.name} {config.steps} steps",
             "cfg_scale": f"{config.cfg_scale:g} ({config.cfg_channels} channels)",
+            "eps_scale": f"{config.eps_scale:g}",
         }
         prepare(config)
         started = time.monotonic()
@@ -171,6 +174,8 @@ def run(
             if output.suffix == ".png":
                 captions = [names[class_id][0] for class_id in labels]
                 how = f"{config.name} {config.steps} steps, cfg {config.cfg_scale:g}"
+                if config.eps_scale != 1:
+                    how += f", eps {config.eps_scale:g}"
                 title = f"{path.name}, {how}, seed {seed}"
                 columns = n * max(1, round(math.sqrt(len(indices)) / n))  # a class never wraps
                 grid = draw_grid(drawn, captions, title, columns)
@@ -185,6 +190,7 @@ def run(
         sampler=config.name,
         steps=config.steps,
         cfg_scale=config.cfg_scale,
+        eps_scale=config.eps_scale,
         nfe=config.nfe,
         seconds=seconds,
         model=path,

@@ -4,6 +4,7 @@
     ddim      x_{t-1} = sqrt(ab') x0 + sqrt(1 - ab' - s^2) eps + s noise_k   (Song et al. 2021)
     dpmpp-2m, unipc, euler    the ODE solvers of diffusers, deterministic
     guidance  eps = eps_null + cfg_scale (eps_class - eps_null)        (Ho and Salimans 2022)
+    scaling   eps = eps_scale eps, after guidance                      (Ning et al. 2024)
 
 where ab' is alpha_bar of the next step and s = eta times the ddpm deviation. Noise comes from a
 callable: noise(k) is the draw of the k-th step, counted from the noisiest, asked for at every
@@ -61,6 +62,7 @@ class SamplerConfig:
     steps: int = 250
     cfg_scale: float = 4.0  # 1.0 = off
     cfg_channels: CfgChannels = "3"
+    eps_scale: float = 1.0  # 1.0 = off; arXiv 2308.15321 divides by its lambda instead
     eta: float = 0.0  # ddim only: 0 = deterministic, 1 = as much noise as ddpm
     clip_denoised: bool = False  # clamp every guess of x0 to [-1, 1]: for pixels, not latents
 
@@ -84,6 +86,8 @@ class SamplerConfig:
             spaced_timesteps(self.respacing)
         if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
             raise _wrong("cfg_scale", self.cfg_scale, "a number >= 0, 1.0 = off", "--cfg-scale 4")
+        if not (math.isfinite(self.eps_scale) and self.eps_scale > 0):
+            raise _wrong("eps_scale", self.eps_scale, "a number > 0, 1.0 = off", "--eps-scale 1")
         if self.cfg_channels not in ("3", "all"):
             raise _wrong("cfg_channels", repr(self.cfg_channels), "'3' or 'all'", "cfg_channels=3")
         if not 0 <= self.eta <= 1:
@@ -136,6 +140,8 @@ def sample(
     """
     if config.guided:
         network = guided(network, null_class, config.cfg_scale, config.cfg_channels)
+    if config.eps_scale != 1.0:
+        network = scaled(network, config.eps_scale)
     if config.name in SOLVERS:
         return solver_loop(network, config, z, y, on_step=on_step)
     schedule = make_schedule(config.respacing)
@@ -193,6 +199,22 @@ def guided(
         labels = torch.cat([y, torch.full_like(y, null_class)])
         x, t = torch.cat([x, x]), torch.cat([t, t])
         return forward_with_cfg(network, x, t, labels, cfg_scale, cfg_channels)[: len(y)]
+
+    return call
+
+
+def scaled(network: Network, eps_scale: float) -> Network:
+    """Return a network of the same contract whose eps, and not its variance, is `eps_scale` times.
+
+    A sampler meets states that carry the errors of the steps before, as no state of the training
+    does, so the noise that the network finds in them is a little too much or too little. One factor
+    for all steps takes most of it back (Ning et al. 2024, arXiv 2308.15321, section 5.2).
+    """
+
+    def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        output = network(x, t, y)
+        eps, variance = output.split([x.shape[1], output.shape[1] - x.shape[1]], dim=1)
+        return torch.cat([eps_scale * eps, variance], dim=1)
 
     return call
 

@@ -34,8 +34,8 @@ from terdit_cli.evaluate.result import (
 )
 
 ALIKE = (
-    "reference_sha256", "precision", "sampler", "steps", "cfg_scale", "cfg_channels", "labels",
-    "image_size", "vae",
+    "reference_sha256", "precision", "sampler", "steps", "cfg_scale", "cfg_channels",
+    "eps_scale", "labels", "image_size", "vae",
 )  # fmt: skip
 DEFAULT_TOLERANCE = 0.05
 
@@ -234,6 +234,8 @@ def _facts(
     """Return, flat, all that two runs must have in common."""
     facts = {"pipeline": pipeline, "n": n, "n_reference": n_reference}
     facts |= {name: provenance.get(name) for name in ALIKE}
+    if facts["sampler"] is not None and facts["eps_scale"] is None:
+        facts["eps_scale"] = 1.0  # a result from before there was the option
     config = provenance.get("config")
     if isinstance(config, Mapping):
         facts |= {f"config.{key}": _json(value) for key, value in config.items()}

@@ -116,6 +116,8 @@ def _head(result: EvalResult) -> Markup:
     if facts.get("sampler") is not None:
         items.append(f"{facts['sampler']}, {facts.get('steps')} steps")
         items.append(f"cfg {facts.get('cfg_scale')}")
+        if facts.get("eps_scale", 1) != 1:
+            items.append(f"eps scale {facts['eps_scale']}")
     if facts.get("activations") is not None:
         items.append(f"activations {facts['activations']}")
     items.append(result.pipeline)

@@ -214,6 +214,8 @@ def _described(result: EvalResult) -> str:
     if facts.get("sampler") is not None:
         parts.append(f"{code(facts['sampler'])} {code(facts.get('steps'))} steps")
         parts.append(f"cfg {code(facts.get('cfg_scale'))}")
+        if facts.get("eps_scale", 1) != 1:
+            parts.append(f"eps scale {code(facts['eps_scale'])}")
     if facts.get("activations") is not None:
         parts.append(f"activations {code(facts['activations'])}")
     return ", ".join([*parts, code(result.pipeline)])

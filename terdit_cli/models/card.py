@@ -10,7 +10,7 @@ began_with: the averaged weights of fashion-mnist-twin, 20,000 steps   # or null
 seed: 0
 scores: {fd-efficientnet-lite0: 31.4, precision: 0.71}   # the primary distance first
 measured: 10,000 images against 10,000; terdit eval-fid ...
-sampler: {name: dpmpp-2m, steps: 20, cfg_scale: 2.0}     # what the scores were measured with
+sampler: {name: dpmpp-2m, steps: 20, cfg_scale: 2.0, eps_scale: 1.0}  # of the scores
 limits: what not to expect of it
 sha256: of NAME.tdt, so that the card of another model is noticed
 ---
@@ -45,6 +45,7 @@ class Advice(_Part):
     name: Line
     steps: Count
     cfg_scale: FiniteFloat
+    eps_scale: FiniteFloat = 1.0
 
 
 class Card(_Part):

@@ -326,21 +326,21 @@ def _what_losses(findings: Findings) -> str:
 
 
 def _what_differs(findings: Findings, name: str) -> str:
-    study = findings.study
-    variant = study.variant(name)
-    if variant.ternarize is not None and variant.of:
-        source = _label(findings, variant.of)
-        return f"{source}, ternarized after training, scales per {variant.ternarize}"
-    if variant.pack is not None and variant.of:
-        pack = variant.pack
-        return (
-            f"{_label(findings, variant.of)}, packed {pack.codec}, rest {pack.rest}, "
-            f"activations {pack.activations}"
-        )
-    words = ", ".join(variant.overrides) or "nothing"
-    if variant.after is not None:
-        words = words.replace(AFTER, f"ckpt.pt of {_label(findings, variant.after)}")
-    return words
+    variant = findings.study.variant(name)
+    if variant.of is None:
+        words = list(variant.overrides)
+        if variant.after is not None:
+            after = f"ckpt.pt of {_label(findings, variant.after)}"
+            words = [word.replace(AFTER, after) for word in words]
+    else:
+        words = [_label(findings, variant.of)]
+    if variant.ternarize is not None:
+        words.append(f"ternarized after training, scales per {variant.ternarize}")
+    if (pack := variant.pack) is not None:
+        words.append(f"packed {pack.codec}, rest {pack.rest}, activations {pack.activations}")
+    if variant.eps_scale != 1:
+        words.append(f"sampled with the predicted noise times {variant.eps_scale:g}")
+    return ", ".join(words) or "nothing"
 
 
 def _training_command(study: Study, model: Model) -> str:

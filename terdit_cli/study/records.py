@@ -255,12 +255,13 @@ def essence(recipe: Recipe) -> dict[str, Any]:
 
 
 def model_asked(study: Study, variant: Variant, seed: int) -> dict[str, Any]:
-    """Return what a variant's models depend on."""
+    """Return what a variant's models depend on, and an eps_scale of its own."""
     if variant.of is not None:
         source = model_asked(study, study.variant(variant.of), seed)
         packing = variant.pack.model_dump() if variant.pack else None
-        return {"of": source, "ternarize": variant.ternarize, "pack": packing}
-    asked: dict[str, Any] = {"recipe": essence(recipe_of(study, variant, seed))}
+        asked = {"of": source, "ternarize": variant.ternarize, "pack": packing}
+        return asked if variant.eps_scale == 1 else asked | {"eps_scale": variant.eps_scale}
+    asked = {"recipe": essence(recipe_of(study, variant, seed))}
     if variant.after is not None:
         asked["after"] = model_asked(study, study.variant(variant.after), seed)
     return asked

@@ -149,6 +149,8 @@ class Runner:
         Raises:
             _NoModel: its training failed, or one that it needs.
         """
+        if not variant.is_trained and not variant.is_converted:
+            return self._model(self._study.variant(str(variant.of)), seed, step)
         if not self._make(variant, seed):
             raise _NoModel
         place = self._place(variant, seed)
@@ -300,7 +302,7 @@ class Runner:
             "--steps", str(evaluation.sampling_steps), "--cfg-scale", f"{cfg_scale:g}",
             "--cfg-channels", evaluation.cfg_channels, "--seed", str(evaluation.seed),
             "--batch-size", str(evaluation.batch_size), *_runs_as(variant), "--work", str(work),
-            *(["--compile"] if evaluation.compile and variant.is_trained else []),
+            *(["--compile"] if evaluation.compile and not variant.is_converted else []),
         ]  # fmt: skip
         done = self._run(words)
         accuracy, nearest = judge(read_features(work, n), reals)
@@ -367,7 +369,7 @@ class Runner:
         model = self._model(variant, seed)
         trained = variant if variant.is_trained else study.variant(str(variant.of))
         info = load_ckpt(self._model(trained, seed)).info
-        packed = not variant.is_trained or info.ternary.enabled
+        packed = variant.is_converted or info.ternary.enabled
         file_bytes: dict[str, int] = {}
         ternary, form, deployed = 0, CKPT, model
         made: list[Finished] = []
@@ -444,14 +446,16 @@ def _lines(done: Sequence[Finished]) -> str:
 
 
 def _activations(variant: Variant) -> str:
-    """Return what a converted model computes its activations in; trained ones are checkpoints."""
-    if variant.is_trained:
+    """Return what a converted model computes its activations in; the others are checkpoints."""
+    if not variant.is_converted:
         return "auto"
     return variant.pack.activations if variant.pack is not None else "fp32"
 
 
 def _runs_as(variant: Variant) -> list[str]:
-    return [] if variant.is_trained else ["--activations", _activations(variant)]
+    """Return the words by which a variant's model is sampled, beside those of all variants."""
+    words = ["--activations", _activations(variant)] if variant.is_converted else []
+    return words if variant.eps_scale == 1 else [*words, "--eps-scale", f"{variant.eps_scale:g}"]
 
 
 def _is_newer(path: Path, model: Path) -> bool:

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 from pydantic import model_validator as validator
 
 from terdit_cli.errors import UsageError, did_you_mean
@@ -44,7 +51,8 @@ class Variant(Section):
     """One model of the study.
 
     Trained with `overrides`, or else made of the last checkpoint of the variant `of`: by
-    `ternarize` (a fit without training, scales per ...) or by `pack`.
+    `ternarize` (a fit without training, scales per ...) or by `pack`. Or it is that checkpoint,
+    sampled with the predicted noise times `eps_scale`.
     """
 
     name: Name
@@ -55,16 +63,20 @@ class Variant(Section):
     of: str | None = None
     ternarize: Literal["tensor", "row", "group128"] | None = None
     pack: Packing | None = None
+    eps_scale: PositiveFloat = 1.0  # 1.0 = off
     seeds: Seeds | None = None  # None: the study's
     steps: Steps | None = None  # None: the study's; of a derived variant its last
 
     @validator(mode="after")
     def _check(self) -> Variant:
         made = (self.ternarize is not None) + (self.pack is not None)
-        if self.of is None and made:
-            raise ValueError(f"{self.name}: ternarize and pack need `of`, the variant to convert")
-        if self.of is not None and made != 1:
-            raise ValueError(f"{self.name}: a variant made of another is ternarized or packed")
+        if self.of is None and (made or self.eps_scale != 1):
+            raise ValueError(f"{self.name}: ternarize, pack and eps_scale need `of`, a variant")
+        if self.of is not None and made != 1 and (made or self.eps_scale == 1):
+            raise ValueError(
+                f"{self.name}: a variant made of another is ternarized or packed, or has an "
+                "eps_scale"
+            )
         if self.of is not None and (self.overrides or self.after):
             raise ValueError(f"{self.name}: a variant made of another is not trained: no overrides")
         if (self.after is not None) != any(AFTER in word for word in self.overrides):
@@ -74,6 +86,11 @@ class Variant(Section):
     @property
     def is_trained(self) -> bool:
         return self.of is None
+
+    @property
+    def is_converted(self) -> bool:
+        """Return whether there is a file of its own, made of another variant's checkpoint."""
+        return self.ternarize is not None or self.pack is not None
 
 
 class Evaluation(Section):

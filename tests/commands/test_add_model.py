@@ -34,7 +34,18 @@ def measured(small_run: Path, features: str, terdit: Callable[..., Any], shelf: 
     """What eval-fid says of the small run, packed as models are packaged."""
     assert terdit("pack", small_run, "-o", "m.tdt", "--codec", "t5", "--rest", "bf16").code == 0
     words = ("--model", "m.tdt", "--reference", "embedded:heldout", "-n", 8, "--features", features)
-    sampler = ("--sampler", "ddim", "--steps", 4, "--cfg-scale", 2, "--seed", 3)
+    sampler = (
+        "--sampler",
+        "ddim",
+        "--steps",
+        4,
+        "--cfg-scale",
+        2,
+        "--eps-scale",
+        0.98,
+        "--seed",
+        3,
+    )
     done = terdit("eval-fid", *words, *sampler, "--device", "cpu", "--json")
     assert done.code == 0, done.err
     Path("result.json").write_text(done.out)
@@ -51,12 +62,12 @@ def test_a_run_becomes_a_packaged_model(measured: Path, small_run: Path, shelf: 
     assert (card.recipe, card.steps, card.seed) == ("small", 30, 0)
     assert card.scores == result.metrics
     assert card.score[0] == result.distance_name
-    assert card.sampler == Advice(name="ddim", steps=4, cfg_scale=2)
+    assert card.sampler == Advice(name="ddim", steps=4, cfg_scale=2, eps_scale=0.98)
     assert (card.data, card.licence, card.limits) == ("1,000 images", "MIT", "draws noise")
     assert "8 images against 8, seed 3, activations " in card.measured
     assert "terdit eval-fid --model m.tdt" in card.measured
     assert card.text.startswith("# new\n\n## Recipe\n\n```yaml\nname: small\n")
-    assert sampler_for(path) == SamplerConfig("ddim", 4, 2.0)
+    assert sampler_for(path) == SamplerConfig("ddim", 4, 2.0, eps_scale=0.98)
     # Again: the words of people stay, or are replaced.
     add_model.run(small_run, "new", measured, Words(text="# Better\n\nMuch."))
     add_model.run(small_run, "new", measured, Words(limits="few"))

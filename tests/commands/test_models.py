@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ CARD = {
     "seed": 0,
     "scores": {"fd-grid": 31.5, "precision": 0.25},
     "measured": "100 images",
-    "sampler": {"name": "dpmpp-2m", "steps": 3, "cfg_scale": 1.5},
+    "sampler": {"name": "dpmpp-2m", "steps": 3, "cfg_scale": 1.5, "eps_scale": 0.99},
     "limits": "draws noise",
     "sha256": "0" * 64,
 }
@@ -209,7 +210,7 @@ def test_a_card_is_what_was_written() -> None:
     card = Card.model_validate({**CARD, "data": "\xe9: 'a' # b", "text": "---\nx\n"})
     assert parse_card(card.to_markdown(), Path("x.md")) == card
     assert card.score == ("fd-grid", 31.5)  # the first, not the first of the alphabet
-    assert card.sampler == Advice(name="dpmpp-2m", steps=3, cfg_scale=1.5)
+    assert card.sampler == Advice(name="dpmpp-2m", steps=3, cfg_scale=1.5, eps_scale=0.99)
 
 
 HEAD = Card.model_validate({**CARD, "text": TEXT}).to_markdown()
@@ -303,19 +304,23 @@ def test_the_model_that_knows_the_class(
     assert sample.find_model(None, "sneaker").stem == "animals"
 
 
-ADVISED = SamplerConfig("dpmpp-2m", 3, 1.5)
+ADVISED = SamplerConfig("dpmpp-2m", 3, 1.5, eps_scale=0.99)
+_WORDS = "--sampler dpmpp-2m --steps 3 --cfg-scale 1.5 --eps-scale 0.99, as its card advises"
 
 
 @pytest.mark.parametrize(
     ("given", "wanted", "line"),
     [
-        ({}, ADVISED, "clothes: --sampler dpmpp-2m --steps 3 --cfg-scale 1.5, as its card advises"),
+        ({}, ADVISED, f"clothes: {_WORDS}"),
+        ({"eps_scale": 1.0}, replace(ADVISED, eps_scale=1.0), "--steps 3 --cfg-scale 1.5, as"),
+        ({"name": "dpmpp-2m", "steps": 3, "cfg_scale": 1.5}, ADVISED, "clothes: --eps-scale 0.99,"),
         ({"steps": 9}, SamplerConfig("dpmpp-2m", 9, 1.5), "--sampler dpmpp-2m --cfg-scale 1.5,"),
-        ({"name": "dpmpp-2m"}, ADVISED, "clothes: --steps 3 --cfg-scale 1.5,"),
+        ({"name": "dpmpp-2m"}, ADVISED, "clothes: --steps 3 --cfg-scale 1.5 --eps-scale 0.99,"),
         ({"name": "ddpm"}, SamplerConfig("ddpm", 250, 1.5), "clothes: --cfg-scale 1.5,"),
         ({"cfg_scale": 1.0}, SamplerConfig("dpmpp-2m", 3, 1.0), "--sampler dpmpp-2m --steps 3,"),
         ({"name": "ddim", "cfg_scale": 1.0}, SamplerConfig("ddim", 250, 1.0), ""),
         ({"name": "euler", "steps": 7, "cfg_scale": 0.0}, SamplerConfig("euler", 7, 0.0), ""),
+        ({"steps": 9, "eps_scale": 0.5}, SamplerConfig("dpmpp-2m", 9, 1.5, eps_scale=0.5), "dpmpp"),
     ],
     ids=str,
 )
@@ -358,7 +363,7 @@ def test_eval_fid_by_name(
     by_name = evaluate(model=Path("clothes"), **common)
     how = by_name.provenance
     assert (how["model"], how["sampler"], how["steps"]) == (str(path), "dpmpp-2m", 3)
-    sampler = {"sampler": "dpmpp-2m", "steps": 3, "cfg_scale": 1.5}
+    sampler = {"sampler": "dpmpp-2m", "steps": 3, "cfg_scale": 1.5, "eps_scale": 0.99}
     assert by_name.metrics == evaluate(model=small_tdt, **sampler, **common).metrics
     with pytest.raises(InputFileError, match=r"did you mean 'clothes'\?"):
         eval_fid.run(
@@ -372,13 +377,15 @@ def test_the_verbs(package: Make, terdit: Callable[..., Any], features: str) -> 
     values = json.loads(done.out)
     assert (values["model"], values["sampler"], values["steps"]) == (str(path), "dpmpp-2m", 3)
     assert values["cfg_scale"] == 1.5
-    assert "--sampler dpmpp-2m --steps 3 --cfg-scale 1.5, as its card advises" in done.err
+    assert values["eps_scale"] == 0.99
+    assert _WORDS in done.err
     done = terdit("sample", "--prompt-class", 1, "--model", "clothes", "--steps", 2, "--json")
     assert json.loads(done.out)["nfe"] == 4
     words = ("--model", "clothes", "--features", features, "--reference", "embedded:heldout")
     done = terdit("eval-fid", *words, "-n", 4, "--cfg-scale", 1, "--json")
     how = json.loads(done.out)["provenance"]
     assert (how["sampler"], how["steps"], how["cfg_scale"]) == ("dpmpp-2m", 3, 1.0)
+    assert how["eps_scale"] == 1.0  # another guidance than the one it was advised for
     assert "clothes" in terdit("models").out
     assert "try" in terdit("models", "clothes").out
     done = terdit("models", "cloths")

@@ -17,6 +17,7 @@ from terdit_cli.diffusion.sampler import (
     ddpm_loop,
     forward_with_cfg,
     sample,
+    scaled,
 )
 from terdit_cli.errors import UsageError
 from terdit_cli.torchvision_shim import import_vision
@@ -275,6 +276,38 @@ def test_scale_one_equals_no_guidance():
     torch.testing.assert_close(doubled[:2], exact_network(x, t, y))
 
 
+@pytest.mark.parametrize("variance", [0, 2])
+def test_scaling_leaves_the_variance_alone(variance):
+    x = ImageNoise(0, range(2), (2, 4, 4)).initial()
+
+    def network(x, t, y):
+        return torch.cat([x + 1, 3 * x], dim=1)[:, : 2 + variance]
+
+    out = scaled(network, 0.5)(x, torch.tensor([5, 5]), torch.tensor([1, 2]))
+    assert torch.equal(out[:, :2], 0.5 * (x + 1))
+    assert torch.equal(out[:, 2:], (3 * x)[:, :variance])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+def test_every_sampler_scales_the_guided_eps(toy, name, cfg_scale):
+    """A factor of 0.9 is as a network whose eps is 0.9 times, for guidance is linear in eps."""
+    noise, y = ImageNoise(0, range(3), (4, 4, 4)), torch.tensor([1, 2, 3])
+
+    def less(x, t, y):
+        eps, variance = toy(x, t, y).chunk(2, dim=1)
+        return torch.cat([0.9 * eps, variance], dim=1)
+
+    plain = SamplerConfig(name, 5, cfg_scale, cfg_channels="all")
+    at_09 = SamplerConfig(name, 5, cfg_scale, cfg_channels="all", eps_scale=0.9)
+    images = [
+        sample(network, config, noise.initial(), y, 9, noise)
+        for network, config in ((toy, at_09), (less, plain), (toy, plain))
+    ]
+    torch.testing.assert_close(images[0], images[1], rtol=1e-5, atol=1e-5)
+    assert (images[0] - images[2]).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("respacing", ["50", "ddim25", "10,15,20"])
 @pytest.mark.parametrize(("alpha_bar", "tolerance"), [("float32", 2.4e-5), ("float64", 2e-6)])
 def test_diffusers_ddpm_agrees(toy, respacing, alpha_bar, tolerance):
@@ -331,6 +364,8 @@ def test_noise_of_another_shape_is_refused(toy):
         ({"name": "ddim", "steps": 60}, ["'ddim60'", "59 or 63 steps"]),
         ({"cfg_scale": math.nan}, ["wrong cfg_scale: got nan", "--cfg-scale 4"]),
         ({"cfg_scale": -1.0}, ["got -1.0"]),
+        ({"eps_scale": 0.0}, ["wrong eps_scale: got 0.0", "--eps-scale 1"]),
+        ({"eps_scale": math.inf}, ["got inf, expected a number > 0"]),
         ({"cfg_channels": "4"}, ["got '4', expected '3' or 'all'", "cfg_channels=3"]),
         ({"name": "ddim", "steps": 50, "eta": 1.5}, ["got 1.5, expected a number from 0 to 1"]),
         ({"eta": 0.5}, ["got 0.5, expected 0 for ddpm", "--sampler ddim"]),

@@ -27,6 +27,7 @@ PROVENANCE: dict[str, Any] = {
     "steps": 250,
     "cfg_scale": 1.5,
     "cfg_channels": "3",
+    "eps_scale": 1.0,
     "labels": "balanced",
     "image_size": 256,
     "seed": 0,
@@ -179,6 +180,7 @@ def test_unlike_runs_are_refused(tmp_path: Path, changes: dict[str, Any], named:
         ("steps", 50),
         ("cfg_scale", 4.0),
         ("cfg_channels", "all"),
+        ("eps_scale", 0.998),
         ("labels", "uniform"),
         ("image_size", 512),
         ("sampler", None),
@@ -190,6 +192,14 @@ def test_unlike_settings_are_refused(tmp_path: Path, name: str, value: object) -
         apply_limits(make(), make_limits(baseline=path))
     then = "unstated" if value is None else value
     assert f"got {name} {PROVENANCE[name]} not {then}, expected" in str(caught.value)
+
+
+def test_a_result_from_before_eps_scale_has_none(tmp_path: Path) -> None:
+    before = {key: value for key, value in PROVENANCE.items() if key != "eps_scale"}
+    limits = make_limits(baseline=baseline(tmp_path, provenance=before))
+    assert apply_limits(make(), limits).passed
+    with pytest.raises(UsageError, match=r"got eps_scale 0\.99 not 1\.0, expected"):
+        apply_limits(make(provenance=PROVENANCE | {"eps_scale": 0.99}), limits)
 
 
 def test_every_field_that_differs_is_named(tmp_path: Path) -> None:

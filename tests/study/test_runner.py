@@ -57,6 +57,7 @@ variants:
   - {name: ternary, label: ternary, question: "b?"}
   - {name: ptq, label: after, question: "c?", of: twin, ternarize: row}
   - {name: packed, label: packed, question: "d?", of: ternary, pack: {codec: t5, rest: bf16}}
+  - {name: scaled, label: scaled, question: "e?", of: twin, eps_scale: 0.9}
 evaluation:
   {features: "FEATURES", n: 12, curve_n: 10, sampling_steps: 2, batch_size: 12, loss_n: 16,
    cfg_scales: [2.0], grid: 1}
@@ -149,7 +150,8 @@ def test_a_study_finds_all_of_every_variant(tiny: Study, done: Folder) -> None:
     found = collect(tiny, done)
     assert found.missing == 0
     assert "ternary : twin" in found.verdict
-    assert {model.variant.name for model in found.models} == {"twin", "ternary", "ptq", "packed"}
+    names = {"twin", "ternary", "ptq", "packed", "scaled"}
+    assert {model.variant.name for model in found.models} == names
     by_name = {model.variant.name: model for model in found.models}
     assert set(by_name["ternary"].scores) == {(2, 2.0, 10), (4, 2.0, 10), (4, 2.0, 12)}
     assert set(by_name["ptq"].scores) == {(4, 2.0, 12)}
@@ -162,6 +164,23 @@ def test_a_study_finds_all_of_every_variant(tiny: Study, done: Folder) -> None:
     assert found.probe is not None
     assert found.probe.accuracy == 1.0  # the classes differ in brightness
     assert found.class_names == ["a", "b", "c"]
+
+
+def test_a_scaled_variant_is_the_same_model_sampled_otherwise(tiny: Study, done: Folder) -> None:
+    by_name = {model.variant.name: model for model in collect(tiny, done).models}
+    twin, scaled = by_name["twin"], by_name["scaled"]
+    assert scaled.losses[4] == twin.losses[4].model_copy(
+        update={key: getattr(scaled.losses[4], key) for key in ("asked", "command", "date")}
+    )
+    ours, theirs = (model.scores[4, 2.0, 12].evaluation for model in (scaled, twin))
+    assert ours["provenance"]["eps_scale"] == 0.9
+    assert theirs["provenance"]["eps_scale"] == 1.0
+    assert ours["provenance"]["model_sha256"] == theirs["provenance"]["model_sha256"]
+    assert ours["metrics"] != theirs["metrics"]
+    assert scaled.footprint is not None
+    assert twin.footprint is not None
+    assert scaled.footprint.file_bytes == twin.footprint.file_bytes
+    assert not list(done.place(tiny.variant("scaled"), 0).folder.glob("step-*"))
 
 
 def test_the_losses_tell_the_models_apart_and_fall(tiny: Study, done: Folder) -> None:
@@ -229,7 +248,8 @@ def test_stopped_anywhere_it_goes_on_to_the_same_numbers(
     assert life >= 6
     ours, theirs = findings(tiny, folder), findings(tiny, done)
     assert ours
-    assert ours == {key: value for key, value in theirs.items() if "packed" not in key}
+    left = ("packed", "scaled")
+    assert ours == {key: value for key, value in theirs.items() if not key.startswith(left)}
 
 
 def test_a_changed_evaluation_is_scored_again_without_training(

@@ -113,6 +113,17 @@ def test_a_study_without_a_shortened_version_says_so(study_file: Path) -> None:
         ),
         ("of: twin, ternarize: row", "of: twin", ["ternarized or packed"]),
         ("of: twin, ternarize: row", "ternarize: row", ["need `of`"]),
+        ("of: twin, ternarize: row", "eps_scale: 0.99", ["need `of`"]),
+        (
+            "of: twin, ternarize: row",
+            "of: twin, eps_scale: 0",
+            ["variants.3.eps_scale: got 0", "greater than 0"],
+        ),
+        (
+            "pack: {codec: t5, ",
+            "ternarize: row, eps_scale: 0.99, pack: {codec: t5, ",
+            ["ternarized or packed"],
+        ),
         ("of: twin,", "of: packed,", ["ptq.of", "no trained variant above"]),
         ("of: twin,", "of: twin, seeds: [7],", ["ptq.seeds", "twin does not have"]),
         ("of: twin,", "of: twin, steps: [15],", ["ptq.steps", "twin is not kept"]),
