@@ -34,7 +34,7 @@ def run_together(words: tuple[object, ...], processes: int) -> tuple[int, str, s
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     job = subprocess.run(
         [sys.executable, *launcher, "-m", "terdit_cli", *map(str, words)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         timeout=PATIENCE,
         capture_output=True,
         text=True,
@@ -173,7 +173,7 @@ def test_a_killed_run_goes_on(
             *map(str, words),
             tmp_path,
         ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         timeout=PATIENCE,
         capture_output=True,
         check=False,
@@ -339,7 +339,7 @@ class Faulty:
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
         self.process = subprocess.Popen(
             [sys.executable, *launcher, script, self.notes, fault, *map(str, words)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
