@@ -204,11 +204,12 @@ def guided(
 
 
 def scaled(network: Network, eps_scale: float) -> Network:
-    """Return a network of the same contract whose eps, and not its variance, is `eps_scale` times.
+    """Return a network of the same contract whose eps [B, C, H, W] is `eps_scale` times as large.
 
-    A sampler meets states that carry the errors of the steps before, as no state of the training
-    does, so the noise that the network finds in them is a little too much or too little. One factor
-    for all steps takes most of it back (Ning et al. 2024, arXiv 2308.15321, section 5.2).
+    The variance channels stay. A sampler meets states that carry the errors of the steps before, as
+    no state of the training does, so the noise that the network finds in them is a little too much
+    or too little. One factor for all steps may take some of that back: the epsilon scaling of Ning
+    et al. 2024 (arXiv 2308.15321).
     """
 
     def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
