@@ -34,7 +34,7 @@ coverage: install  ## all tests, with the share of each file's lines that they r
 	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile \
 		--cov=terdit_cli --cov-report=term:skip-covered
 
-lint: install  ## ruff and mypy
+lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

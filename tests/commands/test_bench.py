@@ -243,13 +243,13 @@ def test_images_of_random_weights_say_nothing(terdit: Terdit) -> None:
 
 def test_training_steps(terdit: Terdit, small_recipe: Path) -> None:
     """A step of both networks, eager and compiled; the twin has no ternary weight."""
-    words = f"{small_recipe} train.global_batch_size=4 train.micro_batch_size=4"
+    words = f"{small_recipe} model.n_layers=1 train.global_batch_size=4 train.micro_batch_size=4"
     done = terdit("bench", words, "--what", "training", "--repeats", 2, "--threads", 1, "--json")
     values = json.loads(done.out)
     eager, compiled = values["training"]
     assert (eager["compiled"], compiled["compiled"]) == (False, True)
     for row in (eager, compiled):
-        assert (row["images"], row["parameters"]) == (4, 56_658)
+        assert (row["images"], row["parameters"]) == (4, 36_618)
         assert len(row["ternary"]["samples"]) == len(row["full"]["samples"]) == 2
         assert all(seconds > 0 for seconds in row["ternary"]["samples"])
     assert [goal["met"] is None for goal in values["goals"]] == [False]
