@@ -134,6 +134,12 @@ class Findings:
         scores = (score for model in self.models for score in model.scores.values())
         return next((score.distance_name for score in scores), "distance")
 
+    def timed(self, cost: Footprint) -> Footprint | None:
+        """Return where a network's latency is: its own, or one's that differs in weights alone."""
+        costs = (model.footprint for model in self.models if model.footprint is not None)
+        alike = (other for other in (cost, *costs) if other.kind == cost.kind and other.latency)
+        return next(alike, None)
+
     @property
     def missing(self) -> int:
         """Return how many scores are not there; those of failed trainings do not count."""

@@ -230,8 +230,9 @@ def sizes(findings: Findings) -> list[Figure]:
             continue
         number, cost = _number(findings, variant.name), model.footprint
         by_bytes.append(Series(variant.label, number, [(cost.bytes / 1e6, distance.mean)]))
-        milliseconds = 1000 * median(cost.latency)
-        by_time.append(Series(variant.label, number, [(milliseconds, distance.mean)]))
+        if (timed := findings.timed(cost)) is not None:
+            milliseconds = 1000 * median(timed.latency)
+            by_time.append(Series(variant.label, number, [(milliseconds, distance.mean)]))
     name = findings.distance_name
     note = f"Last step, {guidance(scale)}; both axes logarithmic. To the lower left is better."
     figures: list[Figure] = []

@@ -20,6 +20,7 @@ WIDTH, HEIGHT = 430, 300  # of a plot without its key, in the units of its text
 COLOURS = 8
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 46
 _CHARACTER = 6.7  # usual advance of the 13 unit text
+_KEY_LEFT = 14.0
 _LINE = 20  # height of a line of the key
 _BAR_ROW = 40
 
@@ -278,11 +279,13 @@ def _svg(
 def _key(keys: Sequence[tuple[str, int]], top: int) -> tuple[Markup, int]:
     """Return the key below a plot, and how many lines it has."""
     parts: list[Markup] = []
-    left, row = float(_LEFT), 0
+    left, row = _KEY_LEFT, 0
+    room = int((WIDTH - _KEY_LEFT - 14) / _CHARACTER)
     for label, kind in keys:
+        label = label if len(label) <= room else label[: room - 1] + "\u2026"
         wide = 24 + _CHARACTER * len(label)
-        if left > _LEFT and left + wide > WIDTH:
-            left, row = float(_LEFT), row + 1
+        if left > _KEY_LEFT and left + wide > WIDTH:
+            left, row = _KEY_LEFT, row + 1
         y = top + 14 + row * _LINE
         line = _line(left - 9, y - 4, left + 9, y - 4, f"line c{kind % COLOURS}")
         parts += [line, _marker(left, y - 4, kind, 4.2), _text(left + 14, y, label, "start")]

@@ -84,7 +84,7 @@ def _study(findings: Findings) -> Iterator[Block]:
         return
     yield Heading(3, "At the last step")
     yield Text(
-        'Means over the seeds, and their range. ": twin" is the ratio to '
+        'Means over the seeds (and their range). ": twin" is the ratio to '
         f"{_label(findings, study.headline.twin)} of the same seed; "
         '"as its class": generated images that a linear probe on the same features takes for '
         'their class; "nearer than reals": images closer to a training image than 99 % of the '
@@ -94,7 +94,10 @@ def _study(findings: Findings) -> Iterator[Block]:
     for scale in study.evaluation.cfg_scales:
         yield main_table(findings, scale)
     if study.headline_images != study.evaluation.n:
-        yield Text(f"The {_pairs_named(study)} with {study.headline_images:,} images:")
+        yield Text(
+            f"The {_pairs_named(study)} with {study.headline_images:,} images, each beside its own "
+            "full precision:"
+        )
         for scale in study.evaluation.cfg_scales:
             yield main_table(findings, scale, study.headline_images)
     yield Heading(3, "Over training")
@@ -115,8 +118,9 @@ def _study(findings: Findings) -> Iterator[Block]:
         "Bytes are those of the whole model: a .tdt with all but the ternary matrices in bfloat16 "
         "(t2: 2 bits a ternary weight, t5: 1.6), or all weights in bfloat16. Memory is the peak "
         "of the process that samples. Latency is of one image at a time, median and range of its "
-        'repeats, in the form and precision that "runs as" names; distances are of models that '
-        "compute in float32, unless a variant says otherwise." + _scatter(findings)
+        "repeats (where a model's own is not known, of a network that differs in weights alone), "
+        'in the form and precision that "runs as" names; distances are of models that compute in '
+        "float32, unless a variant says otherwise." + _scatter(findings)
     )
     yield cost_table(findings)
     yield latency_table(findings)
@@ -146,9 +150,8 @@ def _scatter(findings: Findings) -> str:
     """Return how much the latency of one and the same network differs between variants."""
     alike: dict[tuple[object, ...], list[float]] = {}
     for model in findings.models:
-        if (cost := model.footprint) is not None:
-            kind = (cost.parameters, cost.form, cost.backend, cost.activations, cost.nfe)
-            alike.setdefault(kind, []).append(median(cost.latency))
+        if (cost := model.footprint) is not None and cost.latency:
+            alike.setdefault(cost.kind, []).append(median(cost.latency))
     most = max(alike.values(), key=lambda found: max(found) / min(found), default=[])
     if len(most) < 2:
         return ""

@@ -148,7 +148,7 @@ class Footprint(Record):
     file_bytes: dict[str, int]  # by form: "bf16", "fp32", "t2", "t5"
     forward_flops: int  # of one image, one pass
     nfe: int
-    latency: list[float]  # seconds an image, one at a time; repeats
+    latency: list[float]  # seconds an image, one at a time; repeats; none: not known
     peak_bytes: int  # resident, of the process that drew them
     backend: str
     isa: str | None
@@ -159,6 +159,11 @@ class Footprint(Record):
     def bytes(self) -> int:
         """Return the bytes on disk: of the packed file, or of bfloat16 weights."""
         return self.file_bytes.get(self.form) or self.file_bytes["bf16"]
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Return what tells networks apart that take different times, on one machine."""
+        return (self.parameters, self.form, self.backend, self.activations, self.nfe)
 
 
 class Probe(Record):

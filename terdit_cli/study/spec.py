@@ -263,6 +263,11 @@ class Study(Section):
         names = (name for pair in self.pairs for name in (pair.twin, pair.ternary))
         return tuple(dict.fromkeys(names))
 
+    def twin_of(self, name: str) -> str:
+        """Return the full-precision variant of the first pair of a variant, or the headline's."""
+        found = (pair.twin for pair in self.pairs if name in (pair.ternary, pair.twin))
+        return next(found, self.headline.twin)
+
     def seeds_of(self, variant: Variant) -> tuple[int, ...]:
         return tuple(dict.fromkeys(variant.seeds or self.seeds))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 
 from terdit_cli import console
-from terdit_cli.study.collect import Findings, Model, guidance, steps_taken
+from terdit_cli.study.collect import Findings, Mean, Model, guidance, steps_taken
 from terdit_cli.study.document import Block, Heading, Table, Text
 from terdit_cli.study.figures import number
 from terdit_cli.study.records import Footprint
@@ -19,7 +19,8 @@ def main_table(findings: Findings, scale: float, n: int | None = None) -> Table:
     """Return the distances and what goes with them, of one guidance.
 
     Args:
-        n: images of a model; None: as many as all variants have.
+        n: images of a model of a pair, beside its own twin; None: as many as all variants have,
+            all beside the headline's twin.
     """
     study = findings.study
     rows = []
@@ -28,14 +29,13 @@ def main_table(findings: Findings, scale: float, n: int | None = None) -> Table:
         distance = findings.distance(variant.name, scale, n)
         if distance is None:
             continue
-        ratio = findings.ratio(variant.name, scale, n)
+        twin = study.headline.twin if n is None else study.twin_of(variant.name)
+        ratio = findings.ratio(variant.name, scale, n, twin)
         rows.append(
             (
                 variant.label,
-                number(distance.mean),
-                distance.spread,
-                "" if ratio is None else f"{ratio.mean:.3f}",
-                "" if ratio is None else ratio.spread,
+                _with_range(number(distance.mean), distance),
+                "" if ratio is None else _with_range(f"{ratio.mean:.3f}", ratio),
                 *(_mean([s.metric(name) for s in scores], 3) for name in ("precision", "recall")),
                 _mean([s.metric("KID") for s in scores], 4),
                 _percent([s.accuracy.all for s in scores if s.accuracy]),
@@ -46,10 +46,14 @@ def main_table(findings: Findings, scale: float, n: int | None = None) -> Table:
             )
         )
     header = (
-        guidance(scale), findings.distance_name, "range", ": twin", "range", "precision", "recall",
-        "KID", "as its class", "nearer than reals", "seeds", "images", "steps",
+        guidance(scale), findings.distance_name, ": twin", "precision", "recall", "KID",
+        "as its class", "nearer than reals", "seeds", "images", "steps",
     )  # fmt: skip
     return Table(header, rows, _strong(findings))
+
+
+def _with_range(shown: str, mean: Mean) -> str:
+    return f"{shown} ({mean.spread})" if mean.spread else shown
 
 
 def _strong(findings: Findings) -> list[str]:
@@ -128,16 +132,17 @@ def latency_table(findings: Findings) -> Table:
     guided = max(findings.study.evaluation.cfg_scales)
     rows = []
     for variant, distance, _, cost in _costs(findings, guided):
-        low, high = min(cost.latency), max(cost.latency)
+        timed = findings.timed(cost)
+        times = [1000 * seconds for seconds in sorted(timed.latency)] if timed else []
         rows.append(
             (
                 variant,
                 distance,
-                f"{1000 * median(cost.latency):.3g} ({1000 * low:.3g} to {1000 * high:.3g})",
+                f"{median(times):.3g} ({times[0]:.3g} to {times[-1]:.3g})" if times else "",
                 f"{cost.nfe}",
                 console.byte_size(cost.peak_bytes) if cost.peak_bytes else "",
-                _runs_as(cost),
-                cost.machine,
+                _runs_as(timed or cost),
+                (timed or cost).machine,
             )
         )
     header = (

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from terdit_cli.study.figures import (
+    WIDTH,
     Bar,
     Series,
     bar_figure,
@@ -50,6 +51,18 @@ def test_what_has_no_place_is_left_out() -> None:
     assert line_figure("t", [Series("a", 0, [(1, math.nan)])], "x", "y") is None
     assert bar_figure("t", [Bar("a", 0, math.nan, [])], "x") is None
     assert share_figure("t", [("0", "zero")], [(1, [1.0])]) is None
+
+
+@pytest.mark.parametrize("length", [10, 30, 60, 100])
+def test_every_label_of_the_key_ends_within_the_picture(length: int) -> None:
+    labels = [str(i) * length for i in range(3)]
+    figure = line_figure("t", [Series(label, 0, [(1, 1)]) for label in labels], "x", "y")
+    assert figure is not None
+    shown = [t for t in ET.fromstring(figure).iter("text") if len(str(t.text)) >= 10]
+    assert [str(t.text)[0] for t in shown] == ["0", "1", "2"]
+    for text in shown:
+        assert float(str(text.get("x"))) + 6.7 * len(str(text.text)) <= WIDTH
+        assert str(text.text).endswith("\u2026") == (length == 100)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-9, 1.0, 1e7])

@@ -90,7 +90,9 @@ def test_the_headline_is_the_mean_of_the_ratios_seed_by_seed(
     assert f"guided 2 {ratio.mean:.3f}" in found.verdict
     assert "met" in found.verdict
     row = next(line for line in text.splitlines() if line.startswith("| **ternary**"))
-    assert f"**{ratio.mean:.3f}**" in row
+    distance = found.distance("ternary", 1.0)  # of the first table
+    assert distance is not None
+    assert f"| **{distance.mean:.1f} ({distance.spread})** | **{ratio.mean:.3f}** |" in row
 
 
 def test_the_headline_may_have_more_images_than_the_rest(
@@ -138,9 +140,14 @@ def test_other_pairs_have_their_own_ratio_and_goal(
     assert longer is not None
     row = next(line for line in text.splitlines() if "no-norm : twin, guided 2" in line)
     assert f"| {longer.mean:.3f} |" in row
-    assert "The pairs with 90 images" in text
+    _, few, many = re.split("At the last step|The pairs with 90 images", text)
     label = study.variant("no-norm").label
-    assert f"| **{label}** |" in text
+    for part, twin in ((few, "twin"), (many, "ternary")):  # of the headline; its own
+        shown = found.ratio("no-norm", 2.0, 90 if twin == "ternary" else None, twin)
+        assert shown is not None
+        guided = part[part.index("| guided 2 |") :]
+        row = next(line for line in guided.splitlines() if line.startswith(f"| **{label}** |"))
+        assert f"| **{shown.mean:.3f}** |" in row
     assert found.missing == 0
 
 
@@ -259,6 +266,32 @@ def test_the_same_findings_give_the_same_pages(
 ) -> None:
     first, second = (pages(study, folder, tmp_path / n / "r.md")[1:] for n in ("a", "b"))
     assert first == second
+
+
+@pytest.mark.parametrize("parameters", [9_500_000, 9_500_001])
+def test_a_latency_that_is_not_known(
+    study: Study, folder: Folder, tmp_path: Path, parameters: int
+) -> None:
+    """It is another model's of the same network; without one it is left out."""
+    path = folder.place(study.variant("no-norm"), 0).footprint
+    changed = {"latency": [], "parameters": parameters, "machine": "another"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    _, text, _ = pages(study, folder, tmp_path / "r.md")
+    label = study.variant("no-norm").label
+    row = next(
+        line for line in text.splitlines()
+        if line.startswith((f"| {label} |", f"| **{label}** |")) and "threads 2" in line
+    )  # fmt: skip
+    known = parameters == 9_500_000
+    cells = [cell.strip(" *") for cell in row.split("|")]
+    assert cells[3] == ("22 (21 to 24)" if known else "")
+    assert cells[5] == "300.0 MB"
+    assert cells[7] == ("a processor, 2 CPUs, Linux" if known else "another")
+    drawn = {
+        what: (tmp_path / "r" / f"small--{what}.svg").read_text() for what in ("bytes", "latency")
+    }
+    assert label in drawn["bytes"]
+    assert (label in drawn["latency"]) == known
 
 
 def test_a_half_done_study_says_what_is_missing(
