@@ -25,6 +25,9 @@ from terdit_cli.train.watch import (
     where_is_main,
 )
 
+# The watchdog's thread ends here by an error, where the process would.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
 
 def test_the_few_and_the_silent_come_first() -> None:
     places = {0: "a", 1: "a", 2: "b", 4: "a"}
