@@ -53,6 +53,9 @@ def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Opti
     if alphas:
         ratio = {LR_RATIO: optim.alpha_lr_ratio}
         groups.append({"params": alphas, "weight_decay": 0.0} | ratio)
+    # torch's state dicts lose the settings of a group without parameters, its rate too: a resumed
+    # run could not set it. Muon leaves nothing to decay where blocks alone are decayed.
+    groups = [group for group in groups if group["params"]]
     if optim.kind != "adamw8bit":
         adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         if optim.kind == "adamw":

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.train.alone import alone_in
 from terdit_cli.train.parallel import World
 
+ROOT = Path(__file__).parents[2]
 Train = Callable[..., Any]
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -34,9 +36,20 @@ def without_measured(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in entry.items() if k not in MEASURED} for entry in entries]
 
 
-@pytest.mark.parametrize("words", [(), ("optim.kind=muon",)], ids=["adamw", "muon"])
+def options_of(recipe: str) -> list[str]:
+    """Return what a shipped recipe says of the optimizer and of the ternary layers."""
+    values = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())
+    words = [
+        f"{section}.{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for section in ("optim", "ternary")
+        for key, value in values.get(section, {}).items()
+    ]
+    return [*words, "optim.warmup_steps=5"]
+
+
+@pytest.mark.parametrize("shipped", [None, "quickstart", "fashion-mnist", "600m"])
 def test_twenty_and_twenty_steps_are_forty(
-    words: tuple[str, ...], tmp_path: Path, train: Train, whole_run: Path,
+    shipped: str | None, tmp_path: Path, train: Train, whole_run: Path,
     assert_same_run: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -45,6 +58,7 @@ def test_twenty_and_twenty_steps_are_forty(
     class Stop(Exception):
         pass
 
+    words = options_of(shipped) if shipped else []
     step = Trainer.train_step
 
     def stop_at_27(self: Trainer, *batch: Any) -> Any:
