@@ -29,7 +29,7 @@ def main_table(findings: Findings, scale: float, n: int | None = None) -> Table:
         distance = findings.distance(variant.name, scale, n)
         if distance is None:
             continue
-        twin = study.headline.twin if n is None else study.twin_of(variant.name)
+        twin = None if n is None else study.twin_of(variant.name)
         ratio = findings.ratio(variant.name, scale, n, twin)
         rows.append(
             (

@@ -47,7 +47,7 @@ model:
   {size: nano, n_layers: 3, dim: 30, n_heads: 3, patch_size: 7, multiple_of: 7, num_classes: 10}
 ternary: {granularity: tensor}
 data: {source: embedded, split: heldout, image_size: 28, channels: 1, flip: true, workers: 1}
-train: {steps: 40, global_batch_size: 12, micro_batch_size: 2, precision: fp32}
+train: {steps: 40, global_batch_size: 12, micro_batch_size: 1, precision: fp32}
 optim: {lr: 2e-3, weight_decay: 0.01, warmup_steps: 5, schedule: cosine, eps: 1e-4}
 ema: {decay: 0.9, warmup: true}
 sample: {every: 0}
@@ -98,12 +98,7 @@ CASES: dict[int, list[tuple[str, list[str]]]] = {
         ("muon", ["parallel.mode=fsdp"]),
         ("clipped", ["parallel.mode=fsdp"]),
     ],
-    4: [
-        (
-            "learned",
-            ["parallel.mode=hsdp", "parallel.shard_size=2", "train.micro_batch_size=1"],
-        )
-    ],
+    4: [("learned", ["parallel.mode=hsdp", "parallel.shard_size=2"])],
 }
 
 # Where a rounding that falls the other way moves a value by a 100th, and steps amplify it.
@@ -253,10 +248,9 @@ def test_many_are_as_one(
     for part in ("model", "ema"):
         assert many[part].keys() == one[part].keys()
         for name, value in one[part].items():
-            # A step moves a parameter by up to 2e-3: 5e-7 is for those that began at 0, and for
-            # the scales before a norm, whose gradients of rounding alone (1e-9) eps divides.
+            # A step moves a parameter by up to 2e-3: 1e-7 is for those that began at 0.
             error = (many[part][name] - value).abs()
-            assert (error <= 1e-6 * value.abs() + 5e-7).all(), (name, float(error.max()))
+            assert (error <= 1e-6 * value.abs() + 1e-7).all(), (name, float(error.max()))
     masters = [name for name in one["model"] if name.startswith("layers.") and is_master(name)]
     assert len(masters) == 24
     for name in masters:

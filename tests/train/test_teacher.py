@@ -79,7 +79,7 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it(
 def test_the_features_of_the_last_block_are_learned(
     train: Train, teacher: Path, tmp_path: Path, compiled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The graphs are what features could get lost in: no minute of a C++ compiler, as users have.
+    # Features could get lost in the graphs, which are as users have them; C++ would take a minute.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     words = [f"distill.teacher={teacher}", "distill.weight=0", "distill.features=10"]
     words += ["model.dim=48", "train.steps=30", "logging.every=10", f"train.compile={compiled}"]
