@@ -1,21 +1,22 @@
 """Which figures a study has: curves, bars, loss against distance, codes, sizes.
 
-A variant has the same colour and marker in all of them: its place in the study.
+A variant has the same colour and marker in all curves and bars: its place in the study. Where all
+variants stand in one figure, their kind has: no eye tells forty colours apart.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import fmean, median
 from typing import Any
 
 from terdit_cli import console
 from terdit_cli.study.collect import Findings, Model, guidance, steps_taken
 from terdit_cli.study.document import Figure
-from terdit_cli.study.figures import Bar, Series, bar_figure, line_figure, share_figure
+from terdit_cli.study.figures import Bar, Point, Series, bar_figure, line_figure, share_figure
 from terdit_cli.study.records import Loss
-from terdit_cli.study.spec import Lines
+from terdit_cli.study.spec import Lines, Study, Variant, recipe_of
 from terdit_cli.study.tables import cost_of
 
 _LAYERS = (("-1", "minus"), ("0", "zero"), ("+1", "plus"))
@@ -27,6 +28,19 @@ def _number(findings: Findings, name: str) -> int:
     first = [headline.ternary, headline.twin]
     others = [v.name for v in findings.study.variants if v.name not in first]
     return [*first, *others].index(name)
+
+
+def _alike(study: Study, variant: Variant, points: Sequence[Point]) -> Series:
+    """Return the points of a variant in a figure of all of them, which shows kinds."""
+    source, ternarized = variant, variant.ternarize
+    while source.of is not None:
+        source = study.variant(source.of)
+        ternarized = ternarized or source.ternarize
+    if ternarized is not None:
+        return Series(variant.label, 2, points, kind="ternarized after training")
+    if recipe_of(study, source, study.seeds_of(source)[0]).ternary.enabled:
+        return Series(variant.label, 0, points, kind="trained as ternary")
+    return Series(variant.label, 1, points, kind="full precision")
 
 
 def _figure(what: str, findings: Findings, title: str, note: str, drawing: Any) -> list[Figure]:
@@ -157,7 +171,7 @@ def loss_against_distance(findings: Findings) -> list[Figure]:
                 if pairs:
                     loss = fmean(loss.loss for loss, _ in pairs)
                     points.append((loss, fmean(distance for _, distance in pairs)))
-            series.append(Series(variant.label, _number(findings, variant.name), points))
+            series.append(_alike(study, variant, points))
         title = f"Loss against distance, {guidance(scale)}"
         drawing = line_figure(title, series, "loss", name, log_x=True, log_y=True)
         note = (
@@ -169,7 +183,10 @@ def loss_against_distance(findings: Findings) -> list[Figure]:
 
 
 def codes(findings: Findings) -> list[Figure]:
-    """Return the shares of -1, 0, +1 of the headline's model, and zeros and flips of all."""
+    """Return the shares of -1, 0, +1 of the headline's model; zeros and flips over the steps.
+
+    These of the variants whose images are shown.
+    """
     study = findings.study
     headline = study.headline.ternary
     figures: list[Figure] = []
@@ -185,7 +202,7 @@ def codes(findings: Findings) -> list[Figure]:
         note = f"All ternary matrices, seed {first.seed}."
         figures += _figure("shares", findings, title, note, share_figure(title, _LAYERS, rows))
     for key, title, note, log in (
-        ("zero", "Codes that are 0", "Of all codes, first seed of each variant.", False),
+        ("zero", "Codes that are 0", "Of all codes, first seed of a variant.", False),
         (
             "flipped",
             "Codes that flip",
@@ -196,7 +213,7 @@ def codes(findings: Findings) -> list[Figure]:
         series = []
         for variant in study.variants:
             model = next((m for m in findings.models_of(variant.name) if m.metrics), None)
-            if model is None:
+            if model is None or variant.name not in (study.grids or [variant.name]):
                 continue
             points = [
                 (float(e["step"]), 100 * float(e[key]["all"])) for e in model.metrics if key in e
@@ -228,11 +245,11 @@ def sizes(findings: Findings) -> list[Figure]:
         distance = findings.distance(variant.name, scale)
         if model is None or model.footprint is None or distance is None:
             continue
-        number, cost = _number(findings, variant.name), model.footprint
-        by_bytes.append(Series(variant.label, number, [(cost.bytes / 1e6, distance.mean)]))
+        cost = model.footprint
+        by_bytes.append(_alike(study, variant, [(cost.bytes / 1e6, distance.mean)]))
         if (timed := findings.timed(cost)) is not None:
             milliseconds = 1000 * median(timed.latency)
-            by_time.append(Series(variant.label, number, [(milliseconds, distance.mean)]))
+            by_time.append(_alike(study, variant, [(milliseconds, distance.mean)]))
     name = findings.distance_name
     note = f"Last step, {guidance(scale)}; both axes logarithmic. To the lower left is better."
     figures: list[Figure] = []

@@ -2,12 +2,14 @@
 
 No colour stands in a mark: each has a class, and `figures.css` gives both themes. The same figure
 is put into the page and, with that style sheet inside, written as a file for the Markdown page.
-A series has a colour and a shape of marker of its own, in all figures alike; the key is part of
-the figure. Drawn about as wide as a phone shows them, so that their text stays legible there.
+A series, or a kind of them, has a colour and a shape of marker of its own, in all figures alike;
+the key is part of the figure. Drawn about as wide as a phone shows them, so that their text stays
+legible there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import itertools
 import math
@@ -29,13 +31,17 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """One line: `points` are joined and marked, `dots` are single values beside them."""
+    """One line: `points` are joined and marked, `dots` are single values beside them.
+
+    Lines of one `kind` look alike and share a line of the key, where it takes the labels' place.
+    """
 
     label: str
     number: int  # colour and marker
     points: Sequence[Point]
     dots: Sequence[Point] = field(default_factory=tuple)
     marked: bool = True
+    kind: str | None = None
 
     def values(self, axis: int) -> list[float]:
         found = [point[axis] for point in (*self.points, *self.dots)]
@@ -133,7 +139,7 @@ def line_figure(
             note = f"{line.label}: {number(b)} at {number(a)}"
             marks.append(_marker(x(a), y(b), line.number, 4.2, note))
     frame = _axes(x, y, x_name, y_name)
-    keys = [(line.label, line.number) for line in series]
+    keys = list(dict.fromkeys((line.kind or line.label, line.number) for line in series))
     return _svg(title, [*frame, *marks], keys, HEIGHT)
 
 
@@ -145,7 +151,7 @@ def _shown(line: Series, log_x: bool, log_y: bool) -> Series:
             if math.isfinite(a + b) and (a > 0 or not log_x) and (b > 0 or not log_y)
         ]
 
-    return Series(line.label, line.number, keep(line.points), keep(line.dots), line.marked)
+    return dataclasses.replace(line, points=keep(line.points), dots=keep(line.dots))
 
 
 def share_figure(

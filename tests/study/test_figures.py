@@ -53,6 +53,18 @@ def test_what_has_no_place_is_left_out() -> None:
     assert share_figure("t", [("0", "zero")], [(1, [1.0])]) is None
 
 
+def test_lines_of_one_kind_share_a_line_of_the_key() -> None:
+    series = [
+        Series(f"v{i}", i // 2, [(1 + i, 1)], kind="even" if i < 2 else "odd") for i in range(4)
+    ]
+    figure = line_figure("t", series, "x", "y")
+    assert figure is not None
+    texts = [text.text for text in ET.fromstring(figure).iter("text")]
+    assert [text for text in texts if text in ("even", "odd", "v0", "v1")] == ["even", "odd"]
+    notes = [title.text for title in ET.fromstring(figure).iter("title")]
+    assert notes[1:] == [f"v{i}: 1.00 at {i + 1}.00" for i in range(4)]
+
+
 @pytest.mark.parametrize("length", [10, 30, 60, 100])
 def test_every_label_of_the_key_ends_within_the_picture(length: int) -> None:
     labels = [str(i) * length for i in range(3)]

@@ -294,6 +294,23 @@ def test_a_latency_that_is_not_known(
     assert (label in drawn["latency"]) == known
 
 
+def test_figures_of_all_variants_show_kinds(study: Study, folder: Folder, tmp_path: Path) -> None:
+    pages(study, folder, tmp_path / "r.md")
+    svg = (tmp_path / "r" / "small--bytes.svg").read_text()
+    drawn = re.findall(r'class="mark (c\d)"><title>([^:<]+):', svg)
+    colours = {label: colour for colour, label in drawn}
+    assert colours == {
+        "full precision": "c1",
+        "ternary": "c0",
+        "no norm after adaLN": "c0",
+        "after training, per row": "c2",
+        "packed int8": "c0",  # of a variant trained as ternary
+    }
+    kinds = ["full precision", "trained as ternary", "ternarized after training"]
+    key = re.findall(r"<text [^>]*>([a-z ]+)</text>", svg)
+    assert [word for word in key if word in kinds] == kinds
+
+
 def test_a_half_done_study_says_what_is_missing(
     study: Study, folder: Folder, tmp_path: Path
 ) -> None:
