@@ -30,8 +30,8 @@ def _number(findings: Findings, name: str) -> int:
     return [*first, *others].index(name)
 
 
-def _alike(study: Study, variant: Variant, points: Sequence[Point]) -> Series:
-    """Return the points of a variant in a figure of all of them, which shows kinds."""
+def _of_kind(study: Study, variant: Variant, points: Sequence[Point]) -> Series:
+    """Return a variant's points in a figure of all; twin and ternary look as the headline's."""
     source, ternarized = variant, variant.ternarize
     while source.of is not None:
         source = study.variant(source.of)
@@ -171,7 +171,7 @@ def loss_against_distance(findings: Findings) -> list[Figure]:
                 if pairs:
                     loss = fmean(loss.loss for loss, _ in pairs)
                     points.append((loss, fmean(distance for _, distance in pairs)))
-            series.append(_alike(study, variant, points))
+            series.append(_of_kind(study, variant, points))
         title = f"Loss against distance, {guidance(scale)}"
         drawing = line_figure(title, series, "loss", name, log_x=True, log_y=True)
         note = (
@@ -202,7 +202,7 @@ def codes(findings: Findings) -> list[Figure]:
         note = f"All ternary matrices, seed {first.seed}."
         figures += _figure("shares", findings, title, note, share_figure(title, _LAYERS, rows))
     for key, title, note, log in (
-        ("zero", "Codes that are 0", "Of all codes, first seed of a variant.", False),
+        ("zero", "Codes that are 0", "Of all codes, first seed of each.", False),
         (
             "flipped",
             "Codes that flip",
@@ -211,9 +211,9 @@ def codes(findings: Findings) -> list[Figure]:
         ),
     ):
         series = []
-        for variant in study.variants:
+        for variant in map(study.variant, study.shown):
             model = next((m for m in findings.models_of(variant.name) if m.metrics), None)
-            if model is None or variant.name not in (study.grids or [variant.name]):
+            if model is None:
                 continue
             points = [
                 (float(e["step"]), 100 * float(e[key]["all"])) for e in model.metrics if key in e
@@ -246,10 +246,10 @@ def sizes(findings: Findings) -> list[Figure]:
         if model is None or model.footprint is None or distance is None:
             continue
         cost = model.footprint
-        by_bytes.append(_alike(study, variant, [(cost.bytes / 1e6, distance.mean)]))
+        by_bytes.append(_of_kind(study, variant, [(cost.bytes / 1e6, distance.mean)]))
         if (timed := findings.timed(cost)) is not None:
             milliseconds = 1000 * median(timed.latency)
-            by_time.append(_alike(study, variant, [(milliseconds, distance.mean)]))
+            by_time.append(_of_kind(study, variant, [(milliseconds, distance.mean)]))
     name = findings.distance_name
     note = f"Last step, {guidance(scale)}; both axes logarithmic. To the lower left is better."
     figures: list[Figure] = []

@@ -266,7 +266,7 @@ def _ratio_card(
 
 def _pictures(findings: Findings) -> Iterator[Block]:
     study = findings.study
-    names = study.grids or tuple(variant.name for variant in study.variants)
+    names = study.shown
     scales = study.evaluation.cfg_scales
     for scale in sorted(scales, reverse=True):
         shown = []

@@ -263,6 +263,11 @@ class Study(Section):
         names = (name for pair in self.pairs for name in (pair.twin, pair.ternary))
         return tuple(dict.fromkeys(names))
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Return the variants that are looked at one by one: those of `grids`, or all."""
+        return self.grids or tuple(variant.name for variant in self.variants)
+
     def twin_of(self, name: str) -> str:
         """Return the full-precision variant of the first pair of a variant, or the headline's."""
         found = (pair.twin for pair in self.pairs if name in (pair.ternary, pair.twin))
