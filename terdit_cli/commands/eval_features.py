@@ -23,6 +23,7 @@ from PIL import Image as Pillow
 from terdit_cli import console
 from terdit_cli.commands.generate import ImageGenerator, Labels, class_of
 from terdit_cli.commands.processes import Processes
+from terdit_cli.data.classes import names_of_classes
 from terdit_cli.data.collection import ImageSet, open_image_set, spread, unreadable_images
 from terdit_cli.data.grid import save_png
 from terdit_cli.data.images import BadImagePolicy
@@ -68,8 +69,8 @@ class Source(Protocol):
     def batch_size(self) -> int: ...
 
     @property
-    def class_names(self) -> list[str]:
-        """The names of the classes; empty if these images have none."""
+    def class_names(self) -> list[list[str]]:
+        """What each class can be called; empty if these images have none."""
 
     def class_id(self, image: int) -> int:
         """Return the index of the class of an image that has one."""
@@ -98,8 +99,8 @@ class ModelSource:
         return str(self.generator.path)
 
     @property
-    def class_names(self) -> list[str]:
-        return [names[0] for names in self.generator.class_names]
+    def class_names(self) -> list[list[str]]:
+        return self.generator.class_names
 
     def class_id(self, image: int) -> int:
         classes = self.generator.model.info.config.num_classes
@@ -147,8 +148,8 @@ class SetSource:
         return LEAST_BLOCK
 
     @property
-    def class_names(self) -> list[str]:
-        return self.images.class_names
+    def class_names(self) -> list[list[str]]:
+        return names_of_classes(self.images.class_names, len(self.images.class_names))
 
     def class_id(self, image: int) -> int:
         assert self.images.classes is not None, "a set with class names has classes"

@@ -23,6 +23,7 @@ import torch
 import terdit_cli
 from terdit_cli import console
 from terdit_cli.commands import eval_outputs
+from terdit_cli.commands.eval_classes import classes_asked_for
 from terdit_cli.commands.eval_features import (
     ModelSource,
     SetSource,
@@ -34,14 +35,12 @@ from terdit_cli.commands.eval_features import (
 from terdit_cli.commands.eval_options import EvalOptions, check_options
 from terdit_cli.commands.eval_reference import (
     KEPT_FEATURES,
-    OpenReference,
     open_reference,
+    reference_images,
     reference_of,
 )
 from terdit_cli.commands.eval_scores import (
     Asked,
-    ClassMembers,
-    class_members,
     effect_of_bf16,
     recognise,
     score,
@@ -54,8 +53,6 @@ from terdit_cli.commands.generate import (
     usable_device,
 )
 from terdit_cli.commands.processes import Processes, join_processes
-from terdit_cli.data.classes import find_classes
-from terdit_cli.errors import UsageError
 from terdit_cli.evaluate.features import FeatureExtractor, make_extractor
 from terdit_cli.evaluate.gate import apply_limits, check_limits, failure, make_limits
 from terdit_cli.evaluate.reference import save_reference
@@ -109,12 +106,13 @@ def run(options: EvalOptions) -> EvalResult | None:
         source = _open(options, device)
         provenance = _provenance(options, source, extractor)
         warnings = list(extractor.warnings)
-        reference = None
+        reference, members = None, {}
         # The reference first: what is wrong with it shows before hours of sampling.
-        if options.reference is not None:
-            reference = open_reference(
-                options.reference, options.n, options.on_bad_image, extractor, work, processes
-            )
+        if (where := options.reference) is not None:
+            compared = reference_images(where, options.n, options.on_bad_image)
+            if options.per_class is not None:
+                members = classes_asked_for(options.per_class, source, where, compared)
+            reference = open_reference(where, compared, extractor, work, processes)
             provenance |= reference.facts()
             warnings += check_limits(
                 limits,
@@ -124,7 +122,6 @@ def run(options: EvalOptions) -> EvalResult | None:
                 provenance=provenance,
                 has_score=extractor.classes is not None,
             )
-        members = _classes(options.per_class, source, reference)
         keep = eval_outputs.pictures_to_keep(source, options.grid, options.html)
         shards = make_features(
             source, extractor, work / "images", processes, keep, options.save_images
@@ -272,38 +269,3 @@ def _warnings(source: Source, shards: FeatureShards) -> list[str]:
             f"{len(source.skipped)} unreadable images were skipped, the first: {source.skipped[0]}"
         )
     return found
-
-
-def _classes(asked: str | None, source: Source, reference: OpenReference | None) -> ClassMembers:
-    """Return the images of the classes that --per-class asks for.
-
-    Raises:
-        UsageError: an unknown class, too few images of one, or a side without classes.
-    """
-    if asked is None or reference is None:
-        return {}
-    real = reference.source
-    for side, where, images in (
-        ("images", source.where, source),
-        ("a reference", reference.where, real),
-    ):
-        if images is None or not images.class_names:
-            raise UsageError(
-                "--per-class needs classes on both sides",
-                got=f"{side} without classes",
-                expected="images in class folders, an .npz of images with labels, or a model",
-                where=where,
-                fix="leave --per-class out",
-            )
-    assert real is not None, "it has classes"
-    known = source.class_names
-    wanted = [known[index] for index in find_classes(asked, [[name] for name in known])]
-    return class_members(_names(source, known), _names(real, known), wanted)
-
-
-def _names(source: Source, known: list[str]) -> list[str]:
-    """Return the class of each image by name; labels that are numbers are indices of `known`."""
-    names = source.class_names
-    if names != known and all(name.isdecimal() and int(name) < len(known) for name in names):
-        names = [known[int(name)] for name in names]
-    return [names[source.class_id(image)] for image in range(source.count)]

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from terdit_cli.commands.eval_features import ModelSource, Source
 from terdit_cli.commands.eval_scores import NEIGHBOURS
+from terdit_cli.data.classes import shown_names
 from terdit_cli.data.grid import draw_grid, save_png
 from terdit_cli.evaluate.neighbours import NeighbourCheck, check_neighbours, cover
 from terdit_cli.evaluate.panels import (
@@ -56,13 +57,13 @@ class Pictures:
         return self._kept[image]
 
     def name(self, image: int) -> str:
-        names = self.source.class_names
+        names = shown_names(self.source.class_names)
         return f"{image}: {names[self.source.class_id(image)]}" if names else str(image)
 
 
 def _by_class(source: Source) -> dict[str, list[int]]:
     """Return the first images of each class that the page shows; one class "" without classes."""
-    names = source.class_names
+    names = shown_names(source.class_names)
     shown = classes_to_show(names) if names else [""]
     most = samples_of_class(len(shown))
     found: dict[str, list[int]] = {name: [] for name in shown}
@@ -86,7 +87,7 @@ def write_grid(path: Path, pictures: Pictures) -> None:
     source = pictures.source
     first = [pictures[image] for image in range(min(source.count, GRID_IMAGES))]
     alike = [image for image, pixels in enumerate(first) if pixels.shape == first[0].shape]
-    names = source.class_names
+    names = shown_names(source.class_names)
     labels = [names[source.class_id(image)] for image in alike] if names else None
     save_png(draw_grid(np.stack([first[image] for image in alike]), labels), path)
 

@@ -75,24 +75,39 @@ class OpenReference:
         return found
 
 
+def reference_images(where: str, n: int | None, on_bad_image: BadImagePolicy) -> SetSource | None:
+    """Open the images of a reference, None if it is a file of statistics alone.
+
+    Args:
+        n: at most so many of images; all that a file of statistics holds.
+    """
+    path = Path(where)
+    if is_statistics_file(path):
+        return open_set(where, None, on_bad_image) if holds_images(path) else None
+    source = open_set(where, None, on_bad_image)
+    if n is not None and n < source.count:
+        source = open_set(where, n, on_bad_image)
+    return source
+
+
 def open_reference(
     where: str,
-    n: int | None,
-    on_bad_image: BadImagePolicy,
+    source: SetSource | None,
     extractor: FeatureExtractor,
     work: Path,
     processes: Processes,
 ) -> OpenReference:
-    """Read statistics, or make the features of images: of at most `n`.
+    """Read statistics, or make the features of images.
+
+    Args:
+        source: its `reference_images`.
 
     Raises:
-        UsageError: statistics of other features. And what opening and reading images raise.
+        UsageError: statistics of other features. And what reading images raises.
     """
     path = Path(where)
     if not is_statistics_file(path):
-        source = open_set(where, None, on_bad_image)
-        if n is not None and n < source.count:
-            source = open_set(where, n, on_bad_image)
+        assert source is not None, "what is no file of statistics is images"
         shards = make_features(source, extractor, work / "reference", processes)
         made = reference_of(shards, extractor, source, features=None)
         return OpenReference(where, source.sha256, made, source, shards)
@@ -100,10 +115,9 @@ def open_reference(
     loaded.require_pipeline(extractor.pipeline, where)
     if extractor.dim is not None:
         loaded.require_dim(extractor.dim, where, extractor.spatial_dim)
-    if not holds_images(path):
+    if source is None:
         return OpenReference(where, file_sha256(path), loaded, None, None)
     # ADM's files: moments of the whole set, and some of its images for precision and recall.
-    source = open_set(where, None, on_bad_image)
     shards = make_features(source, extractor, work / "reference", processes)
     loaded = dataclasses.replace(loaded, features=_pool(shards))
     return OpenReference(where, file_sha256(path), loaded, source, shards)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+from collections import Counter
 
 from terdit_cli.errors import UsageError, did_you_mean
 
@@ -20,8 +21,8 @@ def _imagenet() -> list[tuple[str, list[str]]]:
 
 
 def imagenet_class_names() -> list[list[str]]:
-    """Return the names of ImageNet's 1000 classes in the standard order (sorted by wnid)."""
-    return [names for _, names in _imagenet()]
+    """Return what ImageNet's 1000 classes can be called, wnids last, in the standard order."""
+    return [[*names, wnid] for wnid, names in _imagenet()]
 
 
 def names_of_classes(stored: list[str], num_classes: int) -> list[list[str]]:
@@ -34,19 +35,31 @@ def names_of_classes(stored: list[str], num_classes: int) -> list[list[str]]:
         return imagenet_class_names()
     if not stored:
         return [[str(index)] for index in range(num_classes)]
-    by_wnid = dict(_imagenet())
-    return [[*by_wnid[name], name] if name in by_wnid else [name] for name in stored]
+    by_wnid = {group[-1]: group for group in imagenet_class_names()}
+    return [by_wnid.get(name, [name]) for name in stored]
 
 
-def find_class(query: str, names: list[list[str]]) -> int:
+def shown_names(names: list[list[str]]) -> list[str]:
+    """Return the first name of each class, with its id where several share it: crane (134)."""
+    counts = Counter(group[0] for group in names)
+    return [
+        group[0] if counts[group[0]] == 1 else f"{group[0]} ({index})"
+        for index, group in enumerate(names)
+    ]
+
+
+def find_class(query: str, names: list[list[str]], ids: bool = True) -> int:
     """Return the id of the class meant by an id or by one of its names, in any case.
+
+    Args:
+        ids: a number is an id; False: a name like others.
 
     Raises:
         UsageError: an id out of range, an unknown name (with the nearest one), or a name that
             several classes share (with their ids).
     """
     query = query.strip()
-    if query.removeprefix("-").isdecimal():
+    if ids and query.removeprefix("-").isdecimal():
         if 0 <= int(query) < len(names):
             return int(query)
         raise UsageError(
@@ -56,25 +69,25 @@ def find_class(query: str, names: list[list[str]]) -> int:
     if len(found) == 1:
         return found[0]
     if found:
-        ids = ", ".join(map(str, found))
+        owners = ", ".join(map(str, found))
         raise UsageError(
             "ambiguous class name",
-            got=f"{query!r}, which classes {ids} share",
-            fix=f"name the class by its id: one of {ids}",
+            got=f"{query!r}, which classes {owners} share",
+            fix=f"name the class by its id: one of {owners}",
         )
     near = did_you_mean(query.lower(), [name.lower() for group in names for name in group])
     raise UsageError(
         "unknown class",
         got=repr(query) + near,
-        expected=f"a class name or an id from 0 to {len(names) - 1}",
+        expected="a class name" + (f" or an id from 0 to {len(names) - 1}" if ids else ""),
         fix=_FIX,
     )
 
 
-def find_classes(query: str, names: list[list[str]]) -> list[int]:
+def find_classes(query: str, names: list[list[str]], ids: bool = True) -> list[int]:
     """Return the class ids meant by `all`, one class, or a comma separated list, in its order.
 
-    A name that matches as a whole is not split at its commas.
+    `ids` is `find_class`'s. A name that matches as a whole is not split at its commas.
 
     Raises:
         UsageError: as `find_class`, for the first part that does not name one class.
@@ -82,18 +95,22 @@ def find_classes(query: str, names: list[list[str]]) -> list[int]:
     if query.strip().lower() == "all":
         return list(range(len(names)))
     if "," not in query or _matches(query.strip(), names):
-        return [find_class(query, names)]
-    return [find_class(part, names) for part in query.split(",")]
+        return [find_class(query, names, ids)]
+    return [find_class(part, names, ids) for part in query.split(",")]
 
 
 _FIX = "give ids (207), names (golden retriever), a list (3,7,9) or all"
 
 
 def _matches(query: str, names: list[list[str]]) -> list[int]:
-    """Return the ids of the classes with that name, or whose joined names it is."""
+    """Return the ids of the classes with that name, or whose joined names it is.
+
+    Joined as ImageNet's lists have them, without the wnid, which comes last here.
+    """
     wanted = query.lower()
     return [
         index
         for index, group in enumerate(names)
-        if wanted in (name.lower() for name in [*group, ", ".join(group)])
+        if wanted
+        in (name.lower() for name in [*group, ", ".join(group), ", ".join(group[:-1])] if name)
     ]

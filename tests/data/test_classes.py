@@ -14,8 +14,8 @@ FASHION = [[name] for name in FASHION_CLASSES]
 
 def test_packaged_list() -> None:
     assert len(IMAGENET) == 1000
-    assert IMAGENET[0] == ["tench", "Tinca tinca"]
-    assert IMAGENET[207] == ["golden retriever"]
+    assert IMAGENET[0] == ["tench", "Tinca tinca", "n01440764"]
+    assert IMAGENET[207] == ["golden retriever", "n02099601"]
     assert IMAGENET[999][0] == "toilet tissue"
     assert all(names and all(names) for names in IMAGENET)
 
