@@ -212,9 +212,7 @@ class ParallelSection(Section):
     @model_validator(mode="after")
     def _check(self) -> ParallelSection:
         if self.shard_size is not None and self.mode != "hsdp":
-            raise ValueError(
-                f"parallel.shard_size is for mode 'hsdp', not {self.mode!r}: set parallel.mode=hsdp"
-            )
+            raise ValueError(f"parallel.shard_size needs parallel.mode=hsdp, not {self.mode!r}")
         if self.cpu_offload and self.mode == "ddp":
             raise ValueError("parallel.cpu_offload needs parallel.mode=fsdp or hsdp")
         return self
@@ -305,6 +303,8 @@ class Recipe(Section):
                 f"data.image_size {self.data.image_size} must be a multiple of {pixels}, the "
                 f"pixels that model.patch_size {self.model.patch_size} spans"
             )
+        if self.parallel.cpu_offload and self.ternary.enabled:  # see train/codes.py
+            raise ValueError("parallel.cpu_offload needs ternary.enabled=false: trits stay on GPUs")
         return self
 
     @property

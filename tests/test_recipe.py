@@ -292,6 +292,22 @@ def test_a_source_without_its_path(recipe_file: Path) -> None:
         load_recipe(recipe_file, ["data.source=zip"])
 
 
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["parallel.shard_size=2"], "parallel.shard_size needs parallel.mode=hsdp, not 'ddp'"),
+        (["parallel.cpu_offload=true"], "parallel.cpu_offload needs parallel.mode=fsdp or hsdp"),
+        (
+            ["parallel.cpu_offload=true", "parallel.mode=fsdp"],
+            "parallel.cpu_offload needs ternary.enabled=false",
+        ),
+    ],
+)
+def test_options_of_other_modes(recipe_file: Path, words: list[str], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        load_recipe(recipe_file, words)
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("chosen", [None, True, False])
 def test_adaln_norm_follows_the_quantiser(

@@ -38,6 +38,7 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 
 from terdit_cli.data.order import stream_seed
+from terdit_cli.diffusion.process import Network
 from terdit_cli.errors import EnvironmentProblem, UsageError
 from terdit_cli.model.dit import DiT
 from terdit_cli.recipe import ParallelSection, TrainSection
@@ -260,3 +261,20 @@ def reshard(network: nn.Module) -> None:
 def autocast(train: TrainSection, device: torch.device) -> torch.autocast:
     """Return the context of a forward pass: bfloat16 or plain float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16")
+
+
+def outside_training(network: DiT, train: TrainSection) -> Network:
+    """Return what samplers call, float32 [B, C or 2C, H, W] from images as in training.
+
+    A network that is whole draws in float32. Gathered blocks of a sharded one are bfloat16 where it
+    trains so, and their products are those of the training, under autocast.
+    """
+    if not isinstance(network, FSDPModule):
+        return network
+
+    def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with autocast(train, x.device):
+            output: Tensor = network(x, t, y)
+        return output.float()
+
+    return call

@@ -10,8 +10,9 @@ from terdit_cli.data.grid import draw_grid, save_png
 from terdit_cli.data.loader import BatchSource
 from terdit_cli.data.vae import Space
 from terdit_cli.diffusion.noise import ImageNoise
+from terdit_cli.diffusion.process import Network
 from terdit_cli.diffusion.sampler import SamplerConfig, sample
-from terdit_cli.model.dit import DiT
+from terdit_cli.model.dit import DiTConfig
 from terdit_cli.recipe import Recipe
 from terdit_cli.train.parallel import World
 
@@ -33,14 +34,14 @@ def preview_sampler(recipe: Recipe) -> SamplerConfig:
 
 @torch.no_grad()  # inference mode would spoil the buffers that fsdp keeps for training
 def draw_preview(
-    network: DiT, recipe: Recipe, space: Space, source: BatchSource, run_folder: Path, step: int,
-    world: World,
+    network: Network, config: DiTConfig, recipe: Recipe, space: Space, source: BatchSource,
+    run_folder: Path, step: int, world: World,
 ) -> Path | None:  # fmt: skip
     """Draw `sample.count` images in the classes' order into samples/step-00000400.png.
 
     All processes must call, for their weights may be sharded; the main one decodes and writes.
     """
-    config, device = network.config, world.device
+    device = world.device
     classes = [index % config.num_classes for index in range(recipe.sample.count)]
     sampler = preview_sampler(recipe)
     shape = (config.in_channels, config.input_size, config.input_size)

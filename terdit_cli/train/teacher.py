@@ -35,7 +35,7 @@ def load_teacher(recipe: Recipe, device: torch.device) -> DiT | None:
     checkpoint = open_teacher(recipe)
     if checkpoint is None:
         return None
-    network = restore_network(checkpoint).to(device)
+    network = restore_network(checkpoint, device)
     if recipe.train.compile:
         for block in network.layers:
             block.compile()

@@ -45,6 +45,7 @@ from terdit_cli.train.parallel import (
     accumulating,
     autocast,
     grad_accum_steps,
+    outside_training,
     reshard,
     seed_weights,
     spread,
@@ -179,9 +180,10 @@ class Trainer:
     def preview(self) -> Path | None:
         """Draw the preview grid of the present step; None on all processes but the main one."""
         with self.ema.applied_to(self.network), ternarized_once(self.network):
+            network = outside_training(self.network, self.recipe.train)
             path = draw_preview(
-                self.network, self.recipe, self.space, self.source, self.run_folder,
-                self.step, self.world,
+                network, self.network.config, self.recipe, self.space, self.source,
+                self.run_folder, self.step, self.world,
             )  # fmt: skip
             reshard(self.network)
         return path

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from terdit_cli.data.loader import BatchLoader
@@ -50,7 +51,7 @@ data: {source: embedded, split: heldout, image_size: 28, channels: 1, flip: true
 train: {steps: 40, global_batch_size: 12, micro_batch_size: 1, precision: fp32}
 optim: {lr: 2e-3, weight_decay: 0.01, warmup_steps: 5, schedule: cosine, eps: 1e-4}
 ema: {decay: 0.9, warmup: true}
-sample: {every: 0}
+sample: {every: 0, count: 2, steps: 2}
 """
 
 # Recipes, by a name: what changes the mathematics.
@@ -147,6 +148,8 @@ def train(recipe: Recipe, world: World, folder: Path) -> dict[str, Any]:
             losses.append([result.loss, result.mse, result.vb, result.grad_norm])
             if trainer.step == STEPS:
                 break
+    drawn = trainer.preview()
+    grid = None if drawn is None else torch.from_numpy(np.array(Image.open(drawn)))
     state = trainer.state()
     whole = {
         part: {name: _whole(value) for name, value in state[part].items()}
@@ -158,7 +161,7 @@ def train(recipe: Recipe, world: World, folder: Path) -> dict[str, Any]:
         if name.endswith("weight") and hasattr(value, "full_tensor") and value.dim() == 2
     ]
     gammas = [float(gamma) for gamma in codes.sharded_gammas(sharded)]
-    return {"losses": losses, "gammas": gammas, **whole}
+    return {"losses": losses, "gammas": gammas, "grid": grid, **whole}
 
 
 def _whole(value: Any) -> Tensor:
@@ -228,6 +231,7 @@ def test_many_are_as_one(
 ) -> None:  # fmt: skip
     kind, _ = CASES[processes][number]
     one, many = alone[kind], together(processes)[number]
+    assert many["grid"].shape == one["grid"].shape
     losses, norms = np.hsplit(np.array(many["losses"]), [3])
     expected_losses, expected_norms = np.hsplit(np.array(one["losses"]), [3])
     if kind in ROUNDED:
@@ -243,6 +247,7 @@ def test_many_are_as_one(
             value = one["model"][name]
             assert (many["model"][name] - value).norm() <= 0.01 * value.norm(), name
         return
+    assert (many["grid"].int() - one["grid"].int()).abs().max() <= 1  # a pixel that rounds
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
     np.testing.assert_allclose(norms, expected_norms, rtol=1e-5)
     for part in ("model", "ema"):
@@ -335,7 +340,7 @@ def test_groups_that_do_not_divide(folder: Path) -> None:
 
 
 def test_nothing_to_offload_from(folder: Path) -> None:
-    words = ["parallel.mode=fsdp", "parallel.cpu_offload=true"]
+    words = ["parallel.mode=fsdp", "parallel.cpu_offload=true", "ternary.enabled=false"]
     recipe = load_recipe(folder / "odd.yaml", words)
     network = build.build_network(recipe)
     with pytest.raises(UsageError, match="CPU offload needs a GPU"):
