@@ -175,7 +175,7 @@ def pack(
     from terdit_cli.commands import pack as command
 
     fields = _parse_fields(overrides or [])
-    result = command.run(source, out, codec.value, rest.value, chosen_weights(ema), **fields)
+    result = command.run(source, out, codec.value, rest.value, chosen_weights(ema), fields)
     if json:
         console.result_json(dataclasses.asdict(result) | {"ratio": result.ratio})
         return

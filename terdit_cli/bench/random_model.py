@@ -21,6 +21,8 @@ class RandomModel(ExportedModel):
     scales keep the size of the activations: alpha = 1 / sqrt(2/3 K).
     """
 
+    path = None
+
     def __init__(
         self, size: str, input_size: int, seed: int, device: torch.device | str = "cpu"
     ) -> None:

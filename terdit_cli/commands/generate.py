@@ -23,10 +23,10 @@ from terdit_cli.data.classes import names_of_classes
 from terdit_cli.data.vae import PixelSpace, Space, VaeSpace
 from terdit_cli.diffusion.noise import ImageNoise
 from terdit_cli.diffusion.sampler import SamplerConfig, sample
-from terdit_cli.errors import EnvironmentProblem, TerditError, UsageError
+from terdit_cli.errors import EnvironmentProblem, InputFileError, TerditError, UsageError
 from terdit_cli.models import catalogue
 from terdit_cli.models.card import read_card
-from terdit_cli.pack.convert import is_released_folder
+from terdit_cli.pack.convert import is_released_folder, released_weights
 from terdit_cli.pack.sources import checkpoint_path
 from terdit_cli.runtime.gpu_memory import explained, free_bytes
 from terdit_cli.runtime.load import LoadedModel, load
@@ -136,6 +136,9 @@ class ImageGenerator:
         """Yield batches of images uint8 [B, H, W, 3] and their class ids, in order of `indices`.
 
         `on_step` is called after each sampling step with the number of images in the batch.
+
+        Raises:
+            InputFileError: an image is not finite.
         """
         info = self.model.info
         config, rows = info.config, info.label_rows()
@@ -156,8 +159,21 @@ class ImageGenerator:
                     noise,
                     on_step=partial(_count_images, on_step),
                 )
+                self._require_finite(latents, batch)
                 images = self.space.decode(latents).cpu().numpy()
             yield images, classes
+
+    def _require_finite(self, latents: torch.Tensor, batch: Sequence[int]) -> None:
+        """Raise InputFileError where an image is not finite: as bytes it would look like black."""
+        broken = (~latents.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        if broken:
+            raise InputFileError(
+                "the model's output is not finite",
+                got=f"{len(broken)} of {len(batch)} images, the first of them number "
+                f"{batch[broken[0]]}",
+                where=self.path,
+                fix="take an earlier checkpoint, or another precision (--activations)",
+            )
 
 
 def _smaller(batch_size: int) -> str:
@@ -296,7 +312,7 @@ def _require_gpu(device: torch.device) -> None:
 def model_sha256(path: Path) -> str:
     """Return the SHA-256 of a model's file (of a folder: of the file that holds its weights)."""
     if is_released_folder(path):
-        path = sorted(path.glob("consolidated*.pth"))[0]
+        path = released_weights(path)
     else:
         path = checkpoint_path(path) or path
     return file_sha256(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +43,7 @@ def run(
     codec: Literal["t2", "t5"] = "t2",
     rest: RestDtype = "fp32",
     weights: Literal["ema", "raw"] = "ema",
-    **overrides: Any,
+    overrides: Mapping[str, Any] | None = None,
 ) -> PackResult:
     """Pack a model, read the result back and verify it before it appears under its name.
 
@@ -51,6 +52,7 @@ def run(
         output: the .tdt to write.
         codec: t2 (2 bits a weight, mapped at load) or t5 (1.6 bits, unpacked at load).
         rest: dtype of everything that is not ternary; fp32 keeps the outputs bit for bit.
+        weights: of a checkpoint, the average or the last step's.
         overrides: `DiTConfig` fields that a released folder does not show (n_heads=32).
 
     Raises:
@@ -58,7 +60,7 @@ def run(
     """
     refuse_output(output, source)
     started = time.monotonic()
-    with open_exported(source, weights, **overrides) as model:
+    with open_exported(source, weights, **(overrides or {})) as model:
         steps = 2 * len(model.ternary_names()) + len(model.rest_names())
         with console.progress(f"packing {output.name}", steps) as meter:
             write_tdt(model, output, codec, rest, lambda done, total: meter.update(done))

@@ -13,6 +13,7 @@ import ctypes
 import mmap
 import pickle
 import re
+import struct
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from terdit_cli.model.info import ModelInfo
 
 FORMAT = "terdit-checkpoint"
 VERSION = 1
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8)
 _MADV_PAGEOUT = 21  # <linux/mman.h>; Python's mmap has no name for it
 
 
@@ -78,13 +80,23 @@ def load_tensors(path: Path) -> Any:
 
     if not path.is_file():
         raise InputFileError("no such file", where=path, fix="check the path")
-    if not _is_archive(path):
+    members = _members(path)
+    if members is None:
         raise InputFileError(
             "the file is truncated or was not written by torch.save",
             got=f"{path.stat().st_size} bytes that are no zip archive",
             expected="a file of torch.save",
             where=path,
             fix="copy it again, or save it with torch 1.6 or newer",
+        )
+    # torch takes what it maps for the tensors themselves, packed or not.
+    if packed := [member for member in members if member.compress_type != zipfile.ZIP_STORED]:
+        raise InputFileError(
+            "the file's tensors are compressed, which torch would read as numbers",
+            got=f"{packed[0].filename[:100]}, zipped again",
+            expected="a file as torch.save writes it",
+            where=path,
+            fix="zip it without compression (zip -0), or save it again with torch.save",
         )
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -117,9 +129,10 @@ def check_state_dict(values: Any, what: str, where: object) -> None:
     for key, value in values.items() if got is None else ():
         if not isinstance(key, str) or type(value) not in (Tensor, nn.Parameter):
             got = f"{str(key)[:100]!r}: a {type(value).__name__}"
-        elif value.layout != torch.strided or value.device.type != "cpu":
-            got = f"{key[:100]!r}: a tensor that is {value.layout} on {value.device}"
-        elif not value.is_floating_point() and value.dtype != torch.uint8:
+        elif value.layout != torch.strided or value.device.type != "cpu" or value.is_nested:
+            kind = "nested" if value.is_nested else value.layout
+            got = f"{key[:100]!r}: a tensor that is {kind} on {value.device}"
+        elif value.dtype not in _DTYPES:
             got = f"{key[:100]!r}: {value.dtype}"
         elif value.nbytes > value.untyped_storage().nbytes():
             got = f"{key[:100]!r}: shape {list(value.shape)} with fewer values behind it"
@@ -128,16 +141,19 @@ def check_state_dict(values: Any, what: str, where: object) -> None:
     if got is not None:
         raise InputFileError(
             f"{what} is not a state dict", got=got,
-            expected="names with whole tensors of floating point, or packed bytes",
+            expected="names with whole tensors of float16, bfloat16, float32, float64 or bytes",
             where=where, fix="copy it again, or save its state dict alone with torch.save",
         )  # fmt: skip
 
 
-def _is_archive(path: Path) -> bool:
+def _members(path: Path) -> list[zipfile.ZipInfo] | None:
+    """Return what an archive holds, None if the file is none."""
     try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # an end record that describes no archive
-        return False
+        with zipfile.ZipFile(path) as archive:
+            return archive.infolist()
+    # What a damaged directory makes zipfile raise.
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error):
+        return None
 
 
 def release_pages(tensor: Tensor) -> None:
@@ -170,7 +186,7 @@ def load_ckpt(path: Path) -> Checkpoint:
             where=path,
             fix="released TerDiT weights are given as their folder",
         )
-    if values.get("version") != VERSION:
+    if type(values.get("version")) is not int or values["version"] != VERSION:
         raise InputFileError(
             "this checkpoint has another version",
             got=values.get("version"),

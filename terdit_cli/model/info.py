@@ -91,6 +91,8 @@ class ModelInfo:
                 values[name] = section(**fields)
             check_types(cls, values)
             info = cls(**values)
+            if any(type(value) not in (str, int, float) for value in info.diffusion.values()):
+                raise ValueError(f"a diffusion of {list(map(type, info.diffusion.values()))}")
             width = info.config.dim if info.config.pos_embed else info.config.head_dim
             if info.config.tokens * width > LARGEST_TABLE:
                 raise ValueError(f"a network of {info.config.tokens} tokens is too large")

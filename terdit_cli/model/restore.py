@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from terdit_cli.errors import InputFileError
 from terdit_cli.model.ckpt import Checkpoint
 from terdit_cli.model.dit import DiT, DiTConfig, LinearFactory
+from terdit_cli.model.mapped import MappedFile
 
 
 def empty_network(config: DiTConfig, linear: LinearFactory, kind: type[DiT] = DiT) -> DiT:
@@ -19,11 +20,16 @@ def empty_network(config: DiTConfig, linear: LinearFactory, kind: type[DiT] = Di
         return kind(config, linear)
 
 
-def restore_network(checkpoint: Checkpoint, weights: Literal["ema", "raw"] = "ema") -> DiT:
+def restore_network(
+    checkpoint: Checkpoint, device: torch.device, weights: Literal["ema", "raw"] = "ema"
+) -> DiT:
     """Return the trained network of a checkpoint with float32 masters, frozen, in eval mode.
 
+    On the CPU its tensors stay mapped from the file.
+
     Raises:
-        InputFileError: the tensors do not fit the checkpoint's own configuration.
+        InputFileError: the tensors do not fit the checkpoint's own configuration; in a forward:
+            the file was changed in place.
     """
     network = empty_network(checkpoint.info.config, checkpoint.info.ternary.linear())
     state = {key: value.float() for key, value in checkpoint.state_dict(weights).items()}
@@ -36,7 +42,9 @@ def restore_network(checkpoint: Checkpoint, weights: Literal["ema", "raw"] = "em
             where=checkpoint.path,
             fix="copy it again",
         ) from error
-    return network.eval().requires_grad_(False)
+    if device.type == "cpu":
+        network.register_forward_pre_hook(MappedFile(checkpoint.path))
+    return network.to(device).eval().requires_grad_(False)
 
 
 class _NothingToFill(TorchFunctionMode):

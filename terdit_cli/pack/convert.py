@@ -46,6 +46,24 @@ def is_released_folder(path: Path) -> bool:
     return path.is_dir() and ((path / ARGUMENTS_FILE).exists() or any(path.glob("*_ternary.*.pth")))
 
 
+def released_weights(folder: Path) -> Path:
+    """Return the file of a released folder that holds its ternary weights, the averaged if both.
+
+    Raises:
+        InputFileError: none is there.
+    """
+    for name in _WEIGHT_FILES:
+        if (folder / name).exists():
+            return folder / name
+    raise InputFileError(
+        "no packed weights in the folder",
+        got=", ".join(sorted(path.name for path in folder.glob("*.pth"))) or "no .pth files",
+        expected=_WEIGHT_FILES[0],
+        where=folder,
+        fix="download the released folder whole, or join model-parallel parts first",
+    )
+
+
 class ReleasedFolder(StateDictModel):
     """A released TerDiT checkpoint; `overrides` are `DiTConfig` fields that shapes don't show.
 
@@ -54,19 +72,10 @@ class ReleasedFolder(StateDictModel):
         UsageError: heads that cannot be known, or an override that contradicts the tensors.
     """
 
-    def __init__(self, folder: Path, **overrides: Any) -> None:
+    def __init__(self, folder: Path, /, **overrides: Any) -> None:
         _check_overrides(overrides, folder)
         self._where = folder
-        weights = next((folder / name for name in _WEIGHT_FILES if (folder / name).exists()), None)
-        if weights is None:
-            found = sorted(path.name for path in folder.glob("*.pth"))
-            raise InputFileError(
-                "no packed weights in the folder",
-                got=", ".join(found) or "no .pth files",
-                expected=_WEIGHT_FILES[0],
-                where=folder,
-                fix="download the released folder whole, or join model-parallel parts first",
-            )
+        self.path = weights = released_weights(folder)
         self._state: dict[str, Tensor] = load_tensors(weights)
         check_state_dict(self._state, "the released file", weights)
         arguments = self._read_arguments()

@@ -42,6 +42,7 @@ class ExportedModel(AbstractContextManager["ExportedModel"], Protocol):
     """A ternary model in some file; use as a context manager."""
 
     info: ModelInfo
+    path: Path | None  # of the file that the tensors are mapped from, if any
 
     def ternary_names(self) -> list[str]:
         """Return the module paths of the ternary matrices ("layers.0.attention.wq", ...)."""
@@ -130,10 +131,11 @@ class StateDictModel(ExportedModel):
     def _finite(self, key: str) -> Tensor:
         """Return a tensor; InputFileError if a value is infinite or not a number.
 
-        Such a master would become zeros without a word.
+        Such a master would become zeros without a word. In float32, as it is used: float64 has
+        numbers that are infinite there.
         """
         tensor = self._state[key]
-        if not tensor.isfinite().all():
+        if not tensor.float().isfinite().all():
             raise InputFileError(
                 "the model holds values that are no finite numbers",
                 got=key,

@@ -91,7 +91,8 @@ class CheckpointExport(StateDictModel):
                 ternary, enabled=True, granularity=fit_granularity, activations="none"
             )
         self.info: ModelInfo = dataclasses.replace(info, ternary=ternary, weights=weights)
-        self._state, self._where = checkpoint.state_dict(weights), checkpoint.path
+        self._state = checkpoint.state_dict(weights)
+        self.path = self._where = checkpoint.path
         shapes = {key: tuple(tensor.shape) for key, tensor in self._state.items()}
         check_fit(info.config, info.ternary, shapes, checkpoint.path, "copy it again")
 

@@ -66,7 +66,7 @@ def refuse_overrides(path: Path, overrides: dict[str, Any]) -> None:
 
 
 def open_exported(
-    path: Path, weights: Literal["ema", "raw"] = "ema", **overrides: Any
+    path: Path, weights: Literal["ema", "raw"] = "ema", /, **overrides: Any
 ) -> ExportedModel:
     """Open any ternary model for reading trits, alphas and the rest.
 
@@ -77,9 +77,15 @@ def open_exported(
 
     Raises:
         InputFileError: not such a file, or damaged.
-        UsageError: a full-precision checkpoint (ternarize it first), or a needless override.
+        UsageError: a full-precision checkpoint (ternarize it first), a needless override, or the
+            raw weights of something else than a checkpoint.
     """
     checkpoint = checkpoint_path(path)
+    if checkpoint is None and weights == "raw":
+        raise UsageError(
+            "--raw is for checkpoints", got="a packed or ternarized model", where=path,
+            expected="a run folder or a ckpt.pt", fix="leave --raw out",
+        )  # fmt: skip
     if checkpoint is None and path.is_dir():
         return ReleasedFolder(path, **overrides)
     refuse_overrides(path, overrides)

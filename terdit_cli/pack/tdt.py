@@ -15,8 +15,9 @@ Any safetensors reader opens it: 8 bytes header length, a JSON header, the tenso
     tensor "<matrix>.alphas"   float32 [1], [N] or [N, ceil(K/128)]
     all other tensors          bfloat16 or float32, under the training state dict's names
 
-Ternary blobs come first and start at multiples of 64 bytes in the file, so that kernels read
-them where they are mapped. The same format with codec "int8" is what `terdit ternarize` writes.
+Ternary blobs come first, and those of t2 and t5 start at multiples of 64 bytes in the file, so
+that kernels read them where they are mapped. The same format with codec "int8" is what
+`terdit ternarize` writes.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def write_tdt(
 
     Raises:
         EnvironmentProblem: the path cannot be written.
-        InputFileError: a value of `model` is not a trit, or the written file does not read back.
+        InputFileError: a value of `model` is not a trit or not finite, or the written file does
+            not read back.
     """
     rest_dtype = torch.bfloat16 if rest == "bf16" else torch.float32
     blobs, small, ternary = [], [], {}
@@ -166,6 +168,12 @@ def _write_safetensors(
             value = entry.load().to(entry.dtype)
             if tuple(value.shape) != entry.shape:
                 raise ValueError(f"{entry.name} has shape {tuple(value.shape)} not {entry.shape}")
+            if value.is_floating_point() and not value.isfinite().all():
+                raise InputFileError(
+                    "a value that the packed model cannot hold",
+                    got=f"{entry.name} with a number that is not finite in {value.dtype}",
+                    fix="keep the rest as fp32, if it is finite there",
+                )
             data = _bytes_of(value)
             digests[entry.name] = hashlib.sha256(data).hexdigest()
             file.write(data)
@@ -299,7 +307,7 @@ class TdtFile(ExportedModel):
                 raise self._damaged(f"tensor {key} is {dtype}, expected {' or '.join(allowed)}")
 
     def _check_values(self) -> None:
-        """Check every tensor's digest, and that every packed code is a trit."""
+        """Check every tensor's digest, that every packed code is a trit and every number finite."""
         codec_of = {f"{name}.weight": entry["codec"] for name, entry in self._ternary.items()}
 
         def problem(key: str) -> str | None:
@@ -308,6 +316,8 @@ class TdtFile(ExportedModel):
                 return f"the bytes of {key} do not match their SHA-256"
             if key in codec_of and codecs.has_invalid_codes(value, codec_of[key]):
                 return f"{key} holds codes that are no trits"
+            if value.is_floating_point() and not value.isfinite().all():
+                return f"{key} holds values that are no finite numbers"
             return None
 
         with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL

@@ -31,7 +31,7 @@ CODECS: tuple[Codec, ...] = ("t2", "t5", "int8")
 
 PANEL_ROWS = 64
 VECTOR_K = 4
-ALIGNMENT = 64  # bytes; every blob is a multiple of it
+ALIGNMENT = 64  # bytes; every blob of t2 and t5 is a multiple of it
 ZERO_CODE = 1
 T5_FILLER = 121  # five codes of 1: 1 + 3 + 9 + 27 + 81
 T5_LARGEST = 242  # five codes of 2

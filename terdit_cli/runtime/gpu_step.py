@@ -289,7 +289,11 @@ class Step:
 
 
 class GpuDiT(DiT):
-    """A DiT of PackedTernaryLinear on the gpu backend that runs as one fused step."""
+    """A DiT of PackedTernaryLinear on the gpu backend that runs as one fused step.
+
+    Any threads may call it, on one CUDA stream: its graphs read and write the same memory each
+    time, and what another stream enqueues would not wait for them.
+    """
 
     _step: Step | None = None
     _lock = threading.Lock()

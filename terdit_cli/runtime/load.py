@@ -116,14 +116,13 @@ def _load(
                     fix=f"terdit pack {path} -o model.tdt, then sample from that",
                 )
         return _from_checkpoint(load_ckpt(checkpoint), weights, device, compiled)
-    for flag, given in (("--compile", compiled), ("--raw", weights == "raw")):
-        if given:
-            raise UsageError(
-                f"{flag} is for checkpoints", got="a packed or ternarized model", where=path,
-                expected="a run folder or a ckpt.pt", fix=f"leave {flag} out",
-            )  # fmt: skip
+    if compiled:
+        raise UsageError(
+            "--compile is for checkpoints", got="a packed or ternarized model", where=path,
+            expected="a run folder or a ckpt.pt", fix="leave --compile out",
+        )  # fmt: skip
     choice = choose_backend(backend, device)
-    with open_exported(path, **overrides) as model:
+    with open_exported(path, weights, **overrides) as model:
         trained = model.info.ternary.activations
         precision = resolve_activations(activations, trained, choice.backend)
         network = packed_network(model, choice.backend, device, precision)
@@ -166,7 +165,7 @@ def _from_checkpoint(
 ) -> LoadedModel:
     info = replace(checkpoint.info, weights=weights)
     kind = "ternary masters" if info.ternary.enabled else "full precision"
-    network = restore_network(checkpoint, weights).to(device)
+    network = restore_network(checkpoint, device, weights)
     if compiled:
         for block in network.layers:
             block.compile()

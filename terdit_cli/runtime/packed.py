@@ -10,16 +10,15 @@ nothing of full-precision size is ever allocated.
 from __future__ import annotations
 
 import functools
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from terdit_cli.errors import EnvironmentProblem, InputFileError
+from terdit_cli.errors import EnvironmentProblem
 from terdit_cli.model.ckpt import release_pages
 from terdit_cli.model.dit import DiT
+from terdit_cli.model.mapped import MappedFile
 from terdit_cli.model.restore import empty_network
 from terdit_cli.model.ternary import Granularity, alpha_shape
 from terdit_cli.pack.exported import ExportedModel
@@ -87,51 +86,6 @@ class PackedTernaryLinear(nn.Module):
         )
 
 
-class MappedFile:
-    """The file that a network's tensors are mapped from; called before each of its forwards.
-
-    A file that another replaces by renaming stays mapped as it was. One that is written or cut in
-    place does not: its weights change, and a page that is gone stops the process with SIGBUS. So
-    each forward first compares inode, size and time of change with those at load. What remains: a
-    file cut while a forward runs, or between the check of its digests and the first look here.
-
-    A copied or unpickled network has its tensors in memory of its own, so it looks at no file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path: Path | None = path.absolute()
-        self.identity, self.state = _look(self.path)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": None}
-
-    def __call__(self, module: nn.Module, arguments: Any) -> None:
-        """Check the file, as a forward pre-hook.
-
-        Raises:
-            InputFileError: it was changed in place.
-        """
-        if self.path is None or torch.compiler.is_compiling():
-            return
-        try:
-            identity, state = _look(self.path)
-        except OSError:
-            return  # unlinked: what is mapped stays
-        if identity == self.identity and state != self.state:
-            raise InputFileError(
-                "the model file changed while it was in use",
-                got=f"{state[0]} bytes",
-                expected=f"the {self.state[0]} bytes it had, unchanged",
-                where=self.path,
-                fix="load it again; replace a model by renaming a new file over it",
-            )
-
-
-def _look(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
-    found = os.stat(path)  # noqa: PTH116  twice as fast as Path.stat, once a step
-    return (found.st_dev, found.st_ino), (found.st_size, found.st_mtime_ns)
-
-
 def packed_network(
     model: ExportedModel, backend: Backend, device: torch.device, precision: Precision
 ) -> DiT:
@@ -186,7 +140,7 @@ def packed_network(
         if stored.dtype != torch.float32:
             release_pages(stored)
     network.load_state_dict(state, strict=True, assign=True)
-    if isinstance(model, TdtFile) and device.type == "cpu":
+    if device.type == "cpu" and model.path is not None:
         network.register_forward_pre_hook(MappedFile(model.path))
     return network.to(device).eval().requires_grad_(False)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -21,9 +23,12 @@ from terdit_cli.commands.generate import (
 )
 from terdit_cli.diffusion.noise import ImageNoise
 from terdit_cli.diffusion.sampler import SamplerConfig
-from terdit_cli.errors import EnvironmentProblem, UsageError
+from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
+from terdit_cli.pack.sources import open_exported
 from terdit_cli.runtime import cpu
 from terdit_cli.runtime.gpu_step import sampling_bytes
+
+Patch = pytest.MonkeyPatch
 
 
 def bound(freedom: int) -> float:
@@ -97,9 +102,33 @@ def test_any_part_is_the_same_image_by_image(
         assert difference.max() <= (1 if activations == "fp32" else 16)
 
 
-# GPUs, which are not there
+def test_images_that_are_no_numbers_are_no_images(small_tdt: Path, monkeypatch: Patch) -> None:
+    """As bytes they would be black, and have a distance like others."""
+    generator = open_generator(small_tdt, "reference")
 
-Patch = pytest.MonkeyPatch
+    def sample(network: object, config: object, z: torch.Tensor, *_: object,
+               **__: object) -> torch.Tensor:  # fmt: skip
+        images = torch.zeros(z.shape)
+        images[1:3, 0, 5, 5] = torch.tensor([torch.nan, torch.inf])
+        return images
+
+    monkeypatch.setattr(generate, "sample", sample)
+    with pytest.raises(InputFileError, match=r"got 2 of 4 images, the first of them number 6"):
+        list(generator.images(range(5, 9), SamplerConfig("ddim", 2), 0, 4))
+
+
+def test_the_hash_is_of_the_file_that_is_loaded(released_folder: Path, tmp_path: Path) -> None:
+    """A folder may hold the full-precision weights as well, whose name comes first."""
+    folder = tmp_path / "released"
+    shutil.copytree(released_folder, folder)
+    with open_exported(folder, n_heads=4) as model:
+        expected = hashlib.sha256(model.path.read_bytes()).hexdigest()
+    (folder / "consolidated_ema.00-of-01.pth").write_bytes(b"others")
+    (folder / "consolidated.00-of-01.pth").write_bytes(b"others")
+    assert generate.model_sha256(folder) == expected
+
+
+# GPUs, which are not there
 
 
 @pytest.fixture

@@ -115,15 +115,38 @@ def test_other_contents(tmp_path, tiny_config, make_ckpt):
     refuse(good["model"], r"not a checkpoint of terdit: got a OrderedDict with keys .*final_layer")
     refuse([1, 2], "got a list")
     refuse(torch.ones(3), "got a Tensor")
-    for version in (0, 2, "1", None):
+    for version in (0, 2, "1", None, True, torch.zeros(3)):
         refuse(good | {"version": version}, r"another version.*Fix: update terdit")
     refuse(good | {"model": [1]}, "'model' is not a state dict")
     refuse(good | {"ema": {"x": 1}}, "'ema' is not a state dict")
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    for value, what in (
+        (torch.ones(3, dtype=torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+        (torch.ones(3, dtype=torch.int64), "torch.int64"),
+        (nested, "a tensor that is nested on cpu"),
+    ):
+        refuse(good | {"ema": {"x": value}}, f"'ema' is not a state dict: got 'x': {what}")
     refuse(good | {"info": None}, "description cannot be read")
     refuse({k: v for k, v in good.items() if k != "info"}, "description cannot be read")
     info = good["info"]
+    steps = info | {"diffusion": info["diffusion"] | {"steps": torch.zeros(2)}}
+    refuse(good | {"info": steps}, "description cannot be read.* a diffusion of ")
     huge = info | {"config": info["config"] | {"n_layers": 1 << 20}}
     refuse(good | {"info": huge}, r"does not fit its own configuration.*1048576 layers")
+
+
+def test_tensors_that_were_compressed(tmp_path, tiny_config, make_ckpt):
+    """By mmap torch would take the compressed bytes for the numbers, without a word."""
+    whole, path = make_ckpt(tmp_path / "ckpt.pt", tiny_config), tmp_path / "again.pt"
+    for kind, match in ((zipfile.ZIP_STORED, None), (zipfile.ZIP_DEFLATED, "are compressed")):
+        with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w", kind) as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name))
+        if match is None:
+            assert load_ckpt(path).info == load_ckpt(whole).info
+            continue
+        with pytest.raises(InputFileError, match=rf"{match}.*again\.pt.*Fix: zip it without"):
+            load_ckpt(path)
 
 
 def test_interrupted_save_keeps_the_previous_file(tmp_path, tiny_config, make_ckpt):

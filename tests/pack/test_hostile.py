@@ -119,6 +119,17 @@ def test_codes_that_are_no_trits(tmp_path, tiny_tdts, forge):
         assert f"{WQ}.weight holds codes that are no trits" in refuse(path)
 
 
+def test_numbers_that_are_not_finite(tmp_path, tiny_tdts, forge):
+    for key in (f"{WQ}.alphas", "x_embedder.bias"):
+        for value in (torch.nan, -torch.inf):
+
+            def edit(tensors, metadata, key=key, value=value):
+                tensors[key].flatten()[0] = value
+
+            path = forge(tiny_tdts["t2"], tmp_path / "numbers.tdt", edit)
+            assert f"{key} holds values that are no finite numbers" in refuse(path)
+
+
 def _edit_tensor(key, value):
     return lambda tensors, metadata: tensors.update({key: value})
 

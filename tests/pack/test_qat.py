@@ -171,6 +171,26 @@ def test_values_that_are_not_finite(tmp_path, tiny_config, make_ckpt, enabled, b
     assert not (tmp_path / "m.tdt").exists()
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "rest", "match"),
+    [
+        ("w1.weight", torch.tensor(1e39, dtype=torch.float64), "fp32", "no finite numbers"),
+        ("w1.alphas", torch.tensor(1e300, dtype=torch.float64), "fp32", "no finite numbers"),
+        ("x_embedder.bias", torch.tensor(3.4e38), "bf16", "x_embedder.bias .* torch.bfloat16"),
+    ],
+)
+def test_values_that_do_not_fit(tmp_path, tiny_config, make_ckpt, part, value, rest, match):
+    """Finite in the checkpoint, infinite in the file's dtype."""
+    opened = load_ckpt(make_ckpt(tmp_path / "ckpt.pt", tiny_config))
+    key = part if part in opened.ema else f"layers.0.feed_forward.{part}"
+    state = dict(opened.ema) | {key: opened.ema[key].to(value.dtype, copy=True)}
+    state[key].view(-1)[0] = value
+    large = Checkpoint(opened.path, opened.info, opened.recipe, opened.model, state)
+    with pytest.raises(InputFileError, match=match):
+        write_tdt(CheckpointExport(large, "ema"), tmp_path / "m.tdt", "t2", rest)
+    assert not (tmp_path / "m.tdt").exists()
+
+
 def test_names_are_those_of_the_network(tiny_config):
     network = DiT(tiny_config)
     ternary = [n for n, m in network.named_modules() if isinstance(m, TernaryLinear)]

@@ -59,6 +59,18 @@ def test_overrides_only_where_needed(tmp_path, tiny_config, make_ckpt, tiny_tdts
             open_exported(source, n_heads=4)
 
 
+def test_raw_weights_are_those_of_a_checkpoint(tiny_tdts, released_folder):
+    for source in (tiny_tdts["t2"], tiny_tdts["int8"], released_folder):
+        with pytest.raises(UsageError, match=r"--raw is for checkpoints.*Fix: leave --raw out"):
+            open_exported(source, "raw")
+
+
+def test_fields_with_the_names_of_arguments(released_folder, tmp_path):
+    for name in ("path", "folder", "weights", "source", "output", "codec", "rest", "self"):
+        with pytest.raises(UsageError, match=f"unknown model field: got '{name}'"):
+            pack.run(released_folder, tmp_path / "m.tdt", overrides={name: 1})
+
+
 def test_a_run_that_is_not_finished_has_its_checkpoints(tmp_path):
     step = tmp_path / "checkpoints" / "step-00000004"
     step.mkdir(parents=True)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -417,14 +418,22 @@ def test_a_file_changed_in_place_is_noticed(tdt, random_inputs):
             os.utime(tdt, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
 
 
-def test_a_truncated_file_ends_in_an_error_not_a_signal(tdt):
+@pytest.mark.parametrize("kind", ["packed", "trained", "released"])
+def test_a_truncated_file_ends_in_an_error_not_a_signal(tdt, released_folder, kind):
     """The child would die of SIGBUS if it looked at the missing pages first."""
+    model, path, words = tdt, tdt, 'backend="cpu"'
+    if kind == "trained":
+        model, path, words = tdt.parent, tdt.parent / "ckpt.pt", ""
+    elif kind == "released":
+        model, words = tdt.parent / "released", "n_heads=4"
+        shutil.copytree(released_folder, model)
+        path = next(model.glob("*_ternary.*.pth"))
     code = f"""
 import os, torch
 from terdit_cli.errors import InputFileError
 from terdit_cli.runtime.load import load
-network = load({str(tdt)!r}, backend="cpu").network
-os.truncate({str(tdt)!r}, 0)
+network = load({str(model)!r}, {words}).network
+os.truncate({str(path)!r}, 0)
 try:
     network(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
 except InputFileError as error:
