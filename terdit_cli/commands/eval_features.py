@@ -18,14 +18,13 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image as Pillow
 
 from terdit_cli import console
 from terdit_cli.commands.generate import ImageGenerator, Labels, class_of
 from terdit_cli.commands.processes import Processes
+from terdit_cli.commands.saved_images import SavedImages
 from terdit_cli.data.classes import names_of_classes
 from terdit_cli.data.collection import ImageSet, open_image_set, spread, unreadable_images
-from terdit_cli.data.grid import save_png
 from terdit_cli.data.images import BadImagePolicy
 from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.errors import InputFileError
@@ -214,28 +213,30 @@ def make_features(
         save_images: write all of them into this folder as PNG.
 
     Raises:
-        UsageError: the folder holds the features of another run. And whatever the source or the
-            extractor raises.
+        UsageError: a folder holds the features or images of another run. And whatever the source
+            or the extractor raises.
     """
     shards = FeatureShards(folder, source.count, block_size(source.batch_size))
-    facts = source.facts() | {
-        "pipeline": extractor.pipeline,
-        "precision": extractor.precision,
-        "saved": None if save_images is None else str(save_images.absolute()),
-    }
+    facts = source.facts() | {"pipeline": extractor.pipeline, "precision": extractor.precision}
+    saved = None if save_images is None else SavedImages(save_images)
     if processes.is_main:
+        if saved is not None:
+            saved.claim(source.facts(), source.count)
         done = shards.claim(facts)
         if done:
             console.note(f"{folder}: going on after {done} of {source.count} images")
     processes.require_shared(folder)
     mine = [block for block in shards.blocks if block.number % processes.size == processes.rank]
-    missing = [block for block in mine if not shards.has(block)]
+    missing = [
+        block
+        for block in mine
+        if not shards.has(block) or not (saved is None or saved.has(block.images))
+    ]
     both = extractor.with_precision("fp32") if extractor.precision == "bf16" else None
 
     def finish(block: Block, images: list[Image], modes: list[str]) -> None:
-        if save_images is not None:
-            for index, image in zip(block.images, images, strict=True):
-                save_png(Pillow.fromarray(image), save_images / f"{index:06d}.png")
+        if saved is not None:
+            saved.write(block.images, images)
         arrays = _arrays(extractor(images))
         arrays["modes"] = np.array(modes)
         arrays["sizes"] = np.array([image.shape[:2] for image in images])

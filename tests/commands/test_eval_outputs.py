@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from terdit_cli.errors import UsageError
 from terdit_cli.evaluate.result import EvalResult
 from terdit_cli.evaluate.summary import markdown
 
@@ -79,7 +80,7 @@ def test_all_files_of_a_model(
         per_class="0,Bag",
     )  # fmt: skip
     assert result.passed
-    files = sorted(made.iterdir())
+    files = sorted(made.glob("[!.]*"))
     assert [path.name for path in files] == [f"{index:06d}.png" for index in range(80)]
     # The features are those of the images that were saved.
     again = evaluate(images=str(made), reference=str(paths["ref"]))
@@ -115,6 +116,35 @@ def test_saved_images_are_those_of_sample(
             saved = np.array(Image.open(tmp_path / "images" / f"{2 + 10 * copy:06d}.png"))
             # torch's products of other batch sizes may round otherwise: one level of a pixel
             assert np.abs(saved.astype(int) - arrays["arr_0"][copy]).max() <= 1
+
+
+def test_a_folder_of_saved_images_is_of_one_run(
+    evaluate: Evaluate, of_the_model: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, work = tmp_path / "images", tmp_path / "work"
+    evaluate(**of_the_model, save_images=folder, work=work)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    evaluate(**of_the_model | {"n": 90}, save_images=folder)  # goes on
+    for change, got in (
+        ({"seed": 1, "n": 90}, "the images of another run"),
+        ({"steps": 3, "n": 90}, "the images of another run"),
+        ({}, "000080.png, of a larger -n"),
+    ):
+        with pytest.raises(UsageError, match=f"for the images holds others: got {got}"):
+            evaluate(**of_the_model | change, save_images=folder)
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "cat.png").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"got cat\.png.*Fix: name another folder"):
+        evaluate(**of_the_model, save_images=others)
+    (others / "cat.png").rename(others / ".terdit.json")
+    with pytest.raises(UsageError, match="got the images of another run"):
+        evaluate(**of_the_model, save_images=others)
+    # Images that are gone are drawn again, though their features are there.
+    for index in (7, *range(80, 90)):
+        (folder / f"{index:06d}.png").unlink()
+    evaluate(**of_the_model, save_images=folder, work=work)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_pictures_of_a_set_without_classes(
