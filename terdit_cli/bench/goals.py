@@ -63,7 +63,7 @@ def _gemm_goals(result: BenchResult) -> list[Goal]:
         for ours, shape in zip(each(activations), results.GEMM_SHAPES, strict=True):
             others = (rows.get((rival, "", "tensor", shape)) for rival in rivals)
             best = _fastest(row for row in others if row is not None)
-            found.append(ratio(ours, best) if ours is not None and best is not None else None)
+            found.append(ratio(ours, best))
         return _worst(found)
 
     def error(activations: str) -> Spread | None:
@@ -112,7 +112,7 @@ def _forward_goals(result: BenchResult) -> list[Goal]:
         mine = ours(activations, size, result.threads)
         others = (rows.get((rival, "", size, result.threads)) for rival in rivals)
         best = _fastest(row for row in others if row is not None)
-        return ratio(mine, best) if mine is not None and best is not None else None
+        return ratio(mine, best)
 
     if not sizes:
         return []
@@ -139,7 +139,7 @@ def _forward_goals(result: BenchResult) -> list[Goal]:
     ]  # fmt: skip
     single = ours("int8", first, 1)
     if result.threads > 1:
-        each = ratio(found, single) if found is not None and single is not None else None
+        each = ratio(found, single)
         n = result.threads
         part: Spread | None = None
         if each is not None:
@@ -176,7 +176,7 @@ def _isa_goals(result: BenchResult) -> list[Goal]:
     forced = [row for row in result.gemm if _forced(result, row)]
     by_isa = {(row.isa, row.who, row.activations if row.who == OURS else ""): row for row in forced}
     ours, medium = by_isa.get(("avx2", OURS, "int8")), by_isa.get(("avx2", "fp32-medium", ""))
-    times = ratio(ours, medium) if ours is not None and medium is not None else None
+    times = ratio(ours, medium)
     plain = by_isa.get(("generic", OURS, "fp32"))
     error = plain.error if plain is not None else None
     spread = certain(error) if error is not None else None

@@ -13,6 +13,7 @@ from terdit_cli.bench.results import (
     BenchResult,
     ForwardRow,
     GemmRow,
+    Goal,
     PeakRow,
     Row,
     ratio,
@@ -82,7 +83,7 @@ def page(result: BenchResult) -> str:
 def tables(result: BenchResult) -> list[Table]:
     """Return all tables: goals, peaks, matrix products, networks, processes."""
     known = any(goal.found is not None for goal in goals(result))
-    found = [goal_table(result)] if known else []
+    found = [goal_table(goals(result))] if known else []
     found += [peak_table(result.peaks)] if result.peaks else []
     found += gemm_tables(result)
     found += [forward_table(result)] if result.forward else []
@@ -94,17 +95,17 @@ def tables(result: BenchResult) -> list[Table]:
     return found
 
 
-def goal_table(result: BenchResult) -> Table:
-    """Return the goals with what was measured."""
+def goal_table(found: Sequence[Goal], title: str = "Goals") -> Table:
+    """Return goals with what was measured."""
     verdict = {True: "yes", False: "no", None: "not measured"}
     rows = []
-    for goal in goals(result):
+    for goal in found:
         wanted = f"{'<=' if goal.at_most else '>='} {_g(goal.wanted)} {goal.unit}".rstrip()
         measured, low, high, best = map(_g, goal.found) if goal.found is not None else [""] * 4
         spread = f"{low} .. {high}" if low != high else ""
         rows.append((goal.text, wanted, measured, spread, best, verdict[goal.met]))
     header = ("goal", "wanted", "measured", "spread", "of the best times", "met")
-    return Table("Goals", header, rows)
+    return Table(title, header, rows)
 
 
 def peak_table(peaks: Sequence[PeakRow]) -> Table:

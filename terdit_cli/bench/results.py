@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from terdit_cli.bench.rivals import GGML, GGML_LABEL, RIVALS
 
@@ -33,7 +33,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """What the three tables share; `why_not` says why there is no figure."""
+    """What GemmRow and ForwardRow share; `why_not` says why there is no figure."""
 
     who: str  # "terdit" or a rival's name
     threads: int
@@ -272,12 +272,18 @@ def share_of_peak(
     return operations / figure.median / peak
 
 
-def ratio(ours: Row, other: Row) -> Spread | None:
-    """Return how many times faster `ours` is, or None where one of them was not run."""
-    if not (ours.figure.samples and other.figure.samples):
+class Timed(Protocol):
+    """A row that holds times."""
+
+    @property
+    def figure(self) -> Figure: ...
+
+
+def ratio(ours: Timed | None, other: Timed | None) -> Spread | None:
+    """Return how many times faster `ours` is, None where one of them was not run."""
+    if ours is None or other is None or not (ours.figure.samples and other.figure.samples):
         return None
-    pairs = list(zip(other.figure.samples, ours.figure.samples, strict=False))
+    pairs = zip(other.figure.samples, ours.figure.samples, strict=False)
     each = [theirs / mine for theirs, mine in pairs]
-    measured = other.figure.median / ours.figure.median
     best = min(other.figure.samples) / min(ours.figure.samples)
-    return Spread(measured, min(each), max(each), best)
+    return Spread(other.figure.median / ours.figure.median, min(each), max(each), best)

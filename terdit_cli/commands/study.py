@@ -110,8 +110,11 @@ def _words_before(path: Path) -> list[str]:
 def _work(study: Study, runs: Path, only: Sequence[str], changed: Callable[[], object]) -> None:
     folder = Folder(runs / study.name)
     with lock(folder.path) as descriptor:
+        runner = Runner(
+            study, folder, functools.partial(run_terdit, descriptor=descriptor), changed
+        )
+        runner.check(only)  # a study that is refused changes nothing of the one that lies there
         with atomic_path(folder.path / RESOLVED) as temporary:
             temporary.write_text(study.to_yaml(), encoding="utf-8")
         console.note(f"study {study.name}: {len(study.variants)} variants, in {folder.path}")
-        run = functools.partial(run_terdit, descriptor=descriptor)
-        Runner(study, folder, run, changed).work(only)
+        runner.work(only)

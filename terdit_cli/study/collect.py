@@ -135,10 +135,23 @@ class Findings:
         return next((score.distance_name for score in scores), "distance")
 
     def timed(self, cost: Footprint) -> Footprint | None:
-        """Return where a network's latency is: its own, or one's that differs in weights alone."""
-        costs = (model.footprint for model in self.models if model.footprint is not None)
-        alike = (other for other in (cost, *costs) if other.kind == cost.kind and other.latency)
-        return next(alike, None)
+        """Return where a network's latency is: its own, or one's that differs in weights alone.
+
+        All of a study are of one machine: times of two say nothing of two networks. It is the one
+        that timed the networks of the most models.
+        """
+        costs = [model.footprint for model in self.models if model.footprint is not None]
+        by_machine: dict[str, dict[tuple[object, ...], Footprint]] = {}
+        for other in (cost, *costs):
+            if other.latency:
+                by_machine.setdefault(other.machine, {}).setdefault(other.kind, other)
+        covered = {
+            machine: sum(other.kind in kinds for other in costs)
+            for machine, kinds in by_machine.items()
+        }
+        if not covered:
+            return None
+        return by_machine[max(covered, key=lambda machine: covered[machine])].get(cost.kind)
 
     @property
     def missing(self) -> int:
@@ -166,8 +179,8 @@ class Findings:
         needed = variant.of or variant.after
         return failed or (needed is not None and self._failed(self.study.variant(needed), seed))
 
-    def met(self, ratio: Mean, pair: Pair) -> str:
-        """Return whether the ratio of a pair meets its goal, and at what steps."""
+    def verdict_of(self, ratio: Mean, pair: Pair) -> str:
+        """Return "met" or "not met", with the steps where they are not equal."""
         study = self.study
         word = "met" if ratio.mean <= pair.goal else "not met"
         ours, theirs = (
@@ -187,7 +200,7 @@ class Findings:
                 ratio = self.ratio(pair.ternary, scale, n, pair.twin)
                 if ratio is not None:
                     spread = f" ({ratio.spread})" if ratio.spread else ""
-                    met = self.met(ratio, pair)
+                    met = self.verdict_of(ratio, pair)
                     parts.append(f"{guidance(scale)} {ratio.mean:.3f}{spread}, {met}")
             if parts:
                 who = pair_named(self.study, pair)
@@ -202,7 +215,7 @@ def pair_named(study: Study, pair: Pair, again: bool = False) -> str:
     return f"{pair.ternary} : {pair.again if again else pair.twin}"
 
 
-def steps_taken(study: Study, variant: Variant) -> str:
+def steps_named(study: Study, variant: Variant) -> str:
     """Return "8,000", or "8,000 + 8,000" of a variant that begins with another one's weights."""
     return " + ".join(f"{steps:,}" for steps in study.steps_taken(variant))
 
@@ -247,13 +260,15 @@ def _model(study: Study, folder: Folder, variant: Variant, seed: int) -> Model:
                 changed |= set(differences(score.asked.get("model"), asked))
     grids = {}
     for scale in study.evaluation.cfg_scales:
-        grid = read(place.grid_record(scale), Grid)
-        if grid is not None and not _measured_otherwise(grid, drawn_by(study, scale)):
+        grid, drawn = read(place.grid_record(scale), Grid), drawn_by(study, scale)
+        # Without its images a record counts for nothing: they are drawn again.
+        if grid is not None and place.grid(scale).exists() and not _measured_otherwise(grid, drawn):
             grids[scale] = _read_images(place.grid(scale))
     nearest = None
     neighbours = read(place.neighbours, Neighbours)
     if neighbours is not None:
-        if _measured_otherwise(neighbours, drawn_by(study, max(study.evaluation.cfg_scales))):
+        drawn = drawn_by(study, max(study.evaluation.cfg_scales))
+        if _measured_otherwise(neighbours, drawn) or not place.nearest_images.exists():
             neighbours = None
         else:
             nearest = _read_images(place.nearest_images)

@@ -12,7 +12,7 @@ from statistics import fmean, median
 from typing import Any
 
 from terdit_cli import console
-from terdit_cli.study.collect import Findings, Model, guidance, steps_taken
+from terdit_cli.study.collect import Findings, Model, guidance, steps_named
 from terdit_cli.study.document import Figure
 from terdit_cli.study.figures import Bar, Point, Series, bar_figure, line_figure, share_figure
 from terdit_cli.study.records import Loss
@@ -32,12 +32,9 @@ def _number(findings: Findings, name: str) -> int:
 
 def _of_kind(study: Study, variant: Variant, points: Sequence[Point]) -> Series:
     """Return a variant's points in a figure of all; twin and ternary look as the headline's."""
-    source, ternarized = variant, variant.ternarize
-    while source.of is not None:
-        source = study.variant(source.of)
-        ternarized = ternarized or source.ternarize
-    if ternarized is not None:
+    if variant.ternarize is not None:
         return Series(variant.label, 2, points, kind="ternarized after training")
+    source = variant if variant.of is None else study.variant(variant.of)  # a trained one
     if recipe_of(study, source, study.seeds_of(source)[0]).ternary.enabled:
         return Series(variant.label, 0, points, kind="trained as ternary")
     return Series(variant.label, 1, points, kind="full precision")
@@ -132,7 +129,7 @@ def bars(findings: Findings) -> list[Figure]:
                         _bytes(findings, name))
                 )  # fmt: skip
                 if len(study.steps_taken(variant)) > 1:
-                    longer.append(f"{variant.label} ({steps_taken(study, variant)})")
+                    longer.append(f"{variant.label} ({steps_named(study, variant)})")
             title = f"{group.title}, {guidance(scale)}"
             drawing = bar_figure(title, rows, f"{findings.distance_name}, lower is better")
             note = (

@@ -55,9 +55,9 @@ class FixedNoise:
     images: str  # what they are, for the page
 
 
-def split_for_loss(recipe: Recipe) -> str | None:
-    """Return the split of images that no model is trained on, or the recipe's where none is."""
-    return HELD_OUT if recipe.data.source in _WITH_SPLITS else recipe.data.split
+def has_held_out(recipe: Recipe) -> bool:
+    """Return whether the recipe's data have a split that no model is trained on."""
+    return recipe.data.source in _WITH_SPLITS
 
 
 def fix_noise(recipe: Recipe, n: int) -> FixedNoise:
@@ -72,7 +72,7 @@ def fix_noise(recipe: Recipe, n: int) -> FixedNoise:
             "a study needs images, not prepared latents", got="data.source=latents",
             fix="set data.source and data.path to the images",
         )  # fmt: skip
-    split = split_for_loss(recipe)
+    split = HELD_OUT if has_held_out(recipe) else data.split
     source = open_images(data.source, data.path, data.image_size, data.on_bad_image, split)
     chosen = spread(len(source), min(n, len(source)))
     pixels = torch.from_numpy(np.stack([source.read(index) for index in chosen]))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from terdit_cli.data.collection import spread
 from terdit_cli.data.images import open_images
 from terdit_cli.recipe import Recipe
-from terdit_cli.study.measure import HELD_OUT, split_for_loss
+from terdit_cli.study.measure import HELD_OUT, has_held_out
 
 _CHUNK = 4096  # training images at a time
 
@@ -46,7 +46,7 @@ def find_nearest(recipe: Recipe, images: Images) -> NearestImages:
     where = (data.source, data.path, data.image_size, data.on_bad_image)
     training = open_images(*where, data.split)
     others = None
-    if split_for_loss(recipe) == HELD_OUT:
+    if has_held_out(recipe):
         held_out = open_images(*where, HELD_OUT)
         chosen = spread(len(held_out), min(len(images), len(held_out)))
         others = np.stack([held_out.read(index) for index in chosen])

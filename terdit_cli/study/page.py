@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terdit_cli import console
-from terdit_cli.study.collect import Findings, Model, guidance, pair_named, steps_taken
+from terdit_cli.study.collect import Findings, Model, guidance, pair_named, steps_named
 from terdit_cli.study.document import (
     Block,
     Card,
@@ -45,7 +45,6 @@ from terdit_cli.study.tables import (
 
 ENOUGH_IMAGES = 10_000  # for a distance that others can compare with
 _MOST_COLUMNS = 16  # classes in a picture
-_INIT = "train.init_from="
 _PAIRS = 2  # drawn images of each class that are shown with their nearest
 TITLE = "terdit: ternary against full precision"
 
@@ -138,7 +137,7 @@ def _study(findings: Findings) -> Iterator[Block]:
                 variant.question,
                 _what_differs(findings, variant.name),
                 ", ".join(map(str, study.seeds_of(variant))),
-                steps_taken(study, variant),
+                steps_named(study, variant),
             )
             for variant in study.variants
         ],
@@ -151,7 +150,7 @@ def _scatter(findings: Findings) -> str:
     alike: dict[tuple[object, ...], list[float]] = {}
     for model in findings.models:
         if (cost := model.footprint) is not None and cost.latency:
-            alike.setdefault(cost.kind, []).append(median(cost.latency))
+            alike.setdefault((cost.machine, *cost.kind), []).append(median(cost.latency))
     most = max(alike.values(), key=lambda found: max(found) / min(found), default=[])
     if len(most) < 2:
         return ""
@@ -251,7 +250,7 @@ def _ratio_card(
     means = (number(fmean(d.values[seed] for seed in ratio.values)) for d in distances if d)
     seeds = f"; {len(ratio.values)} seeds" + (f", {ratio.spread}" if ratio.spread else "")
     variants = [study.variant(name) for name in (ternary, other)]
-    steps = " : ".join(steps_taken(study, variant) for variant in variants)
+    steps = " : ".join(steps_named(study, variant) for variant in variants)
     equal = len({sum(study.steps_taken(variant)) for variant in variants}) == 1
     yield Card(
         f"{pair_named(study, pair, again)}, {guidance(scale)}",
@@ -259,7 +258,7 @@ def _ratio_card(
         f"{findings.distance_name} of {n:,} images {' : '.join(means)}"
         f"{seeds if len(ratio.values) > 1 else '; one seed'}; steps {steps}"
         + (f"; goal at most {goal:g}" if goal else "")
-        + ("" if goal is None or equal else f", {findings.met(ratio, pair)}"),
+        + ("" if goal is None or equal else f", {findings.verdict_of(ratio, pair)}"),
         ratio.mean <= goal if goal and equal else None,
     )
 
@@ -355,7 +354,11 @@ def _training_command(study: Study, model: Model) -> str:
     recorded = shlex.split(model.training.command)
     if model.changed:
         return model.training.command
-    after = next((word.partition("=")[2] for word in recorded if word.startswith(_INIT)), None)
+    after = None
+    if model.variant.after is not None:
+        # The checkpoint that stands for $after, in whichever option.
+        key = next(w.partition("=")[0] for w in model.variant.overrides if AFTER in w)
+        after = next((w.partition("=")[2] for w in recorded if w.startswith(f"{key}=")), None)
     words = words_of(study, model.variant, model.seed, Path(after) if after else None)
     return shlex.join(["terdit", "train", str(study.recipe), *words])
 

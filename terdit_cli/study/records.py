@@ -5,6 +5,7 @@
     RUNS/<study>/<variant>/seed-0/run/            the run folder of `terdit train`
                                   step-00005000.pt            the model at a scored step
                                   step-00005000.safetensors   ... ternarized; .tdt: packed
+                                  begun.json                  what a training was begun with
                                   train.json                  how it was trained; or why it failed
                                   metrics.jsonl               what was logged of it
                                   convert.json                ... or ternarized, or packed
@@ -63,6 +64,10 @@ class Training(Record):
 
     steps: int
     failed: str | None = None
+
+
+class Begun(Record):
+    """What half-done work beside it depends on: it goes on only where that is the same."""
 
 
 class Conversion(Record):
@@ -163,7 +168,8 @@ class Footprint(Record):
     @property
     def kind(self) -> tuple[object, ...]:
         """Return what tells networks apart that take different times, on one machine."""
-        return (self.parameters, self.form, self.backend, self.activations, self.nfe)
+        network = (self.parameters, self.form, self.backend, self.activations)
+        return (*network, self.nfe, self.threads)
 
 
 class Probe(Record):
@@ -187,6 +193,10 @@ class Place:
     @property
     def run(self) -> Path:
         return self.folder / "run"
+
+    @property
+    def begun(self) -> Path:
+        return self.folder / "begun.json"
 
     @property
     def training(self) -> Path:
@@ -217,6 +227,9 @@ class Place:
     def features(self, step: int, cfg_scale: float) -> Path:
         """Return the work folder of the scores of a step, whatever their number of images."""
         return self.folder / "scores" / f"{_step(step)}-cfg-{cfg_scale:g}.work"
+
+    def features_begun(self, step: int, cfg_scale: float) -> Path:
+        return self.features(step, cfg_scale).with_suffix(".json")
 
     def grid(self, cfg_scale: float) -> Path:
         return self.folder / "grids" / f"cfg-{cfg_scale:g}.npz"

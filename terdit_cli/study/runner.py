@@ -35,6 +35,7 @@ from terdit_cli.study.measure import (
 from terdit_cli.study.nearest import find_nearest
 from terdit_cli.study.reals import features_words, make_reals
 from terdit_cli.study.records import (
+    Begun,
     Conversion,
     Folder,
     Footprint,
@@ -97,19 +98,27 @@ class Runner:
         self._run = run
         self._changed = changed
 
+    def check(self, only: Iterable[str] = ()) -> list[Variant]:
+        """Return the variants that `work` would make and measure; before hours of work.
+
+        Raises:
+            UsageError: what lies there is of another study.
+        """
+        study = self._study
+        chosen = study.closure(list(only) or [variant.name for variant in study.variants])
+        for variant in chosen:
+            for seed in study.seeds_of(variant):
+                self._check_place(variant, seed)
+        return chosen
+
     def work(self, only: Iterable[str] = ()) -> None:
         """Do all that is missing, or only what some variants need.
 
         Raises:
-            What the verbs raise; UsageError: what lies there is of another study.
+            What `check` and the verbs raise.
         """
-        study = self._study
-        names = list(only) or [variant.name for variant in study.variants]
-        chosen = study.closure(names)
+        study, chosen = self._study, self.check(only)
         seeds = dict.fromkeys(seed for variant in chosen for seed in study.seeds_of(variant))
-        for variant in chosen:  # before hours of work
-            for seed in study.seeds_of(variant):
-                self._check_place(variant, seed)
         for seed in seeds:
             for variant in chosen:
                 if seed not in study.seeds_of(variant):
@@ -128,9 +137,11 @@ class Runner:
         place = self._place(variant, seed)
         asked = model_asked(self._study, variant, seed)
         changed: list[str] = []
-        if (record := read(place.training, Training)) is not None:
+        begun = variant.is_trained and (place.run / "recipe.yaml").exists()
+        record = read(place.training, Training) or (read(place.begun, Begun) if begun else None)
+        if record is not None:
             changed = differences(record.asked, asked)
-        elif variant.is_trained and (place.run / "recipe.yaml").exists():
+        elif begun:
             theirs = _with_after(essence(load_recipe(place.run / "recipe.yaml")), asked["recipe"])
             changed = differences({"recipe": theirs}, {"recipe": asked["recipe"]})
         if changed:
@@ -149,12 +160,12 @@ class Runner:
         Raises:
             _NoModel: its training failed, or one that it needs.
         """
+        step = step or self._study.steps_of(variant)[-1]
         if not variant.is_trained and not variant.is_converted:
             return self._model(self._study.variant(str(variant.of)), seed, step)
         if not self._make(variant, seed):
             raise _NoModel
-        place = self._place(variant, seed)
-        return place.model(step or self._study.steps_of(variant)[-1], variant)
+        return self._place(variant, seed).model(step, variant)
 
     def _make(self, variant: Variant, seed: int) -> bool:
         """Train or convert what is missing; return whether there is something to measure."""
@@ -212,9 +223,9 @@ class Runner:
             _keep_checkpoints(place.run, exports, _KEPT_CHECKPOINTS)
 
         keep()
-        facts: dict[str, Any] = {
-            "asked": model_asked(study, variant, seed), "steps": recipe.train.steps, **stamp()
-        }  # fmt: skip
+        asked = model_asked(study, variant, seed)
+        facts: dict[str, Any] = {"asked": asked, "steps": recipe.train.steps, **stamp()}
+        save(place.begun, Begun(asked=asked, command=command_of(words), seconds=0.0, **stamp()))
         try:
             done = self._run(words, tick=keep)
         except ChildFailed as error:
@@ -248,8 +259,7 @@ class Runner:
             for cfg_scale in study.evaluation.cfg_scales:
                 for n in study.images_at(variant, step):  # the more go on from the fewer
                     self._score(variant, seed, step, cfg_scale, n)
-                work = self._place(variant, seed).features(step, cfg_scale)
-                shutil.rmtree(work, ignore_errors=True)
+                self._drop_features(self._place(variant, seed), step, cfg_scale)
         if seed == study.seeds_of(variant)[0]:
             for cfg_scale in study.evaluation.cfg_scales:
                 self._grid(variant, seed, cfg_scale)
@@ -292,6 +302,15 @@ class Runner:
         if reference == TRAIN_SPLIT:
             reference = str(self._folder.reals / "reference.npz")
         model, work = self._model(variant, seed, step), place.features(step, cfg_scale)
+        # Features of a stopped scoring are good for any n, if all else is as it was.
+        begun = Begun(
+            asked={key: value for key, value in asked.items() if key != "n"},
+            command=f"{study.command} --only {variant.name}", seconds=0.0, **stamp(),
+        )  # fmt: skip
+        before = current(place.features_begun(step, cfg_scale), Begun, begun.asked)
+        if before is None or before.machine != begun.machine:
+            self._drop_features(place, step, cfg_scale)
+            save(place.features_begun(step, cfg_scale), begun)
         console.note(
             f"study {study.name}: scoring {variant.name}, seed {seed}, step {step}, "
             f"cfg {cfg_scale:g}, {n} images"
@@ -312,6 +331,10 @@ class Runner:
             accuracy=accuracy, nearest=nearest,
         )  # fmt: skip
         save(path, record)
+
+    def _drop_features(self, place: Place, step: int, cfg_scale: float) -> None:
+        shutil.rmtree(place.features(step, cfg_scale), ignore_errors=True)
+        place.features_begun(step, cfg_scale).unlink(missing_ok=True)
 
     def _grid(self, variant: Variant, seed: int, cfg_scale: float) -> None:
         """Draw images of every class from the same noise."""

@@ -335,8 +335,7 @@ class Study(Section):
                     expected="of " + ", ".join(names),
                     where="--only",
                 )
-            variant = self.variant(name)
-            needed |= {name} | {other for other in (variant.of, variant.after) if other}
+            needed.add(name)
         while missing := {
             other
             for name in needed

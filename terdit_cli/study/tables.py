@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 
 from terdit_cli import console
-from terdit_cli.study.collect import Findings, Mean, Model, guidance, steps_taken
+from terdit_cli.study.collect import Findings, Mean, Model, guidance, steps_named
 from terdit_cli.study.document import Block, Heading, Table, Text
 from terdit_cli.study.figures import number
 from terdit_cli.study.records import Footprint
@@ -42,7 +42,7 @@ def main_table(findings: Findings, scale: float, n: int | None = None) -> Table:
                 _percent([s.nearest.share_closer for s in scores if s.nearest]),
                 str(len(scores)),
                 f"{scores[0].n:,}",
-                steps_taken(study, variant),
+                steps_named(study, variant),
             )
         )
     header = (

@@ -85,6 +85,20 @@ def test_pages_are_made_again_of_the_words_that_a_study_was_run_with(
     assert "other settings" in out.read_text()
 
 
+def test_a_refused_study_changes_nothing(
+    study_file: Path, tmp_path: Path, invent: Callable[[Study, Folder], None]
+) -> None:
+    """Its words are those by which the pages are made again."""
+    runs = tmp_path / "runs"
+    study = load_study(study_file)
+    invent(study, Folder(runs / study.name))
+    kept = runs / study.name / command.RESOLVED
+    kept.write_text("as it was")
+    with pytest.raises(UsageError, match="of other settings"):
+        command.run([study_file], ["optim.lr=1e-5"], runs=runs, out=tmp_path / "r.md")
+    assert kept.read_text() == "as it was"
+
+
 def test_a_page_is_not_replaced_by_nothing(study_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "r.md"
     out.write_text("a page")

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,10 +162,26 @@ def test_a_variant_that_begins_with_another_names_it(
     assert row.endswith("| 40 + 40 |")
 
 
-def with_warm(study: Study, **headline: str) -> Study:
+@pytest.mark.parametrize("option", ["train.init_from", "distill.teacher"])
+def test_the_command_of_a_variant_after_another_names_its_checkpoint(
+    study: Study, tmp_path: Path, invent: Invent, option: str
+) -> None:
+    changed, folder = with_warm(study, option), Folder(tmp_path / "runs")
+    invent(changed, folder)
+    path = folder.place(changed.variant("warm"), 0).training
+    record = json.loads(path.read_text())
+    record["command"] = f"terdit train x.yaml {option}=runs/twin.pt name=small-warm"
+    path.write_text(json.dumps(record))
+    _, text, _ = pages(changed, folder, tmp_path / "r.md")
+    line = next(line for line in text.splitlines() if f"name={changed.name}-warm" in line)
+    assert f"{option}=runs/twin.pt" in line
+    assert "$after" not in line
+
+
+def with_warm(study: Study, option: str = "train.init_from", **headline: str) -> Study:
     values = study.model_dump()
     warm = {"name": "warm", "label": "begun with it", "question": "Does it help?", "after": "twin"}
-    values["variants"] += ({**warm, "overrides": ("train.init_from=$after",)},)
+    values["variants"] += ({**warm, "overrides": (f"{option}=$after",)},)
     values["headline"] |= headline
     return Study.model_validate(values)
 
@@ -268,13 +285,13 @@ def test_the_same_findings_give_the_same_pages(
     assert first == second
 
 
-@pytest.mark.parametrize("parameters", [9_500_000, 9_500_001])
+@pytest.mark.parametrize("changed", [{"machine": "another"}, {"parameters": 9_500_001}])
 def test_a_latency_that_is_not_known(
-    study: Study, folder: Folder, tmp_path: Path, parameters: int
+    study: Study, folder: Folder, tmp_path: Path, changed: dict[str, Any]
 ) -> None:
-    """It is another model's of the same network; without one it is left out."""
+    """It is another model's of the same network, with that one's machine; else it is left out."""
     path = folder.place(study.variant("no-norm"), 0).footprint
-    changed = {"latency": [], "parameters": parameters, "machine": "another"}
+    known, changed = "parameters" not in changed, changed | {"latency": []}
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
     _, text, _ = pages(study, folder, tmp_path / "r.md")
     label = study.variant("no-norm").label
@@ -282,16 +299,31 @@ def test_a_latency_that_is_not_known(
         line for line in text.splitlines()
         if line.startswith((f"| {label} |", f"| **{label}** |")) and "threads 2" in line
     )  # fmt: skip
-    known = parameters == 9_500_000
     cells = [cell.strip(" *") for cell in row.split("|")]
     assert cells[3] == ("22 (21 to 24)" if known else "")
     assert cells[5] == "300.0 MB"
-    assert cells[7] == ("a processor, 2 CPUs, Linux" if known else "another")
+    assert cells[7] == "a processor, 2 CPUs, Linux"
     drawn = {
         what: (tmp_path / "r" / f"small--{what}.svg").read_text() for what in ("bytes", "latency")
     }
     assert label in drawn["bytes"]
     assert (label in drawn["latency"]) == known
+
+
+def test_latencies_of_a_study_are_of_one_machine(
+    study: Study, folder: Folder, tmp_path: Path
+) -> None:
+    """The one that timed most: a time of another says nothing beside them."""
+    path = folder.place(study.variant("no-norm"), 0).footprint
+    record = json.loads(path.read_text()) | {"latency": [0.001] * 3, "machine": "another"}
+    path.write_text(json.dumps(record))
+    found = collect(study, folder)
+    costs = [model.footprint for model in found.models if model.footprint is not None]
+    timed = [found.timed(cost) for cost in costs]
+    assert {cost.machine for cost in timed if cost is not None} == {"a processor, 2 CPUs, Linux"}
+    path.write_text(json.dumps(record | {"parameters": 1}))
+    (cost,) = (m.footprint for m in collect(study, folder).models_of("no-norm") if m.footprint)
+    assert collect(study, folder).timed(cost) is None
 
 
 def test_figures_of_all_variants_show_kinds(study: Study, folder: Folder, tmp_path: Path) -> None:

@@ -277,6 +277,56 @@ def test_a_changed_recipe_is_refused_before_any_work(place: Path, done: Folder) 
         Runner(study, done, terdit, lambda: None).work()
 
 
+def test_images_that_were_deleted_are_drawn_again(place: Path, tiny: Study, done: Folder) -> None:
+    """As a message about damaged ones advises; the page can be made meanwhile."""
+    folder = Folder(place / "deleted" / "dots")
+    shutil.copytree(done.path, folder.path)
+    for name in ("ptq", "ternary"):
+        folder.place(tiny.variant(name), 0).grid(2.0).unlink()
+    folder.place(tiny.variant("ternary"), 0).nearest_images.unlink()
+    by_name = {model.variant.name: model for model in collect(tiny, folder).models}
+    assert not by_name["ptq"].grids
+    assert by_name["ternary"].neighbours is None
+    verbs: list[str] = []
+
+    def run(words: Sequence[str], tick: Callable[[], None] | None = None) -> Finished:
+        verbs.append(words[0])
+        return terdit(words, tick)
+
+    Runner(tiny, folder, run, lambda: collect(tiny, folder)).work()
+    assert verbs == ["sample", "sample"]
+    assert findings(tiny, folder) == findings(tiny, done)
+
+
+def test_a_stopped_scoring_does_not_go_on_under_other_settings(
+    place: Path, tiny: Study, done: Folder
+) -> None:
+    folder = Folder(place / "half-scored" / "dots")
+    shutil.copytree(done.path, folder.path)
+    ours = folder.place(tiny.variant("ternary"), 0)
+    for n in (10, 12):
+        ours.score(4, 2.0, n).unlink()
+
+    def stop(words: Sequence[str], tick: Callable[[], None] | None = None) -> Finished:
+        terdit(words, tick)  # all features are there, and the record is not
+        raise Interrupted("stop", signal_number=signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        Runner(tiny, folder, stop, lambda: None).work(["ternary"])
+    assert ours.features(4, 2.0).exists()
+    changed = place / "other-images.yaml"
+    changed.write_text((place / "dots.yaml").read_text().replace("n: 12,", "n: 12, seed: 1,"))
+    study = load_study(changed)
+    with pytest.raises(Interrupted):  # of the first step, which is scored first
+        Runner(study, folder, StoppedAfter(1), lambda: None).work(["ternary"])
+    Runner(study, folder, terdit, lambda: None).work(["ternary"])
+    score = read(ours.score(4, 2.0, 12), Score)
+    assert score is not None
+    assert score.evaluation["provenance"]["seed"] == 1
+    assert not list(folder.path.rglob("*.work"))
+    assert not ours.features_begun(4, 2.0).exists()
+
+
 LED = """\
   - {name: led, label: led, question: "e?", after: twin,
      overrides: [train.init_from=$after, distill.teacher=$after, distill.weight=1,
@@ -325,6 +375,22 @@ def test_a_half_done_training_of_other_settings_is_refused(led: tuple[Path, Fold
         Runner(study, folder, terdit, lambda: None).work(["led"])
     finally:
         record.write_bytes(before)
+
+
+def test_a_half_done_training_does_not_go_on_from_another_parent(
+    led: tuple[Path, Folder], place: Path
+) -> None:
+    """The run's own recipe is the same: only the checkpoint that it began with is another."""
+    path, folder = led[0], Folder(place / "orphan" / "dots")
+    shutil.copytree(led[1].path, folder.path)
+    study = load_study(path)
+    folder.place(study.variant("led"), 0).training.unlink()
+    shutil.rmtree(folder.place(study.variant("twin"), 0).folder)
+    changed = path.with_name("changed-twin.yaml")
+    old = "overrides: [ternary.enabled=false]"
+    changed.write_text(path.read_text().replace(old, f"{old[:-1]}, optim.lr=1e-3]"))
+    with pytest.raises(UsageError, match=r"led of other settings.*after\.recipe\.optim\.lr"):
+        Runner(load_study(changed), folder, terdit, lambda: None).work(["led"])
 
 
 def test_a_variant_after_a_failed_one_is_skipped(led: tuple[Path, Folder], place: Path) -> None:
