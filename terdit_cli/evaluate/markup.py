@@ -59,7 +59,7 @@ def join(*children: object) -> Markup:
     return Markup("".join(x if isinstance(x, Markup) else _escape(x) for x in shown))
 
 
-def picture(image: Image, alt: str, size: int, class_: str | None = None) -> Markup:
+def picture(image: Image, alt: str, size: int) -> Markup:
     """Return an <img> of uint8 [H, W, 3], its longer side made at most `size` pixels.
 
     Small images are kept exactly (PNG), to be enlarged pixel by pixel; others become JPEG.
@@ -68,11 +68,11 @@ def picture(image: Image, alt: str, size: int, class_: str | None = None) -> Mar
     buffer = io.BytesIO()
     if max(photo.size) <= PIXEL_ART:
         photo.save(buffer, format="PNG", optimize=True)
-        kind, classes = "png", f"pixels {class_ or ''}".strip()
+        kind, classes = "png", "pixels"
     else:
         photo.thumbnail((size, size), PillowImage.Resampling.LANCZOS)
         photo.save(buffer, format="JPEG", quality=_JPEG_QUALITY, optimize=True)
-        kind, classes = "jpeg", class_ or ""
+        kind, classes = "jpeg", None
     address = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return element(
         "img",
@@ -80,7 +80,7 @@ def picture(image: Image, alt: str, size: int, class_: str | None = None) -> Mar
         alt=alt,
         width=photo.width,
         height=photo.height,
-        class_=classes or None,
+        class_=classes,
     )
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import terdit_cli
 from terdit_cli.errors import InputFileError, TerditError
@@ -144,27 +144,17 @@ class ModelInfo:
         return [*(row[class_id] for class_id in ids), self.config.num_classes]
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "kind": ("pixel", "vae"),
-    "class_order": ("standard", "text"),
-    "weights": ("ema", "raw"),
-    "scale": ("learned", "absmean"),
-    "alpha_init": ("randn", "absmean"),
-    "granularity": ("tensor", "row", "group128"),
-    "activations": ("none", "int8"),
-    "ste": ("scaled", "identity"),
-}
-
-
 def check_types(section: type, values: dict[str, Any]) -> None:
     """Raise ValueError unless each value has the JSON type its field declares."""
+    hints = get_type_hints(section)
     for item in dataclasses.fields(section):
         if item.name not in values:
             continue
         value, declared = values[item.name], str(item.type)
-        if item.name in _CHOICES:
-            if value not in _CHOICES[item.name]:
-                raise ValueError(f"{item.name} is {value!r}, expected one of {_CHOICES[item.name]}")
+        if get_origin(hints[item.name]) is Literal:
+            choices = get_args(hints[item.name])
+            if value not in choices:
+                raise ValueError(f"{item.name} is {value!r}, expected one of {choices}")
             continue
         if value is None and "None" in declared:
             continue

@@ -279,16 +279,27 @@ def ternary_linear(
     if activations == "none":
         return F.linear(x, expand_alphas(alphas, trits.shape[1]) * trits, bias)
     u, step = quantise_activations(x)
-    if alphas.dim() == 2:
-        y = torch.zeros((), dtype=torch.float32, device=x.device)
-        groups = zip(u.split(GROUP_SIZE, -1), trits.split(GROUP_SIZE, 1), alphas.T, strict=True)
-        for u_group, trits_group, alpha_group in groups:
-            y = y + F.linear(u_group, trits_group).float() * alpha_group
-        y = y * step
-    else:
-        y = F.linear(u, trits).float() * step * alphas
+    y = scaled_sums(u, step, trits, alphas)
     y = y if bias is None else y + bias
     return y.to(x.dtype)
+
+
+def scaled_sums(u: Tensor, step: Tensor, trits: Tensor, alphas: Tensor) -> Tensor:
+    """Return u @ trits.T times scales, float32 [..., N], in the order that every kernel keeps.
+
+    Args:
+        u: whole numbers [..., K] in a dtype in which their sums are exact.
+        step: float32 [..., 1].
+        trits: [N, K] in the dtype of u.
+        alphas: float32 [1], [N] or [N, G].
+    """
+    if alphas.dim() < 2:
+        return F.linear(u, trits).float() * step * alphas
+    y = torch.zeros((), dtype=torch.float32, device=u.device)
+    groups = zip(u.split(GROUP_SIZE, -1), trits.split(GROUP_SIZE, 1), alphas.T, strict=True)
+    for u_group, trits_group, alpha_group in groups:
+        y = y + F.linear(u_group, trits_group).float() * alpha_group
+    return y * step
 
 
 class Codes(NamedTuple):

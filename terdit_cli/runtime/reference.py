@@ -19,10 +19,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from terdit_cli.model.ternary import ACTIVATION_FLOOR, GROUP_SIZE, ternary_linear
+from terdit_cli.model.ternary import ACTIVATION_FLOOR, scaled_sums, ternary_linear
 from terdit_cli.pack.trits import t2_decode
 
 # What becomes of the activations at run time: PRECISIONS in every backend, fp8 in the gpu's.
@@ -83,13 +82,5 @@ def _int16_linear(x: Tensor, trits: Tensor, alphas: Tensor, bias: Tensor | None)
     """Compute the int16 product: sums below 32512 * K < 2^53 are exact in float64, in any order."""
     limit = x.abs().amax(dim=-1, keepdim=True).clamp_min(ACTIVATION_FLOOR)
     u = (x * (limit.reciprocal() * INT16_LIMIT)).round().double()
-    step = limit / INT16_LIMIT
-    if alphas.dim() == 2:
-        y = torch.zeros((), dtype=torch.float32, device=x.device)
-        groups = zip(u.split(GROUP_SIZE, -1), trits.split(GROUP_SIZE, 1), alphas.T, strict=True)
-        for u_group, trits_group, alpha_group in groups:
-            y = y + F.linear(u_group, trits_group.double()).float() * alpha_group
-        y = y * step
-    else:
-        y = F.linear(u, trits.double()).float() * step * alphas
+    y = scaled_sums(u, limit / INT16_LIMIT, trits.double(), alphas)
     return y if bias is None else y + bias

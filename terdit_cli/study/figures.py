@@ -92,14 +92,13 @@ class _Scale:
         return _Scale(self.low, self.high, 0, 1, False).ticks()
 
 
-def _scale(values: Sequence[float], start: float, end: float, log: bool, zero: bool) -> _Scale:
+def _scale(values: Sequence[float], start: float, end: float, log: bool) -> _Scale:
     low, high = min(values), max(values)
     if log:
         margin = max((high / low) ** 0.06, 1.03)
         return _Scale(low / margin, high * margin, start, end, True)
-    low = min(0.0, low) if zero else low
     spread = high - low or abs(high) or 1.0
-    return _Scale(low if zero else low - 0.05 * spread, high + 0.06 * spread, start, end, False)
+    return _Scale(low - 0.05 * spread, high + 0.06 * spread, start, end, False)
 
 
 def line_figure(
@@ -110,21 +109,19 @@ def line_figure(
     *,
     log_x: bool = False,
     log_y: bool = False,
-    zero: bool = False,
 ) -> Markup | None:
     """Draw lines with markers; None without any point.
 
     Args:
         title: for readers that do not see.
         log_x, log_y: logarithmic axes; values that are not positive are left out.
-        zero: the y axis begins at 0.
     """
     series = [_shown(line, log_x, log_y) for line in series]
     series = [line for line in series if line.points or line.dots]
     if not series:
         return None
-    x = _scale([v for line in series for v in line.values(0)], _LEFT, WIDTH - _RIGHT, log_x, False)
-    y = _scale([v for line in series for v in line.values(1)], HEIGHT - _BOTTOM, _TOP, log_y, zero)
+    x = _scale([v for line in series for v in line.values(0)], _LEFT, WIDTH - _RIGHT, log_x)
+    y = _scale([v for line in series for v in line.values(1)], HEIGHT - _BOTTOM, _TOP, log_y)
     marks: list[Markup] = []
     for line in series:
         kind = f"c{line.number % COLOURS}"

@@ -21,7 +21,6 @@ import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -53,10 +52,8 @@ class World:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # on this machine
-    local_size: int = 1
+    local_size: int = 1  # processes on this machine
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    backend: Literal["none", "gloo", "nccl"] = "none"
 
     @property
     def is_main(self) -> bool:
@@ -70,10 +67,6 @@ class World:
         value = torch.tensor(number, dtype=torch.float64)  # on the CPU: needs no GPU to be alive
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return float(value)
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        self.agree(0)
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean of `values` over the processes, in place."""
@@ -130,7 +123,7 @@ def join_world(timeout_seconds: float = TIMEOUT_SECONDS) -> World:
             fix="check that torchrun was started on every machine with the same address",
         ) from error
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    return World(rank, size, local_rank, local_size, device, "nccl" if cuda else "gloo")
+    return World(rank, size, local_size, device)
 
 
 def leave_world() -> None:
