@@ -10,7 +10,9 @@ install: .venv/installed $(NATIVE)/libterdit.so  ## make .venv with terdit and a
 
 # pip leaves the native library to the next rule, which builds only what has changed.
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
+		|| { echo "terdit needs Python 3.11-3.13, this is $$($(PYTHON) -V): make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt \
 		--config-settings wheel.cmake=false --editable '.[dev]'
 	touch $@
@@ -19,7 +21,7 @@ install: .venv/installed $(NATIVE)/libterdit.so  ## make .venv with terdit and a
 $(NATIVE)/libterdit.so: .venv/installed terdit_cli/__init__.py \
 		$(wildcard $(addprefix $(NATIVE)/, *.cpp *.h *.inc CMakeLists.txt))
 	rm -f $@
-	$(BIN)/cmake --log-level=WARNING -S $(NATIVE) -B build/native \
+	$(BIN)/cmake --log-level=WARNING -G 'Unix Makefiles' -S $(NATIVE) -B build/native \
 		&& $(BIN)/cmake --build build/native --parallel 4 -- --no-print-directory \
 		&& $(BIN)/cmake --install build/native --prefix . && touch $@ \
 		|| { rm -rf build/native; echo "No native library: terdit runs on the reference backend."; }
@@ -40,14 +42,14 @@ lint: .venv/installed  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: install  ## docs/bench.md: terdit and its rivals on this CPU (minutes; GGML=libggml-cpu.so)
-	$(BIN)/terdit bench 600m --size 256,512 --threads 1,$$(nproc) $(GGML:%=--ggml %) --out docs/bench.md
+	$(BIN)/terdit bench 600m --size 256,512 --threads 1,$$(getconf _NPROCESSORS_ONLN) $(GGML:%=--ggml %) --out docs/bench.md
 
 bench-gpu: install  ## docs/gpu.md: terdit and its rivals on this GPU (under ten minutes), or what can be counted without
 	$(BIN)/terdit bench 600m,4.2b --device cuda --out docs/gpu.md \
 		|| { test $$? = 4 && $(BIN)/terdit bench 600m,4.2b --what kernels --out docs/gpu.md; }
 
 bench-metrics: install  ## docs/metrics.md: eval-fid's scores and times beside recorded values and other libraries
-	$(BIN)/terdit bench --what metrics --threads $$(nproc) --recorded tests/golden/metrics.json --out docs/metrics.md
+	$(BIN)/terdit bench --what metrics --threads $$(getconf _NPROCESSORS_ONLN) --recorded tests/golden/metrics.json --out docs/metrics.md
 
 add-model: install  ## package a run: make add-model RUN=runs/x NAME=x EVAL=result.json WORDS='--data ...'
 	$(BIN)/python -m terdit_cli.commands.add_model $(RUN) $(NAME) --eval $(EVAL) $(WORDS)

@@ -375,12 +375,22 @@ def main() -> None:
     except TerditError as error:
         code = _fail(error)
     except OSError as error:  # help, say, which typer writes; what `atomic` writes is handled there
-        if error.errno != errno.ENOSPC:
+        if error.errno not in _REFUSALS:
             raise
-        code = _fail(
-            EnvironmentProblem("a disk is full", got=error, fix="make room, or write elsewhere")
-        )
+        what, fix = _REFUSALS[error.errno]
+        code = _fail(EnvironmentProblem(what, got=error.strerror, where=error.filename, fix=fix))
     sys.exit(code)
+
+
+# What the operating system refuses anywhere: its number -> what is wrong, the way out.
+_FORBIDDEN = ("no permission", "name another place, or ask for the right to it")
+_REFUSALS = {
+    errno.ENOSPC: ("a disk is full", "make room, or write elsewhere"),
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
+    errno.EROFS: _FORBIDDEN,
+    errno.ENAMETOOLONG: ("a name is too long for the file system", "give a shorter one"),
+}
 
 
 def _refuse_empty(words: list[str]) -> None:

@@ -27,8 +27,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         EnvironmentProblem: the folder cannot be written or the disk is full.
     """
     target = Path(target)
-    if target.is_dir():
-        raise write_problem(target, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    _refuse_folder(target)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -55,14 +54,25 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 def check_writable(target: Path) -> None:
     """Raise the EnvironmentProblem that `atomic_path` would raise, as far as can be told now."""
-    if target.is_dir():
-        raise write_problem(target, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
-    folder = next(parent for parent in target.absolute().parents if parent.exists())
-    number = 0 if os.access(folder, os.W_OK | os.X_OK) else errno.EACCES
-    if not folder.is_dir():
-        number = errno.ENOTDIR
+    _refuse_folder(target)
+    try:
+        folder = next(parent for parent in target.absolute().parents if parent.exists())
+        number = 0 if os.access(folder, os.W_OK | os.X_OK) else errno.EACCES
+        if not folder.is_dir():
+            number = errno.ENOTDIR
+    except OSError as error:  # below a folder that may not be entered
+        raise write_problem(target, error) from error
     if number:
         raise write_problem(target, OSError(number, os.strerror(number)))
+
+
+def _refuse_folder(target: Path) -> None:
+    """Raise EnvironmentProblem where a file's name is a folder's, or may not be looked at."""
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise write_problem(target, error) from error
 
 
 def make_folder(folder: Path) -> None:

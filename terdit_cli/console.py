@@ -65,7 +65,8 @@ def _written() -> Iterator[None]:
     """Raise EnvironmentProblem where stdout is on a full disk; a closed pipe's own error."""
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever called
+            sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -155,7 +156,9 @@ def progress(description: str, total: int, every: int | None = None) -> Iterator
 
     With `every=None` a plain line comes at most every ten seconds.
     """
-    if not (_err.is_terminal and is_main()):
+    # rich can be told to take a pipe for a terminal, and draws nothing on one without a cursor.
+    drawn = sys.stderr is not None and sys.stderr.isatty() and _err.is_interactive
+    if not (drawn and is_main()):
         yield Meter(description, total, every, None)
         return
     bar = Progress(

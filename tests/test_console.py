@@ -102,3 +102,15 @@ def test_durations(seconds: float, text: str) -> None:
 )
 def test_sizes(count: float, text: str) -> None:
     assert console.byte_size(count) == text
+
+
+def test_a_pipe_gets_lines_whatever_the_environment_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With FORCE_COLOR rich takes a pipe for a terminal, and would draw bars into a log of CI."""
+    forced = Console(stderr=True, force_terminal=True, width=80, highlight=False)
+    monkeypatch.setattr(console, "_err", forced)
+    with console.progress("work", 2, every=1) as meter:
+        meter.update(1, "one")
+        meter.update(2, "two")
+    assert capsys.readouterr().err == "work: 1/2 one\nwork: 2/2 two\n"

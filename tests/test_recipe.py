@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from terdit_cli.errors import InputFileError, UsageError
-from terdit_cli.recipe import LARGEST_FILE, Recipe, load_recipe, parse_recipe
+from terdit_cli.recipe import Recipe, load_recipe, parse_recipe
+from terdit_cli.strict_yaml import LARGEST_FILE
 from terdit_cli.train.build import model_config
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -169,6 +170,11 @@ def test_overrides_below_plain_values_and_broken_values(recipe_file: Path) -> No
     for word in ("optim.betas=[1", "name={a: 1, a: 2}", "seed=" + "[" * 5000):
         with pytest.raises(UsageError, match="not valid YAML"):
             load_recipe(recipe_file, [word])
+    # YAML would take the rest for a comment, and train on whatever lies in /data/set.
+    with pytest.raises(UsageError, match=r"not valid YAML: got 'data\.path=/data/set #2'.*quote"):
+        load_recipe(recipe_file, ["data.path=/data/set #2"])
+    quoted = load_recipe(recipe_file, ["data.path='/data/set #2'"])
+    assert quoted.data.path == Path("/data/set #2")
     with pytest.raises(UsageError, match=r"model: got 5"):
         load_recipe(recipe_file, ["model=5"])
 

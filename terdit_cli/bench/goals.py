@@ -164,7 +164,7 @@ def _memory_goals(result: BenchResult) -> list[Goal]:
         peaks = [
             row.peak_resident / mib
             for row in result.sample
-            if row.codec == codec and row.backend != "reference"
+            if row.codec == codec and row.backend != "reference" and row.peak_resident is not None
         ]
         measured = certain(peaks[0]) if peaks else None
         text = f"`terdit sample`, {codec}: peak resident memory"

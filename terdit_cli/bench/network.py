@@ -276,14 +276,14 @@ def sample(options: Options, model: Path, folder: Path) -> list[SampleRow]:
 
 def _one_sample(
     options: Options, model: Path, backend: str, steps: int, output: Path
-) -> tuple[dict[str, Any], int]:
-    """Return what `terdit sample --json` says, and the peak memory of its process."""
+) -> tuple[dict[str, Any], int | None]:
+    """Return what `terdit sample --json` says, and the peak memory of its process if known."""
     words = [
         sys.executable, "-m", "terdit_cli", "sample", "--model", model, "--prompt-class", "0",
         "--steps", steps, "--backend", backend, "--device", "cpu", "--threads", options.threads[0],
         "--json", "-o", output,
     ]  # fmt: skip
-    peak = 0
+    peak: int | None = None
     with subprocess.Popen(
         list(map(str, words)),
         stdout=subprocess.PIPE,
@@ -293,7 +293,7 @@ def _one_sample(
     ) as process:
         while process.poll() is None:
             # The peak only grows, so the last look before the end is as good as all of them.
-            peak = max(peak, resident_bytes(str(process.pid))[1] or 0)
+            peak = resident_bytes(str(process.pid))[1] or peak
             time.sleep(0.01)
         out, err = process.communicate()
     if process.returncode != 0:

@@ -227,7 +227,7 @@ def sample_table(result: BenchResult) -> Table:
             str(row.threads),
             str(row.steps),
             f"{row.seconds / row.steps * SAMPLE_STEPS:.1f}",
-            f"{row.peak_resident / 2**20:.0f} MiB",
+            "" if row.peak_resident is None else f"{row.peak_resident / 2**20:.0f} MiB",
         )
         for row in result.sample
     ]

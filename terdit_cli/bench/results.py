@@ -100,7 +100,7 @@ class SampleRow:
     threads: int
     steps: int
     seconds: float
-    peak_resident: int
+    peak_resident: int | None  # bytes; None where the system does not say
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from terdit_cli import console
 from terdit_cli.atomic import atomic_path, check_writable
 from terdit_cli.errors import UsageError
-from terdit_cli.recipe import read_mapping
+from terdit_cli.strict_yaml import read_mapping
 from terdit_cli.study.children import lock, run_terdit
 from terdit_cli.study.collect import Findings, collect
 from terdit_cli.study.page import write_pages

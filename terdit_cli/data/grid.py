@@ -81,7 +81,8 @@ def save_png(
     """
     chunks = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
-        chunks.add_text(key, value)
+        # File names may hold bytes that are no text.
+        chunks.add_text(key, value.encode(errors="backslashreplace").decode())
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=chunks)
 

@@ -11,6 +11,7 @@ h = H / downsample.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -22,6 +23,8 @@ from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.torchvision_shim import import_vision
 
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+# What the system says where a download cannot be kept.
+_NOT_KEPT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _WEIGHTS = "diffusion_pytorch_model"
 _MAX_CONFIG_BYTES = 1 << 20
 _LUMA = (19595, 38470, 7471)  # of red, green and blue / 2**16, ITU-R 601, as Pillow rounds them
@@ -278,6 +281,11 @@ def _load_hub(vae: str) -> Any:
         model_class = _model_class(autoencoder.load_config(vae), vae)
         return model_class.from_pretrained(vae, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
+        if refusal := _refusal(error):
+            raise EnvironmentProblem(
+                "cannot keep the VAE", got=refusal.strerror, where=refusal.filename or vae,
+                fix="set HF_HOME to a folder with room that can be written to",
+            ) from error  # fmt: skip
         raise EnvironmentProblem(
             "cannot get the VAE",
             # Not the library's reason: without a network it says that the model lacks a file.
@@ -286,6 +294,15 @@ def _load_hub(vae: str) -> Any:
             where=vae,
             fix="download it elsewhere and give its folder",
         ) from error
+
+
+def _refusal(error: BaseException | None) -> OSError | None:
+    """Return what the system refused, behind the library's own errors; None if nothing."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NOT_KEPT:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _model_class(config: dict[str, Any], where: object) -> Any:

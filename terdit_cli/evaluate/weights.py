@@ -26,6 +26,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from terdit_cli.atomic import sync_folder
+from terdit_cli.cache import cache_folder
 from terdit_cli.errors import EnvironmentProblem, InputFileError
 
 Progress = Callable[[int, int], None]  # (bytes here, bytes in all)
@@ -76,12 +77,6 @@ class WeightFile:
     def short(self) -> str:
         """The first digits of the sum, as pipelines name it."""
         return self.sha256[:SHORT]
-
-
-def cache_folder() -> Path:
-    """Return where weights are kept: $TERDIT_CACHE or ~/.cache/terdit."""
-    named = os.environ.get("TERDIT_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "terdit"
 
 
 def file_sha256(path: Path) -> str:

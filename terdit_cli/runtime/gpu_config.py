@@ -13,12 +13,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from terdit_cli import atomic
+from terdit_cli.cache import cache_folder
+from terdit_cli.errors import EnvironmentProblem
 
 Epilogue = Literal["plain", "swiglu", "gated"]
 
@@ -156,7 +157,7 @@ def candidates(problem: Problem, device: Device) -> list[Tile]:
 
 def cache_path() -> Path:
     """Return where the measured choices are kept."""
-    return Path(os.environ.get("TERDIT_CACHE") or Path.home() / ".cache" / "terdit") / GPU_CACHE
+    return cache_folder() / GPU_CACHE
 
 
 @functools.cache
@@ -190,8 +191,8 @@ def tune(problem: Problem, device: Device, measure: Callable[[Tile], float]) -> 
     found = dict(_measured(path))
     mine = found.get(device.name)
     found[device.name] = {**(mine if isinstance(mine, dict) else {}), problem.key(): list(best)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.atomic_path(path) as temporary:
+    # Without a place to keep it the choice is made again next time.
+    with contextlib.suppress(EnvironmentProblem), atomic.atomic_path(path) as temporary:
         temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
     _measured.cache_clear()
     return best

@@ -27,8 +27,9 @@ from pydantic import (
 from pydantic import model_validator as validator
 
 from terdit_cli.errors import UsageError, did_you_mean
-from terdit_cli.recipe import Recipe, Section, load_recipe, mistakes, read_mapping
+from terdit_cli.recipe import Recipe, load_recipe
 from terdit_cli.shipped import find_recipe
+from terdit_cli.strict_yaml import Section, mistakes, read_mapping
 
 AFTER = "$after"  # in an override: the path of the last ckpt.pt of the variant named by `after`
 TRAIN_SPLIT = "train"  # a reference that is the recipe's own training images
@@ -377,7 +378,7 @@ def _parse(values: dict[str, Any], path: Path) -> Study:
     try:
         return Study.model_validate(values)
     except ValidationError as error:
-        raise mistakes(error, "study", path, "correct the study", Study) from error
+        raise mistakes(error, Study, "study", path, "correct the study") from error
 
 
 def _quick(study: Study, path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -37,8 +38,37 @@ def test_help_onto_a_full_disk() -> None:
         line = [sys.executable, "-m", "terdit_cli", "--help"]
         done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert done.returncode == 4
-    assert done.stderr.startswith("error: a disk is full: got [Errno 28] No space left")
+    assert done.stderr.startswith("error: a disk is full: got No space left")
     assert done.stderr.count("\n") == 1
+
+
+def test_what_the_system_refuses_is_no_bug(
+    terdit: Terdit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a folder that may not be entered does, to all but root: Path.exists raises for it."""
+    long = tmp_path / ("x" * 300)
+    for words in (("--model", long), ("-o", f"{long}.png")):
+        done = terdit("sample", "--prompt-class", "sneaker", *words)
+        assert done.code == 4, done.err
+        assert done.err.startswith("error: ")
+        assert "File name too long" in done.err
+        assert "xxx" in done.err
+        assert done.err.count("\n") == 1
+
+    def forbidden(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "is_dir", forbidden)
+    done = terdit("sample", "--prompt-class", "sneaker", "-o", "/root/x.png")
+    assert done.code == 4
+    assert "cannot write: got Permission denied (/root/x.png). Fix: name a folder" in done.err
+
+
+def test_a_closed_stdout_is_no_failure() -> None:
+    line = f"{sys.executable} -m terdit_cli models --json >&-"
+    done = subprocess.run(line, shell=True, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from terdit_cli.cache import cache_folder
 from terdit_cli.errors import EnvironmentProblem, InputFileError
 from terdit_cli.evaluate import weights
 from terdit_cli.evaluate.weights import (
     ADM,
     CLEAN,
     PinnedFile,
-    cache_folder,
     given_weights,
     pinned_weights,
 )
@@ -284,6 +284,13 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.delenv("TERDIT_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "terdit"
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(EnvironmentProblem, match=r"without a home.*set TERDIT_CACHE"):
+        cache_folder()
 
 
 def test_the_user_s_own_file(tmp_path: Path) -> None:

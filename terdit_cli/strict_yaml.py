@@ -1,0 +1,159 @@
+"""YAML files of sections, read strictly: all that is misspelt is an error, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+
+from terdit_cli.errors import InputFileError, UsageError, did_you_mean
+
+LARGEST_FILE = 1 << 20  # bytes
+_PLURALS = {"recipe": "recipes", "study": "studies"}
+
+
+class Section(BaseModel):
+    """Unknown keys are errors; values never change after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse YAML's `yes` where a number is wanted: pydantic would read it as 1."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        parts = value if isinstance(value, list | tuple) else [value]
+        if bool not in (annotation, *get_args(annotation)) and any(
+            isinstance(part, bool) for part in parts
+        ):
+            raise ValueError(f"got {value}, expected a value that is not yes/no")
+        return value
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader for which repeated keys are errors instead of the last one winning.
+
+    So are aliases (`*name`): a few of them can stand for gigabytes.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(
+                None, None, "aliases (*name) are not allowed", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+
+def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} stands twice", node.start_mark
+            )
+    return loader.construct_mapping(node)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the plain values of a YAML text; raises yaml.YAMLError, RecursionError, ValueError."""
+    return yaml.load(text, Loader=_StrictLoader)
+
+
+def read_mapping(path: Path, kind: Literal["recipe", "study"]) -> dict[str, Any]:
+    """Read a YAML file of sections, strictly: no repeated keys, no aliases.
+
+    Args:
+        kind: what messages call it.
+
+    Raises:
+        InputFileError: missing, too large, or not YAML with a mapping at the top.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+        text = data.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise InputFileError(
+            f"cannot read the {kind}",
+            got=getattr(error, "strerror", None) or error,
+            where=path,
+            fix=f"{_PLURALS[kind]} here: " + ", ".join(near)
+            if near
+            else "give the path of a .yaml file",
+        ) from error
+    if len(data) > LARGEST_FILE:
+        raise InputFileError(
+            f"the {kind} is too large", expected=f"at most {LARGEST_FILE} bytes", where=path,
+            fix=f"give the path of a {kind}",
+        )  # fmt: skip
+    try:
+        values = parse_yaml(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise InputFileError(
+            f"the {kind} is not valid YAML", got=" ".join(str(error).split()), where=path,
+            fix="correct it at that place",
+        ) from error  # fmt: skip
+    if not isinstance(values, dict):
+        got = "an empty file" if values is None else f"a {type(values).__name__}"
+        raise InputFileError(
+            f"the {kind} is not a mapping", got=got, where=path,
+            expected="sections such as `model:` and `train:`",
+            fix=f"start from a copy of a shipped {kind}",
+        )  # fmt: skip
+    return values
+
+
+def mistakes(
+    error: ValidationError, root: type[BaseModel], kind: str, where: object, fix: str
+) -> UsageError:
+    """Return one error that lists everything pydantic found; `root` is what was validated."""
+    lines = [_explain(problem, root) for problem in error.errors(include_url=False)]
+    count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
+    return UsageError(
+        f"the {kind} has {count}:\n  " + "\n  ".join(lines) + "\n", where=where, fix=fix
+    )
+
+
+def _explain(problem: Any, root: type[BaseModel]) -> str:
+    """Turn one pydantic error into "train.stepz: unknown key (did you mean 'steps'?)"."""
+    location = [str(part) for part in problem["loc"]]
+    path = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        siblings = _fields_at(location[:-1], root)
+        hint = did_you_mean(location[-1], siblings)
+        return f"{path}: unknown key{hint or ', known are ' + ', '.join(siblings)}"
+    if problem["type"] == "value_error":
+        return (path + ": " if len(location) > 1 else "") + str(problem["ctx"]["error"])
+    message = f"{path}: got {problem['input']!r}, expected: {problem['msg']}"
+    if problem["type"] == "literal_error":
+        choices = str(problem["ctx"]["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
+        message += did_you_mean(str(problem["input"]), choices)
+    if problem["type"] == "missing":
+        message = f"{path}: missing"
+    return message
+
+
+def _fields_at(location: list[str], section: type[BaseModel]) -> list[str]:
+    """Return the field names of the section at a path of section names below another."""
+    for name in location:
+        if name.isdecimal():  # the place in a list of sections
+            continue
+        annotation = section.model_fields[name].annotation if name in section.model_fields else None
+        inner = [
+            part
+            for part in (annotation, *get_args(annotation))
+            if isinstance(part, type) and issubclass(part, BaseModel)
+        ]
+        if not inner:
+            return []
+        section = inner[0]
+    return list(section.model_fields)
