@@ -171,10 +171,12 @@ def measure_peaks(plan: Plan, device: torch.device, stopwatch: Stopwatch) -> Gpu
     source = torch.empty(plan.copy_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     one = torch.ones((), device=device)
+    small: list[Tensor] = []
 
     def scaled() -> Tensor:
-        small = halves.to(torch.float8_e4m3fn)
-        return torch._scaled_mm(small, small.T, one, one, out_dtype=torch.bfloat16)
+        if not small:  # made in the run that is not timed; not every GPU has the type
+            small.append(halves.to(torch.float8_e4m3fn))
+        return torch._scaled_mm(small[0], small[0].T, one, one, out_dtype=torch.bfloat16)
 
     def rate(amount: float, run: Callable[[], object]) -> float | None:
         try:
@@ -198,6 +200,10 @@ class _Contender:
     network: Network | None = None
     weight_bytes: int | None = None
     why_not: str | None = None
+
+    def give_up(self, error: Exception) -> None:
+        self.why_not = " ".join(str(error).split())[:160]
+        self.network = None
 
 
 def _one_network(
@@ -228,14 +234,24 @@ def _one_network(
         )
 
 
+def _launch_errors() -> tuple[type[Exception], ...]:
+    """Return what is raised where a kernel does not fit a GPU: Triton has errors of its own."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return (RuntimeError,)
+    return (RuntimeError, TritonError)
+
+
 @contextmanager
 def _why_not(contender: _Contender) -> Iterator[None]:
     """Keep what a contender fails with, and let the others go on."""
     try:
         yield
-    except (RuntimeError, NotImplementedError, EnvironmentProblem) as error:
-        contender.why_not = " ".join(str(error).split())[:160]
-        contender.network = None
+    except EnvironmentProblem as error:
+        contender.give_up(error)
+    except _launch_errors() as error:
+        contender.give_up(error)
 
 
 def _load(contender: _Contender, source: RandomModel, device: torch.device) -> None:
@@ -414,7 +430,7 @@ def _tune_one(
         try:
             _repeated(run)()
             return statistics.median(stopwatch.seconds(run) for _ in range(5))
-        except RuntimeError:  # of Triton, for want of shared memory or registers
+        except _launch_errors():  # for want of shared memory or registers
             return float("inf")
 
     gpu_config.tune(problem, gpu.device_facts(device), seconds)

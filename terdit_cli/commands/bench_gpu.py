@@ -19,6 +19,7 @@ from terdit_cli.bench.gpu import CudaStopwatch, GpuFindings, Plan, measure
 from terdit_cli.bench.gpu_page import GpuReport, gpu_goals, gpu_page, gpu_tables
 from terdit_cli.bench.options import DOWNSAMPLE, numbers, words
 from terdit_cli.bench.roofline import RooflineRow, analyse, find_chip
+from terdit_cli.commands.generate import usable_device
 from terdit_cli.errors import EnvironmentProblem, UsageError, did_you_mean
 from terdit_cli.model.dit import SIZES, build_config
 from terdit_cli.runtime import gpu
@@ -81,6 +82,8 @@ def run(
                 fix="--device cuda",
             )  # fmt: skip
         place = torch.device(device)
+        if torch.cuda.is_available():
+            usable_device(device)  # refuses a number that no GPU has
         why_not = gpu.available(place)
         if why_not is not None:
             raise EnvironmentProblem(
@@ -90,7 +93,8 @@ def run(
                 fix="terdit bench --what roofline counts without one",
             )
         name = torch.cuda.get_device_name(place)
-        findings = measure(plan, place, CudaStopwatch(place), name)
+        with torch.cuda.device(place):  # whose stream the events are recorded on
+            findings = measure(plan, place, CudaStopwatch(place), name)
     rows: list[RooflineRow] = []
     for name in plan.models:
         for pixels in plan.sizes:

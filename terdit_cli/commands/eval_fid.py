@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ from terdit_cli.evaluate.result import EvalResult
 from terdit_cli.evaluate.shards import FeatureShards
 from terdit_cli.models import catalogue
 from terdit_cli.runtime.cpu import set_threads
+from terdit_cli.runtime.gpu_memory import ELSEWHERE, explained
 
 DEFAULT_IMAGES = 1000  # of a model
 
@@ -95,14 +97,13 @@ def run(options: EvalOptions) -> EvalResult | None:
         set_threads(options.threads)
     started = time.monotonic()
     with join_processes() as processes, _work_folder(options.work, processes) as work:
-        device = str(usable_device(processes.device(options.device)))
-        extractor = make_extractor(
-            options.features,
-            options.weights,
-            device,
-            options.precision,
-            _Download(),
-        )
+        place = usable_device(processes.device(options.device))
+        device = str(place)
+        fits = partial(explained, "the network of features", place, ELSEWHERE)
+        with fits():
+            extractor = make_extractor(
+                options.features, options.weights, device, options.precision, _Download()
+            )
         source = _open(options, device)
         provenance = _provenance(options, source, extractor)
         warnings = list(extractor.warnings)
@@ -112,7 +113,8 @@ def run(options: EvalOptions) -> EvalResult | None:
             compared = reference_images(where, options.n, options.on_bad_image)
             if options.per_class is not None:
                 members = classes_asked_for(options.per_class, source, where, compared)
-            reference = open_reference(where, compared, extractor, work, processes)
+            with fits():
+                reference = open_reference(where, compared, extractor, work, processes)
             provenance |= reference.facts()
             warnings += check_limits(
                 limits,
@@ -123,9 +125,10 @@ def run(options: EvalOptions) -> EvalResult | None:
                 has_score=extractor.classes is not None,
             )
         keep = eval_outputs.pictures_to_keep(source, options.grid, options.html)
-        shards = make_features(
-            source, extractor, work / "images", processes, keep, options.save_images
-        )
+        with fits():
+            shards = make_features(
+                source, extractor, work / "images", processes, keep, options.save_images
+            )
         if not processes.is_main:
             return None
         pictures = eval_outputs.Pictures(source, shards)

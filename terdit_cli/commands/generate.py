@@ -28,7 +28,7 @@ from terdit_cli.models import catalogue
 from terdit_cli.models.card import read_card
 from terdit_cli.pack.convert import is_released_folder, released_weights
 from terdit_cli.pack.sources import checkpoint_path
-from terdit_cli.runtime.gpu_memory import explained, free_bytes
+from terdit_cli.runtime.gpu_memory import ELSEWHERE, explained, free_bytes
 from terdit_cli.runtime.load import LoadedModel, load
 
 DEFAULT_BATCH = 8  # images drawn at once
@@ -66,7 +66,8 @@ class ImageGenerator:
         if info.space.kind == "pixel":
             return PixelSpace(3 if info.config.in_channels == 3 else 1)
         vae = self.vae or str(info.space.vae)
-        space = VaeSpace(vae, info.space.scale_factor, self.device)
+        with explained("the VAE", self.device, ELSEWHERE):
+            space = VaeSpace(vae, info.space.scale_factor, self.device)
         latent = (info.config.in_channels, info.config.input_size, info.config.input_size)
         if space.latent_shape(info.image_size) != latent:
             raise UsageError(
@@ -177,9 +178,7 @@ class ImageGenerator:
 
 
 def _smaller(batch_size: int) -> str:
-    if batch_size:
-        return f"--batch-size {batch_size}"
-    return "free memory of that GPU, name another with --device, or use --device cpu"
+    return f"--batch-size {batch_size}" if batch_size else ELSEWHERE
 
 
 def _count_images(on_step: OnStep, k: int, x: torch.Tensor) -> None:
@@ -249,6 +248,7 @@ def open_generator(
         InputFileError, UsageError, EnvironmentProblem.
     """
     place = usable_device(device)
+    exact_convolutions(place)
     model = load(path, place, backend, weights, activations, compiled)
     info = model.info
     if info.space.kind == "pixel" and vae is not None:
@@ -260,6 +260,17 @@ def open_generator(
 
 
 DEVICES = ("cpu", "cuda", "mps")  # their kinds, as torch calls them
+
+
+def exact_convolutions(device: torch.device) -> None:
+    """Turn off TF32, the default of a GPU's convolutions, and algorithms chosen by a race.
+
+    The flags are the process's: set once, for a VAE and a network of features may run in two
+    threads, and images are the same whoever asks for them.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
 
 
 def usable_device(name: str | None) -> torch.device:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from terdit_cli import console
@@ -29,6 +30,7 @@ from terdit_cli.data.listing import Listing
 from terdit_cli.data.vae import VaeSpace
 from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.recipe import Recipe, load_recipe
+from terdit_cli.runtime.gpu_memory import ELSEWHERE, explained
 from terdit_cli.train import build
 
 FOLDER = "latents"
@@ -98,7 +100,11 @@ def run(
         data = recipe.data
         listing = list_images(data.source, data.path, data.split)
         build.check_classes(recipe, len(listing.class_names))
-        space = build.open_space(recipe, usable_device(processes.device(device)))
+        place = usable_device(processes.device(device))
+        fix = f"--batch-size {batch_size // 2}" if batch_size > 1 else ELSEWHERE
+        fits = partial(explained, f"the VAE and {batch_size} images at once", place, fix)
+        with fits():
+            space = build.open_space(recipe, place)
         if not isinstance(space, VaeSpace) or not space.has_moments:
             raise UsageError(
                 "this VAE gives no distributions to prepare",
@@ -120,7 +126,8 @@ def run(
         done = work.finished()
         missing = [number for number in range(plan.num_shards) if number not in done]
         processes.wait()  # all have seen the same shards before the first one is added
-        rate = _make_shards(work, missing, processes, listing, space, recipe)
+        with fits():
+            rate = _make_shards(work, missing, processes, listing, space, recipe)
         processes.wait()
         if processes.is_main:
             work.finish()

@@ -13,6 +13,7 @@ from terdit_cli.data.vae import Space
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.recipe import Recipe, load_recipe
+from terdit_cli.runtime.gpu_memory import explained
 from terdit_cli.train import build
 from terdit_cli.train.alone import alone_in
 from terdit_cli.train.checkpoint import (
@@ -122,7 +123,13 @@ def run(
     preview_sampler(recipe)
     run_folder = out or build.default_run_folder(recipe)
     world = join_world(2 * recipe.parallel.hang_seconds)  # the watchdog speaks first
-    with lost_process(world, run_folder):
+    micro = recipe.train.micro_batch_size
+    fix = f"train.micro_batch_size={micro // 2}" if micro > 1 else "parallel.mode=fsdp"
+    fix += ", or see what fits: --dry-run"
+    with (
+        lost_process(world, run_folder),
+        explained(f"a micro-batch of {micro} images", world.device, fix),
+    ):
         trainer, checkpoint = _train(recipe, resume, run_folder, world)
     leave_world()
     first, last = loss_summary(run_folder) or (None, None)

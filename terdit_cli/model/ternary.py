@@ -260,7 +260,8 @@ def quantise_activations(x: Tensor) -> tuple[Tensor, Tensor]:
         limit = x.abs().amax(dim=-1, keepdim=True).clamp_min(ACTIVATION_FLOOR)
         inverse = limit.reciprocal() * 127.0
     scaled = x * inverse
-    return straight_through(scaled, scaled.round()), limit / 127.0
+    # By a tensor: CUDA would multiply by the rounded reciprocal of a number.
+    return straight_through(scaled, scaled.round()), limit / torch.full_like(limit, 127.0)
 
 
 def ternary_linear(

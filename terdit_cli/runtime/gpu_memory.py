@@ -9,6 +9,8 @@ import torch
 
 from terdit_cli.errors import EnvironmentProblem
 
+ELSEWHERE = "free memory of that GPU, name another with --device, or use --device cpu"
+
 
 def free_bytes(device: torch.device) -> int:
     """Return the bytes of a GPU that this process can still have, torch's reserve included."""

@@ -120,6 +120,7 @@ class Step:
         self.cache: OrderedDict[tuple[float, int], Tensor] = OrderedDict()
         self.graphs: dict[tuple[int, bool], _Graph] = {}
         self.pool: Any = None
+        self.stream: torch.cuda.Stream | None = None  # on which graphs are captured
 
     def is_valid(self) -> bool:
         """Return whether all tensors of the network are what they were."""
@@ -271,17 +272,20 @@ class Step:
 
     def _capture(self, bucket: int, inputs: tuple[Tensor, ...]) -> _Graph:
         """Capture the step of a bucket, after a run that compiles its kernels."""
-        places = tuple(
-            value[:1].expand(bucket, *value.shape[1:]).contiguous().clone() for value in inputs
-        )
+        with torch.inference_mode(False):  # places that any later call can write to
+            places = tuple(
+                value[:1].expand(bucket, *value.shape[1:]).contiguous().clone() for value in inputs
+            )
         arguments: tuple[Any, ...] = places if len(places) == 4 else (*places, None)
-        stream = torch.cuda.Stream()
+        # Of this step's GPU: torch's own stream for captures stays on the first GPU that had one.
+        stream = self.stream = self.stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.forward(*arguments)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # Other threads may take memory meanwhile, as an evaluation's do for the batch before.
+        with torch.cuda.graph(graph, self.pool, stream, capture_error_mode="thread_local"):
             out = self.forward(*arguments)
         # One pool for all: their outputs are copied before another graph runs.
         self.pool = self.pool or graph.pool()

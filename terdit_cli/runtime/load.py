@@ -90,8 +90,7 @@ def load(
             `resolve_activations`. EnvironmentProblem: the weights do not fit the GPU's memory.
     """
     path, device = catalogue.resolve(path), torch.device(device)
-    fix = "free memory of that GPU, name another with --device, or use --device cpu"
-    with gpu_memory.explained("the model's weights", device, fix):
+    with gpu_memory.explained("the model's weights", device, gpu_memory.ELSEWHERE):
         return _load(path, device, backend, weights, activations, compiled, overrides)
 
 

@@ -82,5 +82,6 @@ def _int16_linear(x: Tensor, trits: Tensor, alphas: Tensor, bias: Tensor | None)
     """Compute the int16 product: sums below 32512 * K < 2^53 are exact in float64, in any order."""
     limit = x.abs().amax(dim=-1, keepdim=True).clamp_min(ACTIVATION_FLOOR)
     u = (x * (limit.reciprocal() * INT16_LIMIT)).round().double()
-    y = scaled_sums(u, limit / INT16_LIMIT, trits.double(), alphas)
+    step = limit / torch.full_like(limit, INT16_LIMIT)  # a division on CUDA too
+    y = scaled_sums(u, step, trits.double(), alphas)
     return y if bias is None else y + bias

@@ -148,6 +148,15 @@ def test_compiling_needs_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         bench_gpu.run("nano", "kernels")
 
 
+def test_a_tile_that_does_not_fit_is_one_that_cannot_run() -> None:
+    """Triton's errors are no RuntimeErrors."""
+    errors = pytest.importorskip("triton.runtime.errors")
+    contender = bench._Contender("terdit", "int8")
+    with bench._why_not(contender):
+        raise errors.OutOfResources(300_000, 232_448, "shared memory")
+    assert "shared memory" in str(contender.why_not)
+
+
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
 def test_measuring_without_a_gpu_is_refused() -> None:
     with pytest.raises(EnvironmentProblem, match="no GPU to measure"):

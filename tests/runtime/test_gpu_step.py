@@ -6,6 +6,7 @@ compiled, by CUDA graphs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -250,6 +251,41 @@ def test_a_step_runs_with_its_device_as_the_current_one(make, random_inputs, mon
     monkeypatch.setattr(gpu, "on", entering)
     run(network, random_inputs(BASE, 1))
     assert entered[1:]
+
+
+def test_how_a_graph_is_captured(make, random_inputs, monkeypatch):
+    """On a stream of the step's own GPU, beside threads that take memory, for any later caller."""
+    network, _ = make(dataclasses.replace(BASE, n_layers=1), "int8")
+    inputs = random_inputs(BASE, 1)
+    run(network, inputs)
+    step: Any = network._step
+    captures: list[dict[str, Any]] = []
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None: ...
+
+    class Graph:
+        def pool(self) -> str:
+            return "a pool"
+
+    def graph(made: Graph, pool: object, stream: Stream, capture_error_mode: str) -> Any:
+        captures.append({"pool": pool, "stream": stream, "mode": capture_error_mode})
+        return contextlib.nullcontext()
+
+    for name, fake in (("Stream", Stream), ("CUDAGraph", Graph), ("graph", graph),
+                       ("current_stream", Stream), ("stream", contextlib.nullcontext)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    x, t, y = inputs
+    with torch.inference_mode():
+        for _ in range(2):
+            captured = step._capture(2, (x, t.float(), y))
+    for place, value in zip(captured.inputs, (x, t.float(), y), strict=True):
+        assert not place.is_inference()
+        place[:1].copy_(value)  # as a caller outside inference mode does
+    assert [each["mode"] for each in captures] == ["thread_local"] * 2
+    assert [each["pool"] for each in captures] == [None, "a pool"]
+    assert captures[0]["stream"] is captures[1]["stream"]
+    assert isinstance(captures[0]["stream"], Stream)
 
 
 @pytest.mark.gpu
