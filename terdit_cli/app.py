@@ -379,6 +379,10 @@ def main() -> None:
             raise
         what, fix = _REFUSALS[error.errno]
         code = _fail(EnvironmentProblem(what, got=error.strerror, where=error.filename, fix=fix))
+    except Exception as error:
+        if (problem := _not_compiled(error)) is None:
+            raise
+        code = _fail(problem)
     sys.exit(code)
 
 
@@ -391,6 +395,21 @@ _REFUSALS = {
     errno.EROFS: _FORBIDDEN,
     errno.ENAMETOOLONG: ("a name is too long for the file system", "give a shorter one"),
 }
+
+
+def _not_compiled(error: BaseException) -> EnvironmentProblem | None:
+    """Return what to say if torch.compile failed, for want of a compiler mostly; else None."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if type(seen).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            lines = str(error.__cause__ or error).strip().splitlines()
+            return EnvironmentProblem(
+                "torch cannot compile the network", got=lines[0][:200] if lines else "no reason",
+                fix="install a C++ compiler (Debian: g++ python3-dev), or do without: "
+                "train.compile=false, no --compile",
+            )  # fmt: skip
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def _refuse_empty(words: list[str]) -> None:

@@ -231,7 +231,8 @@ def _replicate(network: DiT, world: World, parallel: ParallelSection) -> Distrib
             gradient_as_bucket_view=True,
         )
     if parallel.reduce == "bf16":
-        replica.register_comm_hook(None, bf16_compress_hook)
+        # DDP knows torch's hook by its name, and refuses it without NCCL.
+        replica.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
     return replica
 
 

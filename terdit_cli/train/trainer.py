@@ -185,6 +185,9 @@ class Trainer:
                 network, self.network.config, self.recipe, self.space, self.source,
                 self.run_folder, self.step, self.world,
             )  # fmt: skip
+            if self.world.device.type == "cuda":
+                # Offloaded weights are copied from the memory that leaving this overwrites.
+                torch.cuda.synchronize(self.world.device)
             reshard(self.network)
         return path
 

@@ -185,3 +185,17 @@ main()
         assert [path.name for path in output.parent.iterdir()] == ["model.tdt"]
     assert terdit("pack", small_run, "-o", output).code == 0
     assert output.read_bytes() != b"the old file"
+
+
+def test_a_network_that_cannot_be_compiled(small_recipe: Path, tmp_path: Path) -> None:
+    """Shipped recipes compile, and a machine without a C++ compiler is no bug of terdit's."""
+    words = ("train", small_recipe, "train.compile=true", "train.steps=1", "--out", tmp_path / "r")
+    environment = {"CXX": "/nonexistent/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-m", "terdit_cli", *map(str, words)], cwd=ROOT, text=True,
+        env=os.environ | environment, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 4, done.stderr[-2000:]
+    assert "error: torch cannot compile the network: got " in done.stderr
+    assert "train.compile=false" in done.stderr
+    assert "Traceback" not in done.stderr
