@@ -11,8 +11,8 @@ install: .venv/installed $(NATIVE)/libterdit.so  ## make .venv with terdit and a
 # pip leaves the native library to the next rule, which builds only what has changed.
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
-		|| { echo "terdit needs Python 3.11-3.13, this is $$($(PYTHON) -V): make PYTHON=python3.12 ..."; exit 1; }
-	$(PYTHON) -m venv --clear .venv
+		|| { echo "terdit needs Python 3.11-3.13, this is $$($(PYTHON) -V): make test PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt \
 		--config-settings wheel.cmake=false --editable '.[dev]'
 	touch $@

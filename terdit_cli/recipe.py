@@ -11,11 +11,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -34,6 +36,16 @@ VAE_CHANNELS = 4
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _at_home(path: Path) -> Path:
+    """Return a path with its ~ replaced, as a shell does not in the word data.path=~/images."""
+    with suppress(RuntimeError):  # a user without a home
+        path = path.expanduser()
+    return path
+
+
+UserPath = Annotated[Path, AfterValidator(_at_home)]
 DataSource = Literal[
     "embedded", "folder", "zip", "tars", "parquet", "cifar10", "fashion-mnist", "latents"
 ]
@@ -112,7 +124,7 @@ class DataSection(Section):
     """Images and the space the diffusion runs in."""
 
     source: DataSource = "embedded"
-    path: Path | None = None
+    path: UserPath | None = None
     split: str | None = None
     image_size: PositiveInt = 256  # pixels
     channels: Literal[1, 3] = 3  # of pixel-space models; 1 = grey
@@ -141,7 +153,7 @@ class DataSection(Section):
 class TrainSection(Section):
     """Steps, batches and arithmetic."""
 
-    init_from: Path | None = None  # ckpt.pt whose weights a new run begins with; None: random
+    init_from: UserPath | None = None  # ckpt.pt whose weights a new run begins with; None: random
     steps: PositiveInt = 400_000
     global_batch_size: PositiveInt = 256  # images an optimizer step
     micro_batch_size: PositiveInt = 32  # images a forward pass of one process
@@ -163,7 +175,7 @@ class TrainSection(Section):
 class DistillSection(Section):
     """A trained model whose predictions are learned beside the noise itself."""
 
-    teacher: Path | None = None  # ckpt.pt or run folder; None: no distillation
+    teacher: UserPath | None = None  # ckpt.pt or run folder; None: no distillation
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5  # of the teacher; the noise has the rest
     schedule: Literal["constant", "linear"] = "constant"  # linear: weight falls to 0 at the end
     features: NonNegativeFloat = 0.0  # of the relative difference of the last blocks' outputs

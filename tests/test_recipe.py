@@ -175,6 +175,7 @@ def test_overrides_below_plain_values_and_broken_values(recipe_file: Path) -> No
         load_recipe(recipe_file, ["data.path=/data/set #2"])
     quoted = load_recipe(recipe_file, ["data.path='/data/set #2'"])
     assert quoted.data.path == Path("/data/set #2")
+    assert load_recipe(recipe_file, ["data.path=~/set"]).data.path == Path.home() / "set"
     with pytest.raises(UsageError, match=r"model: got 5"):
         load_recipe(recipe_file, ["model=5"])
 

@@ -37,7 +37,7 @@ LARGEST_K = 65_000  # sums of int16 activations fit int32
 PRECISION_CODES: dict[Precision, int] = {"fp32": 0, "bf16": 1, "int16": 2, "int8": 3}
 PEAKS = ("int8", "bf16", "fp32")
 
-_REINSTALL = "pip install --force-reinstall terdit"
+_REINSTALL = "pip install --force-reinstall --no-deps terdit"
 _threads: int | None = None  # what `set_threads` was told
 
 

@@ -123,6 +123,7 @@ def test_a_process_answers_fails_and_dies(tmp_path: Path) -> None:
         assert process.ask("run") == answer
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="the system does not say")
 def test_memory_of_this_and_of_no_process() -> None:
     resident, peak = resident_bytes(str(os.getpid()))
     assert resident is not None

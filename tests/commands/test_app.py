@@ -33,6 +33,7 @@ def test_help_names_the_verbs_and_exit_codes(terdit: Terdit) -> None:
         assert "130/143 stopped by" in text
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk at hand")
 def test_help_onto_a_full_disk() -> None:
     with Path("/dev/full").open("w") as full:
         line = [sys.executable, "-m", "terdit_cli", "--help"]
