@@ -240,8 +240,10 @@ def sample(
     from terdit_cli.commands import sample as command
 
     result = command.run(
-        prompt_class, model, n, steps, sampler, cfg_scale, cfg_channels.value, seed, batch_size,
-        backend, device, vae, out, activations, threads, chosen_weights(ema), eps_scale,
+        prompt_class, model, n=n, steps=steps, sampler=sampler, cfg_scale=cfg_scale,
+        cfg_channels=cfg_channels.value, eps_scale=eps_scale, seed=seed, batch_size=batch_size,
+        backend=backend, activations=activations, threads=threads, device=device, vae=vae,
+        output=out, weights=chosen_weights(ema),
     )  # fmt: skip
     if json:
         console.result_json(dataclasses.asdict(result))
@@ -331,7 +333,10 @@ def bench(
         refuse_given(context, foreign, "for the benchmarks of CPUs")
         from terdit_cli.commands import bench_gpu
 
-        report = bench_gpu.run(model, what, size, images, device, gpu, repeats, seed, out, line)
+        report = bench_gpu.run(
+            model, what, size=size, images=images, device=device, chip=gpu, repeats=repeats,
+            seed=seed, output=out, command=line,
+        )  # fmt: skip
         if json:
             console.result_json(bench_gpu.as_json(report))
             return
@@ -345,8 +350,9 @@ def bench(
     from terdit_cli.commands import bench as command
 
     result = command.run(
-        model, what, size, batch, threads, activations, backend, rivals, repeats, seed, ggml, out,
-        line, recorded, device,
+        model, what, size=size, batch=batch, threads=threads, activations=activations,
+        backend=backend, others=rivals, repeats=repeats, seed=seed, ggml=ggml, output=out,
+        command=line, recorded=recorded, device=device,
     )  # fmt: skip
     if json:
         console.result_json(command.as_json(result))

@@ -318,7 +318,7 @@ def _turns(
     for _ in range(plan.repeats):
         for contender, run, _ in running:
             samples[id(contender)].append(stopwatch.seconds(run))
-    operations = forward_operations(source.info, 2 * images)
+    operations = forward_operations(source.info.config, 2 * images)
     memory = {id(contender): peak for contender, _, peak in running}
     rows = []
     for contender in contenders:

@@ -22,7 +22,7 @@ from terdit_cli import console
 from terdit_cli.bench import results, rivals
 from terdit_cli.bench.goals import INT8_RIVALS
 from terdit_cli.bench.options import DOWNSAMPLE, Options
-from terdit_cli.bench.random_model import forward_operations, large_weights
+from terdit_cli.bench.random_model import forward_operations
 from terdit_cli.bench.results import OURS, Figure, ForwardRow, PeakRow, SampleRow
 from terdit_cli.bench.worker import (
     ARITHMETICS,
@@ -35,6 +35,7 @@ from terdit_cli.bench.worker import (
 )
 from terdit_cli.errors import EnvironmentProblem
 from terdit_cli.model.info import ModelInfo
+from terdit_cli.pack.exported import count_weights
 from terdit_cli.pack.tdt import TdtFile, write_tdt
 
 # At image sizes after the first, only these rivals run.
@@ -78,14 +79,14 @@ def measure(options: Options, model: Path, folder: Path, peaks: list[PeakRow]) -
         InputFileError: the file; EnvironmentProblem: a process of terdit's own failed.
     """
     with TdtFile(model) as file:
-        info = file.info
+        info, weights = file.info, count_weights(file)
     rows: list[ForwardRow] = []
     sizes = options.input_sizes or (info.config.input_size,)
     for index, input_size in enumerate(sizes):
         sized = with_input_size(info, input_size)
         with ExitStack() as stack:
             contenders = _contenders(options, first=index == 0)
-            _leave_out_what_does_not_fit(contenders, large_weights(info))
+            _leave_out_what_does_not_fit(contenders, weights)
             console.note(
                 f"bench: loading {len(contenders)} networks of {sized.config.tokens} tokens"
             )
@@ -202,7 +203,7 @@ def _rows(
         outputs.append(np.load(path) if "resident" in answer else None)
     pairs = list(zip(contenders, outputs, strict=True))
     exact = next((output for contender, output in pairs if contender.who == "fp32"), None)
-    operations = forward_operations(info, options.batch)
+    operations = forward_operations(info.config, options.batch)
     rows = []
     for (contender, output), answer in zip(pairs, answers, strict=True):
         figure = Figure(contender.seconds if contender.why_not is None else [])

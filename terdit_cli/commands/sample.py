@@ -95,6 +95,7 @@ def find_model(named: Path | None, prompt_class: str) -> Path:
 def run(
     prompt_class: str,
     model: Path | None = None,
+    *,
     n: int = 1,
     steps: int | None = None,
     sampler: str | None = None,

@@ -11,7 +11,7 @@ from terdit_cli.atomic import atomic_path
 from terdit_cli.data.loader import BatchSource
 from terdit_cli.data.vae import Space
 from terdit_cli.errors import InputFileError, UsageError
-from terdit_cli.model.ckpt import load_ckpt
+from terdit_cli.model.ckpt import CKPT, load_ckpt
 from terdit_cli.recipe import Recipe, load_recipe
 from terdit_cli.runtime.gpu_memory import explained
 from terdit_cli.train import build
@@ -28,7 +28,7 @@ from terdit_cli.train.checkpoint import (
     load_state,
 )
 from terdit_cli.train.curves import plot_runs
-from terdit_cli.train.export import CKPT, export_ckpt
+from terdit_cli.train.export import export_ckpt
 from terdit_cli.train.loop import loss_summary, lost_process, run_training
 from terdit_cli.train.memory import Plan, plan_run
 from terdit_cli.train.parallel import World, join_world, leave_world

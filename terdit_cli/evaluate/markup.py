@@ -7,9 +7,11 @@ names, paths, warnings) cannot become markup by being forgotten.
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 import re
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,26 +64,48 @@ def join(*children: object) -> Markup:
 def picture(image: Image, alt: str, size: int) -> Markup:
     """Return an <img> of uint8 [H, W, 3], its longer side made at most `size` pixels.
 
-    Small images are kept exactly (PNG), to be enlarged pixel by pixel; others become JPEG.
+    Small images are kept exactly; others become JPEG.
     """
+    if max(image.shape[:2]) <= PIXEL_ART:
+        return exact_picture(image, alt)
     photo = PillowImage.fromarray(image)
+    photo.thumbnail((size, size), PillowImage.Resampling.LANCZOS)
+    return _img(photo, alt, None, format="JPEG", quality=_JPEG_QUALITY)
+
+
+def exact_picture(image: Image, alt: str) -> Markup:
+    """Return an <img> of uint8 [H, W, 3] as it is (PNG), to be enlarged pixel by pixel."""
+    return _img(PillowImage.fromarray(image), alt, "pixels", format="PNG")
+
+
+def _img(photo: PillowImage.Image, alt: str, class_: str | None, **options: Any) -> Markup:
     buffer = io.BytesIO()
-    if max(photo.size) <= PIXEL_ART:
-        photo.save(buffer, format="PNG", optimize=True)
-        kind, classes = "png", "pixels"
-    else:
-        photo.thumbnail((size, size), PillowImage.Resampling.LANCZOS)
-        photo.save(buffer, format="JPEG", quality=_JPEG_QUALITY, optimize=True)
-        kind, classes = "jpeg", None
-    address = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    photo.save(buffer, optimize=True, **options)
+    kind, content = str(options["format"]).lower(), base64.b64encode(buffer.getvalue()).decode()
     return element(
-        "img",
-        src=address,
-        alt=alt,
-        width=photo.width,
-        height=photo.height,
-        class_=classes,
+        "img", src=f"data:image/{kind};base64,{content}", alt=alt, width=photo.width,
+        height=photo.height, class_=class_,
+    )  # fmt: skip
+
+
+def whole_page(title: str, style: str, main: Markup) -> str:
+    """Return an HTML page that asks for nothing: its policy allows this style and data URIs."""
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
     )
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=policy),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", title),
+        element("link", rel="icon", href="data:,"),
+        element("style", Markup(style)),
+    )
+    return "<!doctype html>\n" + element("html", head, element("body", main), lang="en") + "\n"
 
 
 def _escape(value: object) -> str:

@@ -7,15 +7,13 @@ follows the reader's light or dark theme, and has a size for phones and one for 
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import importlib.resources
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from terdit_cli.atomic import atomic_path
-from terdit_cli.evaluate.markup import Image, Markup, element, join
+from terdit_cli.evaluate.markup import Image, Markup, element, join, whole_page
 from terdit_cli.evaluate.neighbours import Coverage
 from terdit_cli.evaluate.panels import (
     Neighbours,
@@ -71,22 +69,8 @@ def page(
 ) -> str:
     """Return the page."""
     style = importlib.resources.files(__package__).joinpath("report.css").read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
     headline = f"{result.distance_name} {format_value(result.distance_name, result.distance)}"
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", f"{headline}, {verdict(result)}: {_source(result)}"),
-        element("link", rel="icon", href="data:,"),
-        element("style", Markup(style)),
-    )
+    title = f"{headline}, {verdict(result)}: {_source(result)}"
     main = element(
         "main",
         _head(result),
@@ -100,7 +84,7 @@ def page(
         _origin(result, baseline),
         element("footer", f"terdit eval-fid, {result.provenance.get('date', 'no date')}"),
     )
-    return "<!doctype html>\n" + element("html", head, element("body", main), lang="en") + "\n"
+    return whole_page(title, style, main)
 
 
 def _source(result: EvalResult) -> str:

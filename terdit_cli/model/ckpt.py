@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from terdit_cli.errors import InputFileError
 from terdit_cli.model.info import ModelInfo
 
+CKPT = "ckpt.pt"  # its name in a run folder
 FORMAT = "terdit-checkpoint"
 VERSION = 1
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8)
@@ -168,6 +169,11 @@ def release_pages(tensor: Tensor) -> None:
     start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     length = tensor.data_ptr() + tensor.nbytes - start
     ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_PAGEOUT)
+
+
+def ckpt_in(path: Path) -> Path:
+    """Return the ckpt.pt that a path means: itself, or that of a run folder."""
+    return path / CKPT if path.is_dir() else path
 
 
 def load_ckpt(path: Path) -> Checkpoint:

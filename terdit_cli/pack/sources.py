@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from terdit_cli.errors import InputFileError, UsageError
-from terdit_cli.model.ckpt import load_ckpt
+from terdit_cli.model.ckpt import CKPT, load_ckpt
 from terdit_cli.pack.convert import ReleasedFolder, is_released_folder
 from terdit_cli.pack.exported import ExportedModel
 from terdit_cli.pack.qat import CheckpointExport
 from terdit_cli.pack.tdt import TdtFile
-
-CKPT = "ckpt.pt"
 
 
 def checkpoint_path(path: Path) -> Path | None:

@@ -7,10 +7,7 @@ Content-Security-Policy forbids all else.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import importlib.resources
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +19,15 @@ from PIL import Image as Pillow
 
 from terdit_cli.atomic import atomic_path
 from terdit_cli.data.grid import save_png
-from terdit_cli.evaluate.markup import Markup, clean, element, picture
+from terdit_cli.evaluate.markup import (
+    PIXEL_ART,
+    Markup,
+    clean,
+    element,
+    exact_picture,
+    picture,
+    whole_page,
+)
 from terdit_cli.study.figures import standalone
 
 _SHEETS = ("figures.css", "page.css")
@@ -249,23 +254,7 @@ def html(title: str, blocks: Sequence[Block]) -> str:
     """Return the blocks as one HTML page."""
     files = importlib.resources.files(__package__)
     style = "\n".join(files.joinpath(name).read_text("utf-8") for name in _SHEETS)
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", title),
-        element("link", rel="icon", href="data:,"),
-        element("style", Markup(style)),
-    )
-    body = element("body", element("main", *map(_as_html, blocks)))
-    return "<!doctype html>\n" + element("html", head, body, lang="en") + "\n"
+    return whole_page(title, style, element("main", *map(_as_html, blocks)))
 
 
 def _as_html(block: Block) -> Markup:
@@ -310,14 +299,9 @@ def _as_html(block: Block) -> Markup:
 def picture_of(shown: Picture) -> Markup:
     """Return a picture's <img>, small images exact and enlarged pixel by pixel."""
     sheet = mosaic(shown)
-    small = max(shown.images.shape[1:3]) <= 64
-    if not small:
-        return picture(sheet, shown.label, _PIXELS)
-    buffer = io.BytesIO()
-    Pillow.fromarray(sheet).save(buffer, format="PNG", optimize=True)
-    address = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    height, width, _ = sheet.shape
-    return element("img", src=address, alt=shown.label, width=width, height=height, class_="pixels")
+    if max(shown.images.shape[1:3]) <= PIXEL_ART:
+        return exact_picture(sheet, shown.label)
+    return picture(sheet, shown.label, _PIXELS)
 
 
 def _card(card: Card) -> Markup:

@@ -20,7 +20,7 @@ import numpy as np
 from terdit_cli import console
 from terdit_cli.atomic import atomic_path
 from terdit_cli.errors import UsageError
-from terdit_cli.model.ckpt import load_ckpt
+from terdit_cli.model.ckpt import CKPT, load_ckpt
 from terdit_cli.recipe import Recipe, load_recipe
 from terdit_cli.study.children import ChildFailed, Finished, Run, command_of
 from terdit_cli.study.measure import (
@@ -67,7 +67,7 @@ from terdit_cli.study.spec import (
     words_of,
 )
 from terdit_cli.train.checkpoint import complete_checkpoints, read_manifest
-from terdit_cli.train.export import CKPT, export_ckpt
+from terdit_cli.train.export import export_ckpt
 from terdit_cli.train.flops import BACKWARD_AND_FORWARD, training_flops
 from terdit_cli.train.loggers import FILE as METRICS
 from terdit_cli.train.loggers import logged_seconds, read_metrics

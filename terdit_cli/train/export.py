@@ -26,7 +26,6 @@ from terdit_cli.model.ckpt import ckpt_values, save_tensors
 from terdit_cli.train.checkpoint import RECIPE, Saved
 from terdit_cli.train.shards import ShardReader
 
-CKPT = "ckpt.pt"
 PARTS = ("model", "ema")
 
 

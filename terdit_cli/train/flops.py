@@ -93,10 +93,9 @@ def device_peak(device_name: str) -> float | None:
 def training_flops(config: DiTConfig) -> int:
     """Return the operations of training on one image (forward and backward)."""
     dim, width, tokens = config.dim, config.conditioning_width, config.tokens
-    kv_width = config.kv_heads * config.head_dim
-    block = dim * (2 * dim + 2 * kv_width + 3 * config.ffn_width)
+    of_tokens, of_images = (config.n_layers * weights for weights in config.block_weights)
     patch = config.patch_size**2
-    a_token = config.n_layers * block + dim * patch * (config.in_channels + config.out_channels)
-    an_image = width * (config.n_layers * 6 * dim + 2 * dim + TIMESTEP_WIDTH + width)
+    a_token = of_tokens + dim * patch * (config.in_channels + config.out_channels)
+    an_image = of_images + width * (2 * dim + TIMESTEP_WIDTH + width)
     attention = 2 * tokens**2 * dim * config.n_layers
     return BACKWARD_AND_FORWARD * 2 * (tokens * a_token + an_image + attention)

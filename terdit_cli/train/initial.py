@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from terdit_cli.errors import UsageError
-from terdit_cli.model.ckpt import load_ckpt
+from terdit_cli.model.ckpt import ckpt_in, load_ckpt
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.ternary import TernaryLinear
-from terdit_cli.train.export import CKPT
 
 _ALPHAS, _ADALN_NORM = ".alphas", ".adaLN_modulation.2.weight"
 
@@ -34,7 +33,7 @@ def start_from(network: DiT, path: Path) -> None:
         InputFileError: no checkpoint of terdit.
         UsageError: of another architecture, or ternary where the network is not.
     """
-    path = path / CKPT if path.is_dir() else path
+    path = ckpt_in(path)
     theirs = load_ckpt(path).state_dict("ema")
     own: dict[str, Tensor] = dict(network.named_parameters())
     _check_fit(own, theirs, path)

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from terdit_cli.errors import UsageError
-from terdit_cli.model.ckpt import Checkpoint, load_ckpt
+from terdit_cli.model.ckpt import Checkpoint, ckpt_in, load_ckpt
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.info import ModelInfo
 from terdit_cli.model.restore import restore_network
 from terdit_cli.recipe import DistillSection, Recipe
 from terdit_cli.train import build
-from terdit_cli.train.export import CKPT
 
 _SAME = ("in_channels", "input_size", "num_classes", "null_class")
 
@@ -95,7 +94,7 @@ def open_teacher(recipe: Recipe) -> Checkpoint | None:
     path = recipe.distill.teacher
     if path is None:
         return None
-    checkpoint = load_ckpt(path / CKPT if path.is_dir() else path)
+    checkpoint = load_ckpt(ckpt_in(path))
     theirs, ours = _sees(checkpoint.info), _sees(build.model_info(recipe, [], 0))
     other = [name for name in ours if theirs[name] != ours[name]]
     if other:

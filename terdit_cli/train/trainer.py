@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from terdit_cli.data.loader import BatchSource
 from terdit_cli.data.vae import Space
 from terdit_cli.diffusion.process import Schedule, Teacher, make_schedule
+from terdit_cli.model.ckpt import CKPT
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.ema import Ema
 from terdit_cli.recipe import Recipe
@@ -31,7 +32,7 @@ from terdit_cli.train import build
 from terdit_cli.train.checkpoint import CheckpointWriter, folder_of, read_manifest
 from terdit_cli.train.codes import ternarized_once
 from terdit_cli.train.draws import Draws, StepDraws
-from terdit_cli.train.export import CKPT, export_ckpt
+from terdit_cli.train.export import export_ckpt
 from terdit_cli.train.initial import start_from
 from terdit_cli.train.optim import (
     build_optimizer,

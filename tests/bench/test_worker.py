@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from terdit_cli.bench import rivals, worker
-from terdit_cli.bench.random_model import RandomModel, forward_operations, large_weights
+from terdit_cli.bench.random_model import RandomModel, forward_operations
 from terdit_cli.bench.worker import Process, Worker, resident_bytes
 from terdit_cli.errors import TerditError
 from terdit_cli.pack.exported import count_weights
@@ -52,8 +52,8 @@ def test_work_is_counted_from_the_matrices() -> None:
         n, k = model.matrix_shape(name)
         rows = 3 if "adaLN" in name else 3 * tokens
         expected += 2.0 * rows * k * n
-    assert forward_operations(model.info, batch=3) == expected
-    assert large_weights(model.info) == count_weights(model)
+    assert forward_operations(model.info.config, batch=3) == expected
+    assert model.info.config.n_layers * sum(model.info.config.block_weights) == count_weights(model)
 
 
 def test_networks_run_at_another_resolution_and_agree(nano: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_library_of_another_version_is_refused(reopened, tmp_path, version, ab
         f"is of terdit {version}, interface {abi}, not of terdit {terdit_cli.__version__}"
         in str(reason)
     )
-    assert "reinstall: pip install --force-reinstall terdit" in str(reason)
+    assert "reinstall: pip install --force-reinstall --no-deps terdit" in str(reason)
     with pytest.raises(EnvironmentProblem, match="backend 'cpu' cannot run") as error:
         choose_backend("cpu", CPU)
     assert str(reason) in str(error.value)
