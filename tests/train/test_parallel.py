@@ -66,6 +66,7 @@ KINDS: dict[str, list[str]] = {
     "muon": ["optim.kind=muon"],
     "clipped": ["ternary.scale=absmean", "ternary.ste_clip=2"],
 }
+FEWER = ["train.micro_batch_size=2"]  # and so larger micro-batches, which take less time
 # Cases, by number of processes: what must not change it.
 CASES: dict[int, list[tuple[str, list[str]]]] = {
     2: [
@@ -83,28 +84,33 @@ CASES: dict[int, list[tuple[str, list[str]]]] = {
                 "train.activation_checkpointing=true",
             ],
         ),
-        ("absmean rows", ["parallel.mode=fsdp"]),
-        ("groups", ["parallel.mode=fsdp"]),
-        ("int8", ["parallel.mode=fsdp"]),
-        ("full precision", ["parallel.mode=fsdp"]),
-        ("bf16", ["parallel.mode=fsdp"]),
+        ("absmean rows", ["parallel.mode=fsdp", *FEWER]),
+        ("groups", ["parallel.mode=fsdp", *FEWER]),
+        ("int8", ["parallel.mode=fsdp", *FEWER]),
+        ("full precision", ["parallel.mode=fsdp", *FEWER]),
+        ("bf16", ["parallel.mode=fsdp", *FEWER]),
         ("muon", ["parallel.mode=ddp"]),
-        ("muon", ["parallel.mode=fsdp"]),
-        ("bf16", ["parallel.mode=fsdp", "parallel.reduce=bf16"]),
+        ("muon", ["parallel.mode=fsdp", *FEWER]),
+        ("bf16", ["parallel.mode=fsdp", "parallel.reduce=bf16", *FEWER]),
         ("bf16", ["parallel.mode=ddp", "parallel.reduce=bf16"]),
-        ("learned", ["parallel.mode=fsdp", "train.compile=true"]),
+        ("learned", ["parallel.mode=fsdp", "train.compile=true", *FEWER]),
         (
             "learned",
-            ["parallel.mode=ddp", "train.compile=true", "train.activation_checkpointing=true"],
+            [
+                "parallel.mode=ddp",
+                "train.compile=true",
+                "train.activation_checkpointing=true",
+                *FEWER,
+            ],
         ),
         ("clipped", ["parallel.mode=ddp"]),
-        ("clipped", ["parallel.mode=fsdp"]),
+        ("clipped", ["parallel.mode=fsdp", *FEWER]),
     ],
     3: [
         ("learned", ["parallel.mode=fsdp"]),
-        ("absmean rows", ["parallel.mode=fsdp"]),
-        ("muon", ["parallel.mode=fsdp"]),
-        ("clipped", ["parallel.mode=fsdp"]),
+        ("absmean rows", ["parallel.mode=fsdp", *FEWER]),
+        ("muon", ["parallel.mode=fsdp", *FEWER]),
+        ("clipped", ["parallel.mode=fsdp", *FEWER]),
     ],
     4: [("learned", ["parallel.mode=hsdp", "parallel.shard_size=2"])],
 }
