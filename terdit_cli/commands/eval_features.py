@@ -146,7 +146,7 @@ class SetSource:
     def batch_size(self) -> int:
         return LEAST_BLOCK
 
-    @property
+    @cached_property
     def class_names(self) -> list[list[str]]:
         return names_of_classes(self.images.class_names, len(self.images.class_names))
 

@@ -60,9 +60,9 @@ def test_what_the_system_refuses_is_no_bug(
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
 
     monkeypatch.setattr(Path, "is_dir", forbidden)
-    done = terdit("sample", "--prompt-class", "sneaker", "-o", "/root/x.png")
+    done = terdit("sample", "--prompt-class", "sneaker", "-o", "/forbidden/x.png")
     assert done.code == 4
-    assert "cannot write: got Permission denied (/root/x.png). Fix: name a folder" in done.err
+    assert "cannot write: got Permission denied (/forbidden/x.png). Fix: name a folder" in done.err
 
 
 def test_a_closed_stdout_is_no_failure() -> None:
