@@ -249,8 +249,9 @@ def sample(
         console.result_json(dataclasses.asdict(result))
         return
     rate = result.images * result.nfe / result.seconds
+    images = "1 image" if result.images == 1 else f"{result.images} images"
     console.result(
-        f"{result.output}: {result.images} images, {result.nfe} NFE each, "
+        f"{result.output}: {images}, {result.nfe} NFE each, "
         f"{console.duration(result.seconds)}, {rate:.3g} NFE/s"
     )
 

@@ -361,7 +361,7 @@ class TernaryLinear(nn.Module):
         none and get 0.02, the deviation of DiT's other embeddings: an alpha of 0 would block
         the gradients of both the masters and itself for ever.
         """
-        if self.alphas is None:
+        if self.alphas is None or self.weight.is_meta:  # nothing to fill, or nothing to fit to
             return
         if self.alpha_init == "randn":
             nn.init.normal_(self.alphas)

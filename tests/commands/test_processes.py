@@ -277,7 +277,7 @@ def test_more_processes_than_batches(terdit: Terdit, small_tdt: Path, tmp_path: 
     words = ("sample", "--model", small_tdt, "--prompt-class", 0, "--steps", 2, "--device", "cpu")
     code, out, err = run_together((*words, "-o", tmp_path / "a.npz"), 3)
     assert code == 0, err
-    assert out.count("a.npz: 1 images") == 1
+    assert out.count("a.npz: 1 image, ") == 1
     assert terdit(*words, "-o", tmp_path / "b.npz").code == 0
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 

@@ -461,13 +461,17 @@ def test_a_file_that_is_replaced_or_gone_is_harmless(tdt, random_inputs, monkeyp
         assert torch.equal(network(*inputs), expected)
 
 
-def test_loading_stays_light(tdt):
+@pytest.mark.parametrize("alpha_init", ["randn", "absmean"])
+def test_loading_stays_light(alpha_init, tmp_path, make_ckpt):
     """torch._dynamo and sympy take 70 MB and a second, and nothing here needs them."""
+    ternary = TernaryConfig(alpha_init=alpha_init, granularity="row")
+    export = CheckpointExport(load_ckpt(make_ckpt(tmp_path / "ckpt.pt", BASE, ternary)))
+    write_tdt(export, tmp_path / "m.tdt", "t2", "fp32")
     code = f"""
 import sys
 from terdit_cli.runtime.load import load
 import torch
-network = load({str(tdt)!r}).network
+network = load({str(tmp_path / "m.tdt")!r}).network
 with torch.inference_mode():
     network(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
 print(sorted({{"torch._dynamo", "sympy", "diffusers"}} & set(sys.modules)))

@@ -89,10 +89,10 @@ CASES: dict[int, list[tuple[str, list[str]]]] = {
         ("int8", ["parallel.mode=fsdp", *FEWER]),
         ("full precision", ["parallel.mode=fsdp", *FEWER]),
         ("bf16", ["parallel.mode=fsdp", *FEWER]),
-        ("muon", ["parallel.mode=ddp"]),
+        ("muon", ["parallel.mode=ddp", *FEWER]),
         ("muon", ["parallel.mode=fsdp", *FEWER]),
         ("bf16", ["parallel.mode=fsdp", "parallel.reduce=bf16", *FEWER]),
-        ("bf16", ["parallel.mode=ddp", "parallel.reduce=bf16"]),
+        ("bf16", ["parallel.mode=ddp", "parallel.reduce=bf16", *FEWER]),
         ("learned", ["parallel.mode=fsdp", "train.compile=true", *FEWER]),
         (
             "learned",
@@ -103,7 +103,7 @@ CASES: dict[int, list[tuple[str, list[str]]]] = {
                 *FEWER,
             ],
         ),
-        ("clipped", ["parallel.mode=ddp"]),
+        ("clipped", ["parallel.mode=ddp", *FEWER]),
         ("clipped", ["parallel.mode=fsdp", *FEWER]),
     ],
     3: [
