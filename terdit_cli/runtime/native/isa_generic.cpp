@@ -20,14 +20,17 @@ TERDIT_INLINE void dot_block(const Byte *bytes, ptrdiff_t stride, const Code *ti
     vi total[R][V];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) {
-            vu sum = (vu)start(r, v);  // modulo 2^32: planes of int16 may wrap on the way
-            for (int lane = 0; lane < kLanes; lane++)
+            vu sums = (vu)start(r, v);  // modulo 2^32: planes of int16 may wrap on the way
+            for (int lane = 0; lane < kLanes; lane++) {
+                uint32_t sum = sums[lane];
                 for (int64_t i = 0; i < vectors; i++)
                     for (int k = 0; k < 4; k++) {
                         const int code = tile[256 * i + 4 * (v * kLanes + lane) + k];
-                        sum[lane] += uint32_t(code * bytes[r * stride + 4 * i + k]);
+                        sum += uint32_t(code * bytes[r * stride + 4 * i + k]);
                     }
-            total[r][v] = (vi)sum;
+                sums[lane] = sum;
+            }
+            total[r][v] = (vi)sums;
         }
     finish(total);
 }

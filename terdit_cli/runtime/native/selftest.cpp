@@ -65,19 +65,26 @@ struct Problem {
         return alphas[size_t(row * ((k + 127) / 128) + i / 128)];
     }
 
-    // The integer kinds as model/ternary.py defines them, operation by operation in float32.
-    float integer_value(int64_t r, int64_t row, float limit) const {
+    // A row of x by the integer kinds, as model/ternary.py defines them, operation by operation in
+    // float32: the whole numbers, and the step between them.
+    float integers(int64_t r, float limit, std::vector<int64_t> &whole) const {
         const float *a = &x[size_t(r * k)];
         float most = 1e-5f;
         for (int64_t i = 0; i < k; i++) most = fmaxf(most, fabsf(a[i]));
         volatile float inverse = 1.0f / most;
         inverse = inverse * limit;
-        const float step = most / limit;
+        for (int64_t i = 0; i < k; i++) {
+            volatile float scaled = a[i] * inverse;
+            whole[size_t(i)] = int64_t(nearbyintf(scaled));
+        }
+        return most / limit;
+    }
+
+    float integer_value(const std::vector<int64_t> &whole, float step, int64_t row) const {
         volatile float y = 0;
         int64_t sum = 0;
         for (int64_t i = 0; i < k; i++) {
-            volatile float scaled = a[i] * inverse;
-            sum += int64_t(nearbyintf(scaled)) * trits[size_t(row * k + i)];
+            sum += whole[size_t(i)] * trits[size_t(row * k + i)];
             if (granularity == TERDIT_GROUP128 && (i % 128 == 127 || i == k - 1)) {
                 volatile float term = float(sum) * alpha(row, i);
                 y = y + term;
@@ -113,26 +120,33 @@ void fail(const char *what, const Problem &p, int kind, int64_t r, int64_t row, 
 void check(const Problem &p, int threads) {
     const terdit_matrix matrix = p.matrix();
     std::vector<float> y(size_t(p.m * p.n));
+    std::vector<int64_t> whole(size_t(p.k));
+    std::vector<double> values(size_t(p.k));
     for (int kind = TERDIT_FP32; kind <= TERDIT_INT8; kind++) {
         for (float &v : y) v = -77.0f;
         if (terdit_linear(&matrix, p.x.data(), p.m, kind, y.data(), threads) != 0) {
             printf("no memory\n");
             exit(2);
         }
-        for (int64_t r = 0; r < p.m; r++)
+        for (int64_t r = 0; r < p.m; r++) {
+            float step = 0;
+            if (kind >= TERDIT_INT16)
+                step = p.integers(r, kind == TERDIT_INT8 ? 127.0f : 32512.0f, whole);
+            for (int64_t i = 0; i < p.k; i++) {
+                const float v = p.x[size_t(r * p.k + i)];
+                values[size_t(i)] = kind == TERDIT_BF16 ? to_bf16(v) : v;
+            }
             for (int64_t row = 0; row < p.n; row++) {
                 const float got = y[size_t(r * p.n + row)];
                 if (kind >= TERDIT_INT16) {
-                    const float limit = kind == TERDIT_INT8 ? 127.0f : 32512.0f;
-                    const float expected = p.integer_value(r, row, limit);
+                    const float expected = p.integer_value(whole, step, row);
                     if (got != expected) fail("integers", p, kind, r, row, got, expected);
                     continue;
                 }
                 double sum = p.bias[size_t(row)], size = fabs(sum);
                 for (int64_t i = 0; i < p.k; i++) {
-                    const float v = p.x[size_t(r * p.k + i)];
-                    const double term = double(kind == TERDIT_BF16 ? to_bf16(v) : v) *
-                                        p.trits[size_t(row * p.k + i)] * p.alpha(row, i);
+                    const double term =
+                        values[size_t(i)] * p.trits[size_t(row * p.k + i)] * p.alpha(row, i);
                     sum += term;
                     size += fabs(term);
                 }
@@ -140,6 +154,7 @@ void check(const Problem &p, int threads) {
                 if (!(fabs(got - sum) <= double(p.k + 3) * ldexp(1, -24) * size + 1e-37))
                     fail("floats", p, kind, r, row, got, sum);
             }
+        }
     }
 }
 
