@@ -302,7 +302,7 @@ def bench(
     ] = "",
     device: Annotated[str, typer.Option(help="cpu, or cuda for the GPU's own tables.")] = "cpu",
     gpu: Annotated[
-        str, typer.Option(help="Data sheet of the roofline: h100, h200, a100, l4, rtx4090.")
+        str, typer.Option(help="Data sheet of the roofline: h100, a100, l4, 4090, ...")
     ] = "h100",
     threads: Annotated[str, typer.Option(help="Thread counts, as 1,2.  [default: torch's]")] = "",
     activations: Annotated[

@@ -24,6 +24,7 @@ LEAVES = {
     "shipped",
     "cache",
     "strict_yaml",
+    "gpus",
 }  # anyone may import them
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -32,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "shipped": set(),
     "cache": set(),
     "strict_yaml": set(),
+    "gpus": set(),
     "signals": set(),
     "locks": set(),
     "console": set(),

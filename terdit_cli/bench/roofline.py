@@ -14,43 +14,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from terdit_cli.errors import UsageError, did_you_mean
+from terdit_cli.errors import UsageError
+from terdit_cli.gpus import Gpu
 from terdit_cli.model.dit import DiTConfig
 
 TRIT_BITS = 2
 ITEM_BYTES = {"int8": 1, "fp8": 1, "bf16": 2}  # of an activation
-
-
-@dataclass(frozen=True)
-class Chip:
-    """A GPU's data sheet: operations and bytes a second."""
-
-    name: str
-    bf16: float
-    int8: float
-    fp8: float | None  # with float32 sums
-    bandwidth: float
-
-
-CHIPS = {
-    "h100": Chip("H100 SXM", 989e12, 1979e12, 1979e12, 3.35e12),
-    "h200": Chip("H200 SXM", 989e12, 1979e12, 1979e12, 4.8e12),
-    "a100": Chip("A100 SXM 80 GB", 312e12, 624e12, None, 2.04e12),
-    "l4": Chip("L4", 121e12, 242e12, 242e12, 0.3e12),
-    "rtx4090": Chip("GeForce RTX 4090", 165e12, 661e12, 330e12, 1.008e12),
-}
-
-
-def find_chip(name: str) -> Chip:
-    """Return a chip by name; raises UsageError."""
-    if name not in CHIPS:
-        raise UsageError(
-            "unknown --gpu",
-            got=repr(name) + did_you_mean(name, CHIPS),
-            expected="of " + ", ".join(CHIPS),
-            fix="--gpu h100",
-        )
-    return CHIPS[name]
 
 
 @dataclass(frozen=True)
@@ -97,7 +66,7 @@ class Bound:
     limit: str  # "operations" or "bytes"
 
 
-def bound(product: Product, chip: Chip, activations: str, weight_bits: int = TRIT_BITS) -> Bound:
+def bound(product: Product, chip: Gpu, activations: str, weight_bits: int = TRIT_BITS) -> Bound:
     """Return the least time of one launch.
 
     Raises:
@@ -105,7 +74,7 @@ def bound(product: Product, chip: Chip, activations: str, weight_bits: int = TRI
     """
     peak = getattr(chip, activations)
     if peak is None:
-        raise UsageError(f"{chip.name} has no {activations}", fix="choose int8 or bf16")
+        raise UsageError(f"{chip.title} has no {activations}", fix="choose int8 or bf16")
     by_operations = product.operations / peak
     by_bytes = product.bytes(activations, weight_bits) / chip.bandwidth
     if by_operations >= by_bytes:
@@ -135,7 +104,7 @@ class RooflineRow:
         return self.bf16.seconds / self.ternary.seconds
 
 
-def analyse(config: DiTConfig, chip: Chip, images: int, model: str, size: int) -> list[RooflineRow]:
+def analyse(config: DiTConfig, chip: Gpu, images: int, model: str, size: int) -> list[RooflineRow]:
     """Return the products of a forward and, last, their sum."""
     rows = []
     for product in products(config, images):
@@ -143,7 +112,7 @@ def analyse(config: DiTConfig, chip: Chip, images: int, model: str, size: int) -
         count = product.count
         rows.append(
             RooflineRow(
-                chip=chip.name, model=model, size=size, images=images, product=product.name,
+                chip=chip.title, model=model, size=size, images=images, product=product.name,
                 shape=f"{count} x [{product.m}, {product.k}] -> {product.n}",
                 operations=count * product.operations,
                 packed_bytes=count * product.bytes("int8", TRIT_BITS),
@@ -153,7 +122,7 @@ def analyse(config: DiTConfig, chip: Chip, images: int, model: str, size: int) -
             )
         )  # fmt: skip
     total = RooflineRow(
-        chip=chip.name, model=model, size=size, images=images, product="all", shape="",
+        chip=chip.title, model=model, size=size, images=images, product="all", shape="",
         operations=sum(row.operations for row in rows),
         packed_bytes=sum(row.packed_bytes for row in rows),
         bf16_bytes=sum(row.bf16_bytes for row in rows),

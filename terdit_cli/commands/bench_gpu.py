@@ -18,9 +18,10 @@ from terdit_cli.bench import gpu_compile
 from terdit_cli.bench.gpu import CudaStopwatch, GpuFindings, Plan, measure
 from terdit_cli.bench.gpu_page import GpuReport, gpu_goals, gpu_page, gpu_tables
 from terdit_cli.bench.options import DOWNSAMPLE, numbers, words
-from terdit_cli.bench.roofline import RooflineRow, analyse, find_chip
+from terdit_cli.bench.roofline import RooflineRow, analyse
 from terdit_cli.commands.generate import usable_device
 from terdit_cli.errors import EnvironmentProblem, UsageError, did_you_mean
+from terdit_cli.gpus import find_gpu
 from terdit_cli.model.dit import SIZES, build_config
 from terdit_cli.runtime import gpu
 
@@ -65,7 +66,7 @@ def run(
         seed=seed,
     )
     _check(plan, what, output)
-    limits = find_chip(chip)
+    limits = find_gpu(chip)
     findings, why_not = GpuFindings(), None
     compiled: list[dict[str, Any]] = []
     if what == KERNELS:

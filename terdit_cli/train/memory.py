@@ -15,10 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from terdit_cli.errors import UsageError
+from terdit_cli.gpus import find_memory
 from terdit_cli.recipe import Recipe
 from terdit_cli.train import build
 from terdit_cli.train.flips import record_bytes
-from terdit_cli.train.flops import BACKWARD_AND_FORWARD, find_gpu, training_flops
+from terdit_cli.train.flops import BACKWARD_AND_FORWARD, training_flops
 from terdit_cli.train.optim import check_moments, moment_bytes
 from terdit_cli.train.parallel import grad_accum_steps
 from terdit_cli.train.teacher import open_teacher
@@ -72,7 +73,7 @@ def plan_run(
 
     Args:
         gpus: number of processes.
-        gpu_memory: a GPU's name or memory, as `find_gpu` takes it.
+        gpu_memory: a GPU's name or memory, as `find_memory` takes it.
         mfu: share of the GPUs' peak that training is expected to reach; None: `MFU`.
 
     Raises:
@@ -80,8 +81,9 @@ def plan_run(
             does not divide; a teacher of other images; 8-bit moments that would be sharded.
         InputFileError: no checkpoint where the recipe's teacher should be.
     """
-    gpu = None if gpu_memory is None else find_gpu(gpu_memory)
-    peak = gpu.peak if gpu is not None and recipe.train.precision == "bf16" else None
+    memory, peak = (None, None) if gpu_memory is None else find_memory(gpu_memory)
+    if recipe.train.precision != "bf16":
+        peak = None
     if mfu is not None:
         _check_mfu(mfu, peak)
     train = recipe.train
@@ -99,8 +101,8 @@ def plan_run(
         stays = ("record", "teacher")  # whatever is offloaded
         on_device = sum(v for name, v in lasting.items() if not offload or name in stays)
         largest = None
-        if gpu is not None:
-            largest = _largest_micro_batch(tracer, recipe, gpu.memory * USABLE - on_device)
+        if memory is not None:
+            largest = _largest_micro_batch(tracer, recipe, memory * USABLE - on_device)
     flops = training_flops(build.model_config(recipe)) * train.global_batch_size
     if teacher is not None:
         of_teacher = training_flops(teacher.info.config) // BACKWARD_AND_FORWARD
@@ -124,7 +126,7 @@ def plan_run(
         step_bytes=steps[every].peak,
         host_bytes=sum(lasting.values()) - on_device,
         total_bytes=steps[every].peak + on_device,
-        gpu_bytes=None if gpu is None else gpu.memory,
+        gpu_bytes=memory,
         largest_micro_batch=largest,
         steps=train.steps,
         images=train.steps * train.global_batch_size,

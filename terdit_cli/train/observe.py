@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from terdit_cli import console
+from terdit_cli.gpus import device_peak
 from terdit_cli.train.curves import draw_run
 from terdit_cli.train.flips import FlipMeter
-from terdit_cli.train.flops import device_peak, training_flops
+from terdit_cli.train.flops import training_flops
 from terdit_cli.train.loggers import open_logs
 from terdit_cli.train.watch import Stragglers
 

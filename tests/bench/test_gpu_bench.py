@@ -18,13 +18,14 @@ from terdit_cli.bench import gpu as bench
 from terdit_cli.bench.gpu import AdalnRow, GpuFindings, GpuPeaks, GpuRow, Plan, measure
 from terdit_cli.bench.gpu_page import GpuReport, gpu_goals, gpu_page
 from terdit_cli.bench.results import Figure
-from terdit_cli.bench.roofline import CHIPS, Chip, Product, analyse, bound, products
+from terdit_cli.bench.roofline import Product, analyse, bound, products
 from terdit_cli.commands import bench_gpu
 from terdit_cli.errors import EnvironmentProblem, UsageError
+from terdit_cli.gpus import GPUS, Gpu
 from terdit_cli.model.dit import DiTConfig, build_config
 from terdit_cli.runtime import gpu, gpu_config
 
-CHIP = Chip("a chip", bf16=100.0, int8=200.0, fp8=None, bandwidth=10.0)
+CHIP = Gpu("a chip", memory=1, bf16=100.0, int8=200.0, fp8=None, bandwidth=10.0)
 NO_GPU = not torch.cuda.is_available()
 
 
@@ -62,7 +63,7 @@ def test_grouped_heads_have_narrower_keys_and_values() -> None:
 
 
 def test_the_last_row_is_the_sum() -> None:
-    *rows, total = analyse(build_config("nano", input_size=8), CHIPS["h100"], 1, "nano", 64)
+    *rows, total = analyse(build_config("nano", input_size=8), GPUS["h100"], 1, "nano", 64)
     assert total.operations == sum(row.operations for row in rows)
     assert total.ternary.seconds == pytest.approx(sum(row.ternary.seconds for row in rows))
     assert all(row.at_most >= 1 for row in rows)
@@ -96,7 +97,7 @@ def findings(least_share: float = 0.85) -> GpuFindings:
 
 
 def report(found: GpuFindings, why_not: str | None = None) -> GpuReport:
-    limits = analyse(build_config("nano", input_size=8), CHIPS["h100"], 1, "nano", 64)
+    limits = analyse(build_config("nano", input_size=8), GPUS["h100"], 1, "nano", 64)
     return GpuReport("terdit bench", "torch", "2026-01-01", 0, 7, why_not, found, limits, [])
 
 
@@ -170,7 +171,7 @@ def test_measuring_without_a_gpu_is_refused() -> None:
         ({"what": "gemm"}, "all, roofline or kernels"),
         ({"size": "100"}, "a multiple of 16"),
         ({"images": "0"}, "1 to 256"),
-        ({"chip": "h101"}, "of h100"),
+        ({"chip": "h101"}, "one of b200, h200, h100"),
         ({"output": Path("gpu.txt")}, "expected .md"),
     ],
 )

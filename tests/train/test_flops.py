@@ -1,4 +1,4 @@
-"""Operations against torch's own counter; GPUs by name and by size."""
+"""Operations against torch's own counter."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from terdit_cli.errors import UsageError
 from terdit_cli.model.dit import DiT, DiTConfig, build_config
-from terdit_cli.train.flops import GPUS, device_peak, find_gpu, training_flops
+from terdit_cli.train.flops import training_flops
 
 CONFIGS = {
     "plain": DiTConfig(input_size=8, dim=64, n_layers=3, n_heads=4, multiple_of=32, num_classes=9),
@@ -54,53 +53,3 @@ def test_the_published_model() -> None:
     every_token = 32 * (4 * 3072**2 + 3 * 3072 * 8192)
     attention = 3 * 32 * 4 * 256**2 * 3072
     assert training_flops(config) == pytest.approx(6 * 256 * every_token + attention, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("text", "memory", "peak"),
-    [
-        ("h100", 80e9, 989e12),
-        (" H100 ", 80e9, 989e12),
-        ("4090", 24e9, 165.2e12),
-        ("80GB", 80e9, None),
-        ("80 gb", 80e9, None),
-        ("79.5GiB", 79.5 * 2**30, None),
-        ("512MB", 512e6, None),
-    ],
-)
-def test_gpus(text: str, memory: float, peak: float | None) -> None:
-    gpu = find_gpu(text)
-    assert (gpu.memory, gpu.peak) == (int(memory), peak)
-
-
-@pytest.mark.parametrize("text", ["", "80", "GB", "0GB", "-1GB", "80TB", "h1000", "eighty GB"])
-def test_what_is_no_gpu(text: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        find_gpu(text)
-    assert repr(text) in str(caught.value)
-    assert "80GB or one of b200, h200, h100" in str(caught.value)
-    assert ("did you mean 'h100'" in str(caught.value)) == (text == "h1000")
-
-
-@pytest.mark.parametrize(
-    ("device", "name"),
-    [
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H100 PCIe", "h100-pcie"),
-        ("NVIDIA H200", "h200"),
-        ("NVIDIA GH200 480GB", "h200"),
-        ("NVIDIA B200", "b200"),
-        ("NVIDIA A100-SXM4-80GB", "a100"),
-        ("NVIDIA A100-PCIE-40GB", "a100-40"),
-        ("NVIDIA L40S", "l40s"),
-        ("AMD Instinct MI300X", "mi300x"),
-        ("NVIDIA GeForce RTX 4090", "4090"),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA GeForce RTX 3090 Ti", None),
-        ("NVIDIA H100 NVL", None),
-        ("NVIDIA GB200", None),
-        ("Tesla T4", None),
-    ],
-)
-def test_peaks_by_the_names_of_devices(device: str, name: str | None) -> None:
-    assert device_peak(device) == (None if name is None else GPUS[name].peak)
