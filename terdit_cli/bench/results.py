@@ -232,18 +232,18 @@ class Goal:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """All of one run."""
+    """All of one run; what was not asked for stays empty."""
 
     model: str
     command: str
     seed: int
     repeats: int
     machine: Machine
-    peaks: list[PeakRow]
-    gemm: list[GemmRow]
-    forward: list[ForwardRow]
-    sample: list[SampleRow]
-    images: list[ImagesRow]
+    peaks: list[PeakRow] = field(default_factory=list)
+    gemm: list[GemmRow] = field(default_factory=list)
+    forward: list[ForwardRow] = field(default_factory=list)
+    sample: list[SampleRow] = field(default_factory=list)
+    images: list[ImagesRow] = field(default_factory=list)
     agreement: list[AgreementRow] = field(default_factory=list)
     scores: list[ScoreRow] = field(default_factory=list)
     training: list[TrainingRow] = field(default_factory=list)

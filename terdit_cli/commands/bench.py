@@ -124,39 +124,28 @@ def run(
 
 
 def _measure(options: Options, machine: Machine, device: str) -> BenchResult:
+    without_model = options.what in ("metrics", "training")
+    result = BenchResult(
+        model=options.what if without_model else options.model,
+        command=options.command,
+        seed=options.seed,
+        repeats=options.repeats,
+        machine=machine,
+    )
     if options.what == "metrics":
         agreement, scores = metrics.measure(options)
-        return BenchResult(
-            model="metrics",
-            command=options.command,
-            seed=options.seed,
-            repeats=options.repeats,
-            machine=machine,
-            peaks=[],
-            gemm=[],
-            forward=[],
-            sample=[],
-            images=[],
-            agreement=agreement,
-            scores=scores,
-        )
+        return dataclasses.replace(result, agreement=agreement, scores=scores)
     if options.what == "training":
-        return BenchResult(
-            model="training",
-            command=options.command,
-            seed=options.seed,
-            repeats=options.repeats,
-            machine=machine,
-            peaks=[],
-            gemm=[],
-            forward=[],
-            sample=[],
-            images=[],
-            training=bench_training.compare(options),
-        )
+        return dataclasses.replace(result, training=bench_training.compare(options))
+    return dataclasses.replace(result, **_measure_model(options, device))
+
+
+def _measure_model(options: Options, device: str) -> dict[str, Any]:
+    """Return what was asked for of a model: fields of `BenchResult`."""
     peaks: list[PeakRow] = []
-    products = gemm.measure(options, peaks) if options.what in ("gemm", "all") else []
-    forwards, samples = [], []
+    found: dict[str, Any] = {"peaks": peaks}
+    if options.what in ("gemm", "all"):
+        found["gemm"] = gemm.measure(options, peaks)
     with tempfile.TemporaryDirectory(prefix="terdit-bench-") as name:
         folder = Path(name)
         path = Path(options.model)
@@ -166,26 +155,14 @@ def _measure(options: Options, machine: Machine, device: str) -> BenchResult:
             made = RandomModel(options.model, options.input_sizes[0], options.seed)
             write_tdt(made, path, "t2", "fp32")
         if options.what in ("forward", "all"):
-            forwards = network.measure(options, path, folder, peaks)
+            found["forward"] = network.measure(options, path, folder, peaks)
         if options.what in ("sample", "all"):
-            samples = network.sample(options, path, folder)
-        images = []
+            found["sample"] = network.sample(options, path, folder)
         if options.what in ("images", "all") and options.model not in SIZES:
-            images = bench_images.compare(
+            found["images"] = bench_images.compare(
                 path, options.backend, options.activations, options.seed, device
             )
-    return BenchResult(
-        model=options.model,
-        command=options.command,
-        seed=options.seed,
-        repeats=options.repeats,
-        machine=machine,
-        peaks=peaks,
-        gemm=products,
-        forward=forwards,
-        sample=samples,
-        images=images,
-    )
+    return found
 
 
 def _machine() -> Machine:
