@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from terdit_cli.errors import EnvironmentProblem, UsageError
 from terdit_cli.recipe import OptimSection
+from terdit_cli.train.muon import DividedMuon
 from terdit_cli.train.together import Together
 
 # torchao's 8-bit moments: a byte each and a float32 scale a block, of tensors that are large
@@ -60,10 +61,7 @@ def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Opti
         adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         if optim.kind == "adamw":
             return adamw
-        muon = torch.optim.Muon(
-            orthogonal, optim.lr, optim.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        return Together(muon, adamw)
+        return Together(DividedMuon(orthogonal, optim.lr, optim.weight_decay), adamw)
     check_moments(optim, any(isinstance(p, DTensor) for p in network.parameters()))
     try:
         from torchao.optim import AdamW8bit

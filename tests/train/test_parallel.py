@@ -82,6 +82,7 @@ CASES: dict[int, list[tuple[str, list[str]]]] = {
                 "parallel.mode=fsdp",
                 "parallel.reshard_after_forward=false",
                 "train.activation_checkpointing=true",
+                *FEWER,
             ],
         ),
         ("absmean rows", ["parallel.mode=fsdp", *FEWER]),

@@ -1,0 +1,126 @@
+"""Muon with its work divided: every process makes its share of the matrices orthogonal.
+
+torch's Muon makes them orthogonal by 15 products a matrix and step. Of sharded matrices each of
+these is a gathering, and every process does all of them. Here a matrix travels to one process and
+back, in bfloat16, in which Muon computes anyway: the result is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+RMS_OF_ADAMW = 0.2  # Liu et al., arXiv 2502.16982: its steps are about this large times the rate
+
+
+class DividedMuon(torch.optim.Muon):
+    """torch's Muon in steps of AdamW's size (Liu et al.), over all processes of the job.
+
+    Either all parameters are whole, the same in every process, or all are sharded by rows (FSDP2).
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(parameters, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Step as torch's Muon does; `closure` is there for torch's sake alone."""
+        if not dist.is_initialized():
+            return super().step(closure)
+        for settings in self.param_groups:
+            parameters = [p for p in settings["params"] if p.grad is not None]
+            parameters.sort(key=Tensor.numel, reverse=True)  # so that shares are of equal size
+            group = _group(parameters)
+            size = dist.get_world_size(group)
+            for first in range(0, len(parameters), size):
+                self._step_together(parameters[first : first + size], settings, group)
+        return None
+
+    def _step_together(
+        self, parameters: list[Tensor], settings: dict[str, Any], group: dist.ProcessGroup | None
+    ) -> None:
+        """Step at most as many matrices as there are processes, each of which takes one."""
+        updates = [self._update(parameter, settings) for parameter in parameters]
+        divide = _divided if isinstance(parameters[0], DTensor) else _replicated
+        lr = float(settings["lr"])
+        directions = divide(updates, [p.shape for p in parameters], group)
+        for parameter, direction in zip(parameters, directions, strict=True):
+            size = RMS_OF_ADAMW * lr * math.sqrt(max(parameter.shape))
+            part = _local(parameter)
+            part.mul_(1 - lr * settings["weight_decay"]).add_(direction, alpha=-size)
+
+    def _update(self, parameter: Tensor, settings: dict[str, Any]) -> Tensor:
+        """Return the momentum's look ahead (Nesterov) of this process's rows, in bfloat16."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        gradient, average = _local(parameter.grad), _local(state["momentum_buffer"])
+        average.lerp_(gradient, 1 - settings["momentum"])
+        return gradient.lerp(average, settings["momentum"]).bfloat16()
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Return what Muon makes of a whole update [N, K], in bfloat16."""
+    # torch's own step, from zeros and without memory, is minus that: of a wide matrix times 1.
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    parameter = nn.Parameter(torch.zeros_like(wide, dtype=torch.float32))
+    parameter.grad = wide.float()
+    torch.optim.Muon([parameter], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False).step()
+    found = parameter.detach().neg_().bfloat16()
+    return found if wide is matrix else found.T
+
+
+def _replicated(
+    updates: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup | None
+) -> list[Tensor]:
+    """Return the directions of whole matrices, of which process i has made the i-th."""
+    rank, found = dist.get_rank(group), []
+    for owner, update in enumerate(updates):
+        direction = orthogonal(update).contiguous() if owner == rank else torch.empty_like(update)
+        found.append((direction, dist.broadcast(direction, owner, group, async_op=True)))
+    for _, work in found:
+        work.wait()
+    return [direction for direction, _ in found]
+
+
+def _divided(
+    updates: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup | None
+) -> list[Tensor]:
+    """Return this process's rows of the directions, of which process i has made the i-th."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    sent = torch.cat([update.flatten() for update in updates])
+    counts = [update.numel() for update in updates] + [0] * (size - len(updates))
+    parts, received = [0] * size, sent.new_empty(0)
+    if rank < len(shapes):
+        rows, columns = shapes[rank]
+        chunk = -(-rows // size)  # as torch.chunk, by which FSDP2 shards
+        parts = [columns * max(0, min(chunk, rows - i * chunk)) for i in range(size)]
+        received = sent.new_empty(rows * columns)
+    dist.all_to_all_single(received, sent, parts, counts, group)
+    if rank < len(shapes):
+        received = orthogonal(received.view(shapes[rank])).flatten()
+    found = torch.empty_like(sent)
+    dist.all_to_all_single(found, received, counts, parts, group)
+    return [
+        part.view_as(update)
+        for part, update in zip(found.split(counts[: len(updates)]), updates, strict=True)
+    ]
+
+
+def _group(parameters: list[Tensor]) -> dist.ProcessGroup | None:
+    """Return the processes that share the matrices' work; None: all."""
+    first = parameters[0] if parameters else None
+    if not isinstance(first, DTensor):
+        return None
+    return first.device_mesh.get_group(first.device_mesh.ndim - 1)  # hsdp: one copy's
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
