@@ -47,9 +47,11 @@ class DividedMuon(torch.optim.Muon):
     ) -> None:
         """Step at most as many matrices as there are processes, each of which takes one."""
         updates = [self._update(parameter, settings) for parameter in parameters]
-        divide = _divided if isinstance(parameters[0], DTensor) else _replicated
+        if isinstance(parameters[0], DTensor):
+            directions = _divided(updates, [p.shape for p in parameters], group)
+        else:
+            directions = _replicated(updates)
         lr = float(settings["lr"])
-        directions = divide(updates, [p.shape for p in parameters], group)
         for parameter, direction in zip(parameters, directions, strict=True):
             size = RMS_OF_ADAMW * lr * math.sqrt(max(parameter.shape))
             part = _local(parameter)
@@ -67,7 +69,10 @@ class DividedMuon(torch.optim.Muon):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Return what Muon makes of a whole update [N, K], in bfloat16."""
+    """Return what Muon makes of a whole update [N, K]: singular values near 1, bfloat16.
+
+    Five Newton-Schulz steps of K. Jordan's polynomial (kellerjordan.github.io/posts/muon).
+    """
     # torch's own step, from zeros and without memory, is minus that: of a wide matrix times 1.
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     parameter = nn.Parameter(torch.zeros_like(wide, dtype=torch.float32))
@@ -77,14 +82,12 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return found if wide is matrix else found.T
 
 
-def _replicated(
-    updates: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup | None
-) -> list[Tensor]:
-    """Return the directions of whole matrices, of which process i has made the i-th."""
-    rank, found = dist.get_rank(group), []
+def _replicated(updates: list[Tensor]) -> list[Tensor]:
+    """Return the directions of whole updates [N, K], of which process i has made the i-th."""
+    rank, found = dist.get_rank(), []
     for owner, update in enumerate(updates):
         direction = orthogonal(update).contiguous() if owner == rank else torch.empty_like(update)
-        found.append((direction, dist.broadcast(direction, owner, group, async_op=True)))
+        found.append((direction, dist.broadcast(direction, owner, async_op=True)))
     for _, work in found:
         work.wait()
     return [direction for direction, _ in found]
@@ -93,7 +96,13 @@ def _replicated(
 def _divided(
     updates: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup | None
 ) -> list[Tensor]:
-    """Return this process's rows of the directions, of which process i has made the i-th."""
+    """Return this process's rows of the directions, of which process i has made the i-th.
+
+    Args:
+        updates: this process's rows [n, K] of each, bfloat16; n may be 0.
+        shapes: [N, K] of the whole ones.
+        group: the processes among which rows are divided.
+    """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     sent = torch.cat([update.flatten() for update in updates])
     counts = [update.numel() for update in updates] + [0] * (size - len(updates))
