@@ -27,7 +27,7 @@ $(NATIVE)/libterdit.so: .venv/installed terdit_cli/__init__.py \
 		|| { rm -rf build/native; echo "No native library: terdit runs on the reference backend."; }
 
 demo: install  ## train, pack, sample and score a small ternary DiT (minutes on a CPU)
-	$(BIN)/python -m terdit_cli.commands.demo
+	$(BIN)/python -m terdit_cli.lab.demo
 
 test: install lint  ## lint, types and all tests
 	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -52,7 +52,7 @@ bench-metrics: install  ## docs/metrics.md: eval-fid's scores and times beside r
 	$(BIN)/terdit bench --what metrics --threads $$(getconf _NPROCESSORS_ONLN) --recorded tests/golden/metrics.json --out docs/metrics.md
 
 add-model: install  ## package a run: make add-model RUN=runs/x NAME=x EVAL=result.json WORDS='--data ...'
-	$(BIN)/python -m terdit_cli.commands.add_model $(RUN) $(NAME) --eval $(EVAL) $(WORDS)
+	$(BIN)/python -m terdit_cli.lab.add_model $(RUN) $(NAME) --eval $(EVAL) $(WORDS)
 
 results: install  ## docs/results.md and .html from what the studies found, in docs/studies
 	$(BIN)/terdit study recipes/studies/fashion-mnist.yaml recipes/studies/cifar10.yaml \

@@ -1,6 +1,6 @@
 """`python -m terdit_cli` is `terdit`."""
 
-from terdit_cli.app import main
+from terdit_cli.cli.app import main
 
 if __name__ == "__main__":
     main()

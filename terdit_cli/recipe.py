@@ -28,14 +28,23 @@ from pydantic import (
 )
 
 from terdit_cli.errors import UsageError
-from terdit_cli.shipped import find_recipe
 from terdit_cli.strict_yaml import Section, mistakes, parse_yaml, read_mapping
+
+_PACKAGE = Path(__file__).parent
+_ROOTS = (_PACKAGE, _PACKAGE.parent)  # installed, or a checkout
 
 VAE_DOWNSAMPLE = 8  # of Stable Diffusion's VAE, which all published recipes use
 VAE_CHANNELS = 4
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+def find_recipe(path: Path) -> Path:
+    """Return `path`, or the shipped file of that name where nothing of the user's is there."""
+    if path.parts[:1] != ("recipes",) or path.exists():
+        return path
+    return next((root / path for root in _ROOTS if (root / path).is_file()), path)
 
 
 def _at_home(path: Path) -> Path:
@@ -291,7 +300,7 @@ class Recipe(Section):
                 f"data.image_size {self.data.image_size} must be a multiple of {pixels}, the "
                 f"pixels that model.patch_size {self.model.patch_size} spans"
             )
-        if self.parallel.cpu_offload and self.ternary.enabled:  # see train/codes.py
+        if self.parallel.cpu_offload and self.ternary.enabled:  # see train/ternary_cache.py
             raise ValueError("parallel.cpu_offload needs ternary.enabled=false: trits stay on GPUs")
         return self
 

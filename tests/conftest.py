@@ -34,7 +34,7 @@ def _import_triton() -> None:
     torch does too: so here, before any other test.
     """
     os.environ["TRITON_INTERPRET"] = "1"
-    for name in ("terdit_cli.runtime.gpu_kernels", "triton.experimental.gluon"):
+    for name in ("terdit_cli.runtime.gpu.triton_kernels", "triton.experimental.gluon"):
         importlib.import_module(name)
     del os.environ["TRITON_INTERPRET"]
 

@@ -124,5 +124,5 @@ def test_source_distribution(tmp_path: Path) -> None:
     }
     sources = {name.replace("terdit_cli/recipes/", "recipes/") for name in package_files()}
     assert sources | native | {"README.md", "LICENSE", "pyproject.toml"} <= names
-    packaged = {name for name in names if name.startswith("terdit_cli/models/")}
+    packaged = {name for name in names if name.startswith("terdit_cli/hub/")}
     assert not any(name.endswith((".so", ".tdt")) for name in names - packaged)

@@ -23,9 +23,11 @@ import torch
 
 import terdit_cli
 from terdit_cli import console
-from terdit_cli.commands import eval_outputs
-from terdit_cli.commands.eval_classes import classes_asked_for
-from terdit_cli.commands.eval_features import (
+from terdit_cli.evaluate import outputs as eval_outputs
+from terdit_cli.evaluate.feature_shards import FeatureShards
+from terdit_cli.evaluate.features import FeatureExtractor, make_extractor
+from terdit_cli.evaluate.gate import apply_limits, check_limits, failure, make_limits
+from terdit_cli.evaluate.image_features import (
     ModelSource,
     SetSource,
     Source,
@@ -33,35 +35,22 @@ from terdit_cli.commands.eval_features import (
     make_features,
     open_set,
 )
-from terdit_cli.commands.eval_options import EvalOptions, check_options
-from terdit_cli.commands.eval_reference import (
+from terdit_cli.evaluate.open_reference import (
     KEPT_FEATURES,
     open_reference,
     reference_images,
     reference_of,
 )
-from terdit_cli.commands.eval_scores import (
-    Asked,
-    effect_of_bf16,
-    recognise,
-    score,
-    score_classes,
-)
-from terdit_cli.commands.generate import (
-    model_sha256,
-    open_generator,
-    sampler_for,
-    usable_device,
-)
-from terdit_cli.commands.processes import Processes, join_processes
-from terdit_cli.evaluate.features import FeatureExtractor, make_extractor
-from terdit_cli.evaluate.gate import apply_limits, check_limits, failure, make_limits
-from terdit_cli.evaluate.reference import save_reference
+from terdit_cli.evaluate.per_class import classes_asked_for
+from terdit_cli.evaluate.reference_set import save_reference
+from terdit_cli.evaluate.request import EvalOptions, check_options
 from terdit_cli.evaluate.result import EvalResult
-from terdit_cli.evaluate.shards import FeatureShards
-from terdit_cli.models import catalogue
+from terdit_cli.evaluate.scores import Asked, effect_of_bf16, recognise, score, score_classes
+from terdit_cli.generate.generator import model_sha256, open_generator, sampler_for, usable_device
+from terdit_cli.hub import catalogue
 from terdit_cli.runtime.cpu import set_threads
-from terdit_cli.runtime.gpu_memory import ELSEWHERE, explained
+from terdit_cli.system.gpu_memory import ELSEWHERE, explained
+from terdit_cli.system.job import Processes, join_processes
 
 DEFAULT_IMAGES = 1000  # of a model
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from terdit_cli import console
 from terdit_cli.data.classes import find_classes, names_of_classes
 from terdit_cli.errors import InputFileError, UsageError, did_you_mean
-from terdit_cli.models import catalogue
-from terdit_cli.models.card import Card, read_card
+from terdit_cli.hub import catalogue
+from terdit_cli.hub.card import Card, read_card
 from terdit_cli.pack.exported import count_weights
 from terdit_cli.pack.tdt import TdtFile
 

@@ -15,22 +15,17 @@ from functools import partial
 from pathlib import Path
 
 from terdit_cli import console
-from terdit_cli.atomic import check_writable
-from terdit_cli.commands.generate import usable_device
-from terdit_cli.commands.processes import Processes, join_processes
 from terdit_cli.data.images import list_images
-from terdit_cli.data.latent_shards import (
-    INDEX,
-    LatentIndex,
-    damage_of,
-    read_index,
-)
+from terdit_cli.data.latent_shards import INDEX, LatentIndex, damage_of, read_index
 from terdit_cli.data.latent_work import LatentWork, make_plan
 from terdit_cli.data.listing import Listing
 from terdit_cli.data.vae import VaeSpace
 from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
+from terdit_cli.generate.generator import usable_device
 from terdit_cli.recipe import Recipe, load_recipe
-from terdit_cli.runtime.gpu_memory import ELSEWHERE, explained
+from terdit_cli.system.atomic import check_writable
+from terdit_cli.system.gpu_memory import ELSEWHERE, explained
+from terdit_cli.system.job import Processes, join_processes
 from terdit_cli.train import build
 
 FOLDER = "latents"

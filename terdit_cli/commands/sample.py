@@ -15,22 +15,22 @@ from PIL import Image
 
 import terdit_cli
 from terdit_cli import console
-from terdit_cli.atomic import atomic_path, check_writable, make_folder
-from terdit_cli.commands.generate import (
+from terdit_cli.commands.models import model_for
+from terdit_cli.data.classes import find_classes
+from terdit_cli.data.grid import draw_grid, save_png
+from terdit_cli.diffusion.sampler import SamplerConfig, prepare
+from terdit_cli.errors import UsageError
+from terdit_cli.generate.generator import (
     DEFAULT_BATCH,
     ImageGenerator,
     model_sha256,
     open_generator,
     sampler_for,
 )
-from terdit_cli.commands.models import model_for
-from terdit_cli.commands.processes import Processes, join_processes
-from terdit_cli.data.classes import find_classes
-from terdit_cli.data.grid import draw_grid, save_png
-from terdit_cli.diffusion.sampler import SamplerConfig, prepare
-from terdit_cli.errors import UsageError
-from terdit_cli.models import catalogue
+from terdit_cli.hub import catalogue
 from terdit_cli.runtime.cpu import set_threads
+from terdit_cli.system.atomic import atomic_path, check_writable, make_folder
+from terdit_cli.system.job import Processes, join_processes
 
 GRID_LIMIT = 256  # images in one picture
 FOLDER_LIMIT = 10_000_000

@@ -9,7 +9,7 @@ from typing import Literal
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.ternary import Granularity, absmean
-from terdit_cli.pack.qat import CheckpointExport
+from terdit_cli.pack.read_checkpoint import CheckpointExport
 from terdit_cli.pack.sources import checkpoint_path, refuse_output
 from terdit_cli.pack.tdt import write_tdt
 

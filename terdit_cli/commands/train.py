@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from terdit_cli import console
-from terdit_cli.atomic import atomic_path
 from terdit_cli.data.loader import BatchSource
 from terdit_cli.data.vae import Space
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.ckpt import CKPT, load_ckpt
 from terdit_cli.recipe import Recipe, load_recipe
-from terdit_cli.runtime.gpu_memory import explained
+from terdit_cli.system.atomic import atomic_path
+from terdit_cli.system.gpu_memory import explained
 from terdit_cli.train import build
-from terdit_cli.train.alone import alone_in
 from terdit_cli.train.checkpoint import (
     FOLDER,
     MANIFEST,
@@ -30,9 +29,10 @@ from terdit_cli.train.checkpoint import (
 from terdit_cli.train.curves import plot_runs
 from terdit_cli.train.export import export_ckpt
 from terdit_cli.train.loop import loss_summary, lost_process, run_training
-from terdit_cli.train.memory import Plan, plan_run
 from terdit_cli.train.parallel import World, join_world, leave_world
+from terdit_cli.train.planner import Plan, plan_run
 from terdit_cli.train.preview import preview_sampler
+from terdit_cli.train.run_lock import alone_in
 from terdit_cli.train.trainer import Trainer
 
 # Changing these on resume would give another network than the one that was saved, or moments that

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from terdit_cli.atomic import atomic_path
+from terdit_cli.system.atomic import atomic_path
 
 _PAPER, _INK = "white", "black"
 _GAP = 6  # pixels between cells

@@ -31,8 +31,8 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from terdit_cli.atomic import atomic_path
 from terdit_cli.errors import InputFileError
+from terdit_cli.system.atomic import atomic_path
 
 INDEX = "index.json"
 PLAN = "prepare.json"

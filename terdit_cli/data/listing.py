@@ -17,7 +17,7 @@ from terdit_cli.data.decode import decode_image
 from terdit_cli.data.files import FolderFiles, ZipFiles, require_folder
 from terdit_cli.data.tars import TarFiles, match_shards, shards_in
 from terdit_cli.errors import InputFileError
-from terdit_cli.torchvision_shim import import_vision
+from terdit_cli.system.torchvision_shim import import_vision
 
 
 @dataclass(frozen=True)

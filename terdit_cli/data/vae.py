@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
-from terdit_cli.torchvision_shim import import_vision
+from terdit_cli.system.torchvision_shim import import_vision
 
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 # What the system says where a download cannot be kept.

@@ -36,7 +36,7 @@ from terdit_cli.diffusion.process import (
     split_output,
 )
 from terdit_cli.errors import UsageError, did_you_mean
-from terdit_cli.torchvision_shim import import_vision
+from terdit_cli.system.torchvision_shim import import_vision
 
 SamplerName = Literal["ddpm", "ddim", "dpmpp-2m", "unipc", "euler"]
 CfgChannels = Literal["3", "all"]

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from terdit_cli.errors import EnvironmentProblem, InputFileError
-from terdit_cli.evaluate.network import Image, Network, Outputs, clean_resize, first_sentence
+from terdit_cli.evaluate.feature_network import (
+    Image,
+    Network,
+    Outputs,
+    clean_resize,
+    first_sentence,
+)
 from terdit_cli.evaluate.weights import file_sha256, given_weights
 
 SIZE, CROP, DIM = 256, 224, 1280

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from terdit_cli.errors import UsageError, did_you_mean
 from terdit_cli.evaluate.efficientnet import efficientnet_lite0
+from terdit_cli.evaluate.feature_network import Image, Network
 from terdit_cli.evaluate.inception import adm, clean
-from terdit_cli.evaluate.network import Image, Network
 from terdit_cli.evaluate.torchscript import no_features, torchscript
 from terdit_cli.evaluate.weights import Progress
 

@@ -28,7 +28,13 @@ import torch
 from torch import Tensor
 
 from terdit_cli.errors import EnvironmentProblem, InputFileError
-from terdit_cli.evaluate.network import Image, Network, Outputs, clean_resize, first_sentence
+from terdit_cli.evaluate.feature_network import (
+    Image,
+    Network,
+    Outputs,
+    clean_resize,
+    first_sentence,
+)
 from terdit_cli.evaluate.torchscript import load_torchscript, no_features, run_torchscript
 from terdit_cli.evaluate.weights import (
     ADM,
@@ -39,7 +45,7 @@ from terdit_cli.evaluate.weights import (
     given_weights,
     pinned_weights,
 )
-from terdit_cli.torchvision_shim import import_vision
+from terdit_cli.system.torchvision_shim import import_vision
 
 SIZE, DIM, CLASSES = 299, 2048, 1008
 SPATIAL_CHANNELS, SPATIAL_DIM = 7, 17 * 17 * 7

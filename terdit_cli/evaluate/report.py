@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from terdit_cli.atomic import atomic_path
 from terdit_cli.evaluate.markup import Image, Markup, element, join, whole_page
 from terdit_cli.evaluate.neighbours import Coverage
 from terdit_cli.evaluate.panels import (
@@ -24,6 +23,7 @@ from terdit_cli.evaluate.panels import (
 )
 from terdit_cli.evaluate.result import EvalResult, Gate, format_interval, format_value
 from terdit_cli.evaluate.summary import describe_change, differences, flat, verdict
+from terdit_cli.system.atomic import atomic_path
 
 _LONGEST_TEXT = 4000  # characters of one value of the provenance
 

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from terdit_cli.atomic import atomic_path
 from terdit_cli.evaluate.markup import clean
 from terdit_cli.evaluate.result import (
     EvalResult,
@@ -29,6 +28,7 @@ from terdit_cli.evaluate.result import (
     relative_change,
     share,
 )
+from terdit_cli.system.atomic import atomic_path
 
 SUITE = "terdit eval-fid"
 LONGEST_TEXT = 1000  # characters of one value in a summary

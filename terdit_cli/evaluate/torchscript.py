@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from terdit_cli.errors import InputFileError
-from terdit_cli.evaluate.network import Image, Network, Outputs, first_sentence
+from terdit_cli.evaluate.feature_network import Image, Network, Outputs, first_sentence
 from terdit_cli.evaluate.weights import SHORT, file_sha256
 
 

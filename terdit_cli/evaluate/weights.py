@@ -25,9 +25,9 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from terdit_cli.atomic import sync_folder
-from terdit_cli.cache import cache_folder
 from terdit_cli.errors import EnvironmentProblem, InputFileError
+from terdit_cli.system.atomic import sync_folder
+from terdit_cli.system.cache import cache_folder
 
 Progress = Callable[[int, int], None]  # (bytes here, bytes in all)
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.ckpt import CKPT, load_ckpt
-from terdit_cli.pack.convert import ReleasedFolder, is_released_folder
 from terdit_cli.pack.exported import ExportedModel
-from terdit_cli.pack.qat import CheckpointExport
+from terdit_cli.pack.read_checkpoint import CheckpointExport
+from terdit_cli.pack.read_release import ReleasedFolder, is_released_folder
 from terdit_cli.pack.tdt import TdtFile
 
 

@@ -37,12 +37,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from terdit_cli.atomic import atomic_path
 from terdit_cli.errors import InputFileError
 from terdit_cli.model.info import LARGEST_INTEGER, ModelInfo
 from terdit_cli.model.ternary import GRANULARITIES, alpha_shape
 from terdit_cli.pack import trits as codecs
 from terdit_cli.pack.exported import MATRICES, ExportedModel, check_fit
+from terdit_cli.system.atomic import atomic_path
 
 FORMAT = "tdt"
 FORMAT_VERSION = 1

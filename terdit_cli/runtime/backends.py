@@ -17,7 +17,8 @@ from torch import Tensor
 
 from terdit_cli.errors import EnvironmentProblem, UsageError, did_you_mean
 from terdit_cli.model.ternary import Activations
-from terdit_cli.runtime import cpu, gpu, reference
+from terdit_cli.runtime import cpu, reference
+from terdit_cli.runtime.gpu import backend as gpu
 from terdit_cli.runtime.reference import Precision
 
 

@@ -10,16 +10,19 @@ from typing import Any, Literal
 import torch
 
 from terdit_cli.errors import UsageError
+from terdit_cli.hub import catalogue
 from terdit_cli.model.ckpt import Checkpoint, load_ckpt
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.info import ModelInfo
 from terdit_cli.model.restore import restore_network
-from terdit_cli.models import catalogue
 from terdit_cli.pack.sources import checkpoint_path, open_exported, refuse_overrides
-from terdit_cli.runtime import cpu, gpu, gpu_memory, gpu_step
+from terdit_cli.runtime import cpu
 from terdit_cli.runtime.backends import choose_backend, resolve_activations
+from terdit_cli.runtime.gpu import backend as gpu
+from terdit_cli.runtime.gpu import graph_step as gpu_step
 from terdit_cli.runtime.packed import packed_network
 from terdit_cli.runtime.reference import Precision
+from terdit_cli.system import gpu_memory
 
 
 @dataclass(frozen=True)

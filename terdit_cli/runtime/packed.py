@@ -24,10 +24,11 @@ from terdit_cli.model.ternary import Granularity, alpha_shape
 from terdit_cli.pack.exported import ExportedModel
 from terdit_cli.pack.tdt import TdtFile
 from terdit_cli.pack.trits import t2_encode, t2_shape
-from terdit_cli.runtime import cpu, gpu
+from terdit_cli.runtime import cpu
 from terdit_cli.runtime.backends import Backend, backend_named
 from terdit_cli.runtime.fused import FusedDiT
-from terdit_cli.runtime.gpu_step import GpuDiT
+from terdit_cli.runtime.gpu import backend as gpu
+from terdit_cli.runtime.gpu.graph_step import GpuDiT
 from terdit_cli.runtime.reference import Precision
 
 

@@ -32,12 +32,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from terdit_cli import console
-from terdit_cli.atomic import sync_folder, write_problem
 from terdit_cli.errors import EnvironmentProblem, InputFileError, TerditError
 from terdit_cli.model.info import ModelInfo
 from terdit_cli.recipe import CheckpointSection, Recipe
+from terdit_cli.system.atomic import sync_folder, write_problem
 from terdit_cli.train.parallel import World
-from terdit_cli.train.shards import (
+from terdit_cli.train.sharded_tensors import (
     METADATA,
     Fingerprint,
     ShardReader,

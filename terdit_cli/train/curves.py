@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from terdit_cli.atomic import atomic_path
 from terdit_cli.errors import InputFileError, UsageError
+from terdit_cli.system.atomic import atomic_path
 from terdit_cli.train.loggers import FILE, read_metrics
 
 if TYPE_CHECKING:

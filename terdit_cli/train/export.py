@@ -20,11 +20,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from terdit_cli.atomic import atomic_path
 from terdit_cli.errors import InputFileError
 from terdit_cli.model.ckpt import ckpt_values, save_tensors
+from terdit_cli.system.atomic import atomic_path
 from terdit_cli.train.checkpoint import RECIPE, Saved
-from terdit_cli.train.shards import ShardReader
+from terdit_cli.train.sharded_tensors import ShardReader
 
 PARTS = ("model", "ema")
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from terdit_cli.model.ternary import TernaryLinear, gammas, ternarize
-from terdit_cli.train.codes import sharded_gammas
+from terdit_cli.train.ternary_cache import sharded_gammas
 
 KINDS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "adaLN")
 CODES_A_BYTE = 4

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from terdit_cli.atomic import atomic_path, write_problem
 from terdit_cli.errors import EnvironmentProblem
 from terdit_cli.recipe import Recipe, WandbSection
+from terdit_cli.system.atomic import atomic_path, write_problem
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"

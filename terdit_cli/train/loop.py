@@ -12,14 +12,14 @@ from pathlib import Path
 from terdit_cli import console
 from terdit_cli.data.loader import BatchLoader
 from terdit_cli.errors import EnvironmentProblem, GateFailed, Interrupted
-from terdit_cli.signals import STOP_SIGNALS
+from terdit_cli.system.signals import STOP_SIGNALS
 from terdit_cli.train.checkpoint import RECIPE, complete_checkpoints, folder_of
 from terdit_cli.train.loggers import read_metrics
-from terdit_cli.train.observe import Observer
 from terdit_cli.train.parallel import World
+from terdit_cli.train.run_metrics import Observer
 from terdit_cli.train.stop import stop_signals
 from terdit_cli.train.trainer import StepResult, Trainer
-from terdit_cli.train.watch import Watchdog
+from terdit_cli.train.watchdog import Watchdog
 
 DRAW_SECONDS = 60.0  # at least between two drawings of the curves: each takes half a second
 _COLLECTIVE_FAILED = re.compile(

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from terdit_cli.errors import EnvironmentProblem, UsageError
 from terdit_cli.recipe import OptimSection
+from terdit_cli.train.joint_optimizer import Together
 from terdit_cli.train.muon import DividedMuon
-from terdit_cli.train.together import Together
 
 # torchao's 8-bit moments: a byte each and a float32 scale a block, of tensors that are large
 # enough and whole blocks; the others stay float32.

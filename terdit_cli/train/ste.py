@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from terdit_cli.model.ternary import TernaryLinear, gammas
-from terdit_cli.train.codes import sharded_gammas
+from terdit_cli.train.ternary_cache import sharded_gammas
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from terdit_cli.signals import STOP_SIGNALS, handled
+from terdit_cli.system.signals import STOP_SIGNALS, handled
 
 # A batch system signals every process of a job, and torchrun, which passes it on: the processes
 # hear it twice.

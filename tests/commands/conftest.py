@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from terdit_cli import app
+from terdit_cli.cli import app
 from terdit_cli.commands import eval_fid
-from terdit_cli.commands.eval_options import EvalOptions
+from terdit_cli.evaluate.request import EvalOptions
 from terdit_cli.evaluate.result import EvalResult
 
 RECIPE = """\

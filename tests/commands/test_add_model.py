@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import yaml
 
-from terdit_cli.commands import add_model
 from terdit_cli.commands import models as command
-from terdit_cli.commands.add_model import Words
-from terdit_cli.commands.generate import sampler_for
 from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.errors import InputFileError, TerditError
 from terdit_cli.evaluate.result import load_result
+from terdit_cli.generate.generator import sampler_for
+from terdit_cli.hub import catalogue
+from terdit_cli.hub.card import Advice, read_card
+from terdit_cli.lab import add_model
+from terdit_cli.lab.add_model import Words
 from terdit_cli.model.ckpt import load_ckpt
-from terdit_cli.models import catalogue
-from terdit_cli.models.card import Advice, read_card
 from tests.ckpt_file import save_ckpt
 
 WORDS = Words("1,000 images", "MIT", "draws noise")
@@ -142,7 +142,7 @@ def test_the_command_of_developers(measured: Path, small_run: Path, shelf: Path)
         "--text",
         str(shelf.parent / "text.md"),
     ]
-    command_line = [sys.executable, "-m", "terdit_cli.commands.add_model", str(small_run), "new"]
+    command_line = [sys.executable, "-m", "terdit_cli.lab.add_model", str(small_run), "new"]
     for model, code in (("new", 0), ("../new", 3)):
         command_line[-1] = model
         done = subprocess.run(

@@ -85,7 +85,7 @@ def test_help_needs_no_torch() -> None:
     code = """
 import sys
 sys.argv = ["terdit", "--help"]
-from terdit_cli.app import main
+from terdit_cli.cli.app import main
 try:
     main()
 finally:
@@ -151,7 +151,7 @@ def test_an_interrupted_pack_leaves_the_old_file(
     output.write_bytes(b"the old file")
     code = f"""
 import pathlib, sys, time
-from terdit_cli.app import main
+from terdit_cli.cli.app import main
 from terdit_cli.pack import tdt
 encode = tdt._encode_matrix
 def slow(model, name, codec):

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from terdit_cli.bench import gemm, network, results, worker
-from terdit_cli.bench.random_model import RandomModel
-from terdit_cli.commands import bench_images
 from terdit_cli.diffusion.sampler import SamplerConfig
+from terdit_cli.lab.bench import activation_error as bench_images
+from terdit_cli.lab.bench import cpu_networks as network
+from terdit_cli.lab.bench import gemm, results, worker
+from terdit_cli.lab.bench.random_model import RandomModel
 from terdit_cli.pack.tdt import write_tdt
 from terdit_cli.runtime import cpu
 

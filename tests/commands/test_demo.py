@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from terdit_cli.commands import demo
+from terdit_cli.lab import demo
 
 ROOT = Path(__file__).parents[2]
 

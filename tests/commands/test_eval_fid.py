@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from terdit_cli.commands import eval_fid, eval_scores
+from terdit_cli.commands import eval_fid
 from terdit_cli.evaluate import features as extractors
-from terdit_cli.evaluate.network import Network, Outputs
+from terdit_cli.evaluate import scores as eval_scores
+from terdit_cli.evaluate.feature_network import Network, Outputs
 from terdit_cli.evaluate.result import EvalResult
-from terdit_cli.torchvision_shim import import_vision
+from terdit_cli.system.torchvision_shim import import_vision
 
 Evaluate = Callable[..., EvalResult]
 Images = Callable[..., np.ndarray]

@@ -13,20 +13,20 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from terdit_cli.commands import generate
-from terdit_cli.commands.generate import (
+from terdit_cli.diffusion.noise import ImageNoise
+from terdit_cli.diffusion.sampler import SamplerConfig
+from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
+from terdit_cli.generate import generator as generate
+from terdit_cli.generate.generator import (
     ImageGenerator,
     Labels,
     class_of,
     open_generator,
     usable_device,
 )
-from terdit_cli.diffusion.noise import ImageNoise
-from terdit_cli.diffusion.sampler import SamplerConfig
-from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.pack.sources import open_exported
 from terdit_cli.runtime import cpu
-from terdit_cli.runtime.gpu_step import sampling_bytes
+from terdit_cli.runtime.gpu.graph_step import sampling_bytes
 
 Patch = pytest.MonkeyPatch
 

@@ -19,16 +19,16 @@ import torch
 import typer
 
 import terdit_cli
-from terdit_cli import app_models
+from terdit_cli.cli import models_cli as app_models
 from terdit_cli.commands import eval_fid, sample
 from terdit_cli.commands import models as command
-from terdit_cli.commands.eval_options import EvalOptions
-from terdit_cli.commands.generate import sampler_for
 from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.errors import InputFileError, UsageError
+from terdit_cli.evaluate.request import EvalOptions
+from terdit_cli.generate.generator import sampler_for
+from terdit_cli.hub import catalogue
+from terdit_cli.hub.card import Advice, Card, parse_card, read_card
 from terdit_cli.model.ckpt import load_ckpt
-from terdit_cli.models import catalogue
-from terdit_cli.models.card import Advice, Card, parse_card, read_card
 from terdit_cli.pack.tdt import TdtFile
 from tests.ckpt_file import save_ckpt
 
@@ -115,7 +115,7 @@ def test_what_is_packaged_is_whole() -> None:
 
 
 def test_the_catalogue_and_the_cards_need_no_torch() -> None:
-    code = "import sys, terdit_cli.models.card, terdit_cli.app_models as a; a.models"
+    code = "import sys, terdit_cli.hub.card, terdit_cli.cli.models_cli as a; a.models"
     code += "; print({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from terdit_cli.app_prepare import prepare as prepare_verb
+from terdit_cli.cli.prepare_cli import prepare as prepare_verb
 from terdit_cli.commands import prepare as command
 from terdit_cli.commands import train as train_command
 from terdit_cli.data import parquet
@@ -33,7 +33,7 @@ from terdit_cli.data.vae import VaeSpace
 from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.recipe import load_recipe
-from terdit_cli.torchvision_shim import import_vision
+from terdit_cli.system.torchvision_shim import import_vision
 
 ROOT = Path(__file__).parents[2]
 COUNT, SIDE, BATCH = 23, 32, 2

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from terdit_cli.commands.processes import Processes
-from terdit_cli.evaluate.shards import FACTS_FILE
+from terdit_cli.evaluate.feature_shards import FACTS_FILE
+from terdit_cli.system.job import Processes
 
 Terdit = Callable[..., Any]
 Blocks = dict[str, dict[str, np.ndarray]]

@@ -149,7 +149,7 @@ def test_mistakes_are_told_without_torch(small_recipe: Path) -> None:
     code = f"""
 import sys
 sys.argv = ["terdit", "train", {str(small_recipe)!r}, "--gpus", "2"]
-from terdit_cli.app import main
+from terdit_cli.cli.app import main
 try:
     main()
 finally:

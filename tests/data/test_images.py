@@ -19,7 +19,7 @@ from PIL import Image
 from terdit_cli.data import files, images
 from terdit_cli.data.images import ImageSource, open_images
 from terdit_cli.errors import InputFileError, UsageError
-from terdit_cli.torchvision_shim import import_vision
+from terdit_cli.system.torchvision_shim import import_vision
 
 NAMES = ["ant/a.png", "ant/b.png", "ant/sub/c.png", "bee/a.png", "bee/z.png", "cow/m.png"]
 

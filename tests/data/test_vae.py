@@ -16,7 +16,7 @@ from PIL import Image
 from terdit_cli.data import vae as vae_module
 from terdit_cli.data.vae import PixelSpace, VaeSpace
 from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
-from terdit_cli.torchvision_shim import import_vision
+from terdit_cli.system.torchvision_shim import import_vision
 
 SCALE = 0.18215
 

@@ -20,7 +20,7 @@ from terdit_cli.diffusion.sampler import (
     scaled,
 )
 from terdit_cli.errors import UsageError
-from terdit_cli.torchvision_shim import import_vision
+from terdit_cli.system.torchvision_shim import import_vision
 
 TOY_RUNS = [
     "toy_p250",

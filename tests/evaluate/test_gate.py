@@ -10,13 +10,7 @@ from typing import Any
 import pytest
 
 from terdit_cli.errors import GateFailed, InputFileError, UsageError
-from terdit_cli.evaluate.gate import (
-    Limits,
-    apply_limits,
-    check_limits,
-    failure,
-    make_limits,
-)
+from terdit_cli.evaluate.gate import Limits, apply_limits, check_limits, failure, make_limits
 from terdit_cli.evaluate.result import EvalResult, save_result
 
 PROVENANCE: dict[str, Any] = {

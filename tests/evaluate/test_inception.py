@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from terdit_cli.errors import EnvironmentProblem, InputFileError
 from terdit_cli.evaluate import inception
+from terdit_cli.evaluate.feature_network import Outputs
 from terdit_cli.evaluate.features import FeatureExtractor, Features, _Workers, make_extractor
 from terdit_cli.evaluate.metrics import inception_score, kernel_inception_distance
-from terdit_cli.evaluate.network import Outputs
 from terdit_cli.evaluate.weights import ADM, CLEAN, file_sha256
-from terdit_cli.torchvision_shim import import_vision
+from terdit_cli.system.torchvision_shim import import_vision
 
 SIZES = [(1, 1), (28, 28), (256, 256), (40, 28), (1, 300), (310, 300)]  # [H, W]
 Images = list[NDArray[np.uint8]]

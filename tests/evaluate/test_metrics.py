@@ -30,7 +30,7 @@ from terdit_cli.evaluate.metrics import (
     kernel_inception_standard_error,
     precision_recall,
 )
-from terdit_cli.torchvision_shim import import_vision
+from terdit_cli.system.torchvision_shim import import_vision
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TAGS = ("d64", "d256")

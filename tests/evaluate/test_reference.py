@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
-from terdit_cli.evaluate import reference as references
-from terdit_cli.evaluate.reference import (
+from terdit_cli.evaluate import reference_set as references
+from terdit_cli.evaluate.reference_set import (
     Reference,
     holds_images,
     is_statistics_file,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
-from terdit_cli.evaluate.shards import FACTS_FILE, FeatureShards
+from terdit_cli.evaluate.feature_shards import FACTS_FILE, FeatureShards
 
 FACTS = {"pipeline": "a", "seed": 0}
 

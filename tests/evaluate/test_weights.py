@@ -19,16 +19,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from terdit_cli.cache import cache_folder
 from terdit_cli.errors import EnvironmentProblem, InputFileError
 from terdit_cli.evaluate import weights
-from terdit_cli.evaluate.weights import (
-    ADM,
-    CLEAN,
-    PinnedFile,
-    given_weights,
-    pinned_weights,
-)
+from terdit_cli.evaluate.weights import ADM, CLEAN, PinnedFile, given_weights, pinned_weights
+from terdit_cli.system.cache import cache_folder
 
 CONTENT = np.random.default_rng(0).bytes(1_000_003)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -117,7 +117,7 @@ def test_the_null_class_is_the_last_row(tiny_config, probability):
     assert len(table) == (8 if probability else 7)
     assert config.null_class == (7 if probability else None)
     y = torch.arange(len(table))
-    assert torch.equal(embedder(y), table)  # labels are dropped by who draws them: train/draws.py
+    assert torch.equal(embedder(y), table)  # labels are dropped by who draws them: train/rng.py
 
 
 @pytest.mark.parametrize("ternary", [TernaryConfig(), TernaryConfig(activations="int8")])

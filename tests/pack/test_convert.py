@@ -11,8 +11,8 @@ import torch
 
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.dit import DiTConfig, build_config
-from terdit_cli.pack import convert
-from terdit_cli.pack.convert import (
+from terdit_cli.pack import read_release as convert
+from terdit_cli.pack.read_release import (
     ARGUMENTS_FILE,
     ReleasedFolder,
     _ffn_fields,

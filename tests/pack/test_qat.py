@@ -14,7 +14,7 @@ from terdit_cli.model.ckpt import Checkpoint, load_ckpt
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.ternary import TernaryConfig, TernaryLinear, expand_alphas
 from terdit_cli.pack.exported import count_weights, matrix_names
-from terdit_cli.pack.qat import CheckpointExport, fit_trits
+from terdit_cli.pack.read_checkpoint import CheckpointExport, fit_trits
 from terdit_cli.pack.tdt import write_tdt
 
 FULL_PRECISION = TernaryConfig(enabled=False)

@@ -7,8 +7,8 @@ import pytest
 from terdit_cli.commands import pack, ternarize
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.ternary import TernaryConfig
-from terdit_cli.pack.convert import ReleasedFolder
-from terdit_cli.pack.qat import CheckpointExport
+from terdit_cli.pack.read_checkpoint import CheckpointExport
+from terdit_cli.pack.read_release import ReleasedFolder
 from terdit_cli.pack.sources import checkpoint_path, open_exported
 from terdit_cli.pack.tdt import TdtFile
 

@@ -23,7 +23,7 @@ from terdit_cli.model.dit import DiT
 from terdit_cli.model.info import ModelInfo, SpaceInfo
 from terdit_cli.model.ternary import TernaryConfig
 from terdit_cli.pack.exported import ExportedModel, matrix_names
-from terdit_cli.pack.qat import CheckpointExport
+from terdit_cli.pack.read_checkpoint import CheckpointExport
 from terdit_cli.pack.tdt import TdtFile, write_tdt
 from terdit_cli.pack.trits import CODECS, encode
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from terdit_cli.runtime import cpu, gpu
+from terdit_cli.runtime import cpu
+from terdit_cli.runtime.gpu import backend as gpu
 
 
 def _why_no_kernels() -> str | None:

@@ -20,8 +20,9 @@ from terdit_cli.model.ternary import (
     ternary_linear,
 )
 from terdit_cli.pack.trits import decode, encode, t2_encode
-from terdit_cli.runtime import cpu, gpu, reference
+from terdit_cli.runtime import cpu, reference
 from terdit_cli.runtime.backends import BACKENDS, choose_backend, resolve_activations
+from terdit_cli.runtime.gpu import backend as gpu
 from terdit_cli.runtime.reference import PRECISIONS
 
 CPU = torch.device("cpu")

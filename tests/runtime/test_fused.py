@@ -22,7 +22,7 @@ from terdit_cli.errors import InputFileError
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.dit import DiT, DiTConfig
 from terdit_cli.model.ternary import TernaryConfig
-from terdit_cli.pack.qat import CheckpointExport
+from terdit_cli.pack.read_checkpoint import CheckpointExport
 from terdit_cli.pack.tdt import write_tdt
 from terdit_cli.runtime import cpu, fused, reference
 from terdit_cli.runtime.fused import FusedDiT

@@ -15,15 +15,12 @@ import torch
 from torch import Tensor
 
 from terdit_cli.errors import EnvironmentProblem
-from terdit_cli.model.ternary import (
-    ACTIVATION_FLOOR,
-    GRANULARITIES,
-    alpha_shape,
-    expand_alphas,
-)
+from terdit_cli.model.ternary import ACTIVATION_FLOOR, GRANULARITIES, alpha_shape, expand_alphas
 from terdit_cli.pack.trits import t2_encode
-from terdit_cli.runtime import gpu, gpu_config, reference
-from terdit_cli.runtime.gpu_config import Device, Problem, Tile
+from terdit_cli.runtime import reference
+from terdit_cli.runtime.gpu import backend as gpu
+from terdit_cli.runtime.gpu import tiles as gpu_config
+from terdit_cli.runtime.gpu.tiles import Device, Problem, Tile
 
 SMALL = Tile(64, 16, 32, 4, 2)  # of the interpreter: each edge is met in few operations
 GROUPED = Tile(64, 16, 128, 4, 2)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from terdit_cli.bench.gpu_compile import SHARED, TARGETS
+from terdit_cli.lab.bench.compiled_kernels import SHARED, TARGETS
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -26,7 +26,7 @@ def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "terdit_cli.bench.gpu_compile", str(request.param)],
+        [sys.executable, "-m", "terdit_cli.lab.bench.compiled_kernels", str(request.param)],
         capture_output=True, text=True, timeout=300, check=False, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from terdit_cli.errors import EnvironmentProblem
-from terdit_cli.runtime.gpu_memory import explained, free_bytes, is_out_of_memory
+from terdit_cli.system.gpu_memory import explained, free_bytes, is_out_of_memory
 
 CUDA = torch.device("cuda:0")
 RAN_OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")

@@ -19,10 +19,12 @@ from terdit_cli.errors import EnvironmentProblem
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.dit import DiT, DiTConfig
 from terdit_cli.model.ternary import TernaryConfig
-from terdit_cli.pack.qat import CheckpointExport
+from terdit_cli.pack.read_checkpoint import CheckpointExport
 from terdit_cli.pack.sources import open_exported
-from terdit_cli.runtime import gpu, gpu_step, reference
-from terdit_cli.runtime.gpu_step import GpuDiT
+from terdit_cli.runtime import reference
+from terdit_cli.runtime.gpu import backend as gpu
+from terdit_cli.runtime.gpu import graph_step as gpu_step
+from terdit_cli.runtime.gpu.graph_step import GpuDiT
 from terdit_cli.runtime.packed import PackedTernaryLinear, packed_network
 
 CPU = torch.device("cpu")

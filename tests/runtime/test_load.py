@@ -16,7 +16,7 @@ from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.dit import DiTConfig
 from terdit_cli.model.ternary import TernaryConfig
-from terdit_cli.pack.qat import CheckpointExport
+from terdit_cli.pack.read_checkpoint import CheckpointExport
 from terdit_cli.pack.tdt import write_tdt
 from terdit_cli.runtime import load as load_module
 from terdit_cli.runtime.fused import FusedDiT

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.dit import DiTConfig
 from terdit_cli.model.ternary import TernaryConfig
-from terdit_cli.pack.qat import CheckpointExport
+from terdit_cli.pack.read_checkpoint import CheckpointExport
 from terdit_cli.pack.tdt import TdtFile, write_tdt
 from terdit_cli.pack.trits import CODECS
 from terdit_cli.runtime.load import load

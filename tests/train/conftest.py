@@ -16,7 +16,7 @@ from torch import Tensor
 
 from terdit_cli.commands import train as command
 from terdit_cli.train.checkpoint import read_manifest
-from terdit_cli.train.shards import ShardReader
+from terdit_cli.train.sharded_tensors import ShardReader
 
 ROOT = Path(__file__).parents[2]
 

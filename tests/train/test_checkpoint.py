@@ -17,7 +17,8 @@ import torch
 
 from terdit_cli.errors import EnvironmentProblem, InputFileError
 from terdit_cli.recipe import load_recipe
-from terdit_cli.train import build, checkpoint, shards
+from terdit_cli.train import build, checkpoint
+from terdit_cli.train import sharded_tensors as shards
 from terdit_cli.train.checkpoint import (
     CheckpointWriter,
     Saved,
@@ -225,7 +226,7 @@ LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
 sys.argv = ["terdit", "train", *sys.argv[2:]]
-from terdit_cli.app import main
+from terdit_cli.cli.app import main
 main()
 """
 

@@ -21,7 +21,7 @@ from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.train.checkpoint import Saved
 from terdit_cli.train.export import PARTS, export_ckpt
-from terdit_cli.train.shards import Fingerprint, ShardWriter
+from terdit_cli.train.sharded_tensors import Fingerprint, ShardWriter
 
 ROOT = Path(__file__).parents[2]
 

@@ -34,7 +34,7 @@ from terdit_cli.train import build
 from terdit_cli.train.checkpoint import complete_checkpoints, folder_of
 from terdit_cli.train.loop import lost_process
 from terdit_cli.train.parallel import World
-from terdit_cli.train.shards import flatten
+from terdit_cli.train.sharded_tensors import flatten
 from terdit_cli.train.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and limits of Linux")

@@ -10,14 +10,7 @@ from torch import nn
 
 from terdit_cli.model.dit import DiT, DiTConfig
 from terdit_cli.model.ternary import TernaryLinear, ternarize
-from terdit_cli.train.flips import (
-    KINDS,
-    FlipMeter,
-    count_flips,
-    kind_of,
-    pack_codes,
-    record_bytes,
-)
+from terdit_cli.train.flips import KINDS, FlipMeter, count_flips, kind_of, pack_codes, record_bytes
 
 CONFIG = DiTConfig(input_size=4, dim=16, n_layers=2, n_heads=2, multiple_of=8, num_classes=3)
 

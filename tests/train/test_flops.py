@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from terdit_cli.model.dit import DiT, DiTConfig, build_config
-from terdit_cli.train.flops import training_flops
+from terdit_cli.model.flops import training_flops
 
 CONFIGS = {
     "plain": DiTConfig(input_size=8, dim=64, n_layers=3, n_heads=4, multiple_of=32, num_classes=9),

@@ -15,7 +15,7 @@ from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.ternary import least_squares_alphas, ternarize
 from terdit_cli.recipe import load_recipe
 from terdit_cli.train import build
-from terdit_cli.train.initial import start_from
+from terdit_cli.train.init_from import start_from
 from terdit_cli.train.parallel import seed_weights
 
 TWIN = "ternary.enabled=false"

@@ -14,10 +14,10 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from terdit_cli.errors import UsageError
+from terdit_cli.model.flops import training_flops
 from terdit_cli.recipe import Recipe
 from terdit_cli.train import build
-from terdit_cli.train.flops import training_flops
-from terdit_cli.train.memory import plan_run
+from terdit_cli.train.planner import plan_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +26,7 @@ def test_the_largest_recipe_is_planned_within_a_laptop() -> None:
     """4.2b would need 17 GB for the weights alone; planning stays under 1.5 GB."""
     code = """
 import re, sys
-from terdit_cli.app import main
+from terdit_cli.cli.app import main
 sys.argv = ["terdit", "train", "recipes/4.2b.yaml", "--dry-run", "--json"]
 try:
     main()

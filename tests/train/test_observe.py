@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from terdit_cli.model.flops import training_flops
 from terdit_cli.model.ternary import TernaryLinear, ternarize
 from terdit_cli.recipe import load_recipe
 from terdit_cli.train import build
 from terdit_cli.train.flips import KINDS
-from terdit_cli.train.flops import training_flops
 from terdit_cli.train.loggers import read_metrics
-from terdit_cli.train.observe import Observer, peak_memory
 from terdit_cli.train.optim import learning_rate
 from terdit_cli.train.parallel import World
+from terdit_cli.train.run_metrics import Observer, peak_memory
 from terdit_cli.train.trainer import StepResult, Trainer
 
 

@@ -35,7 +35,8 @@ from terdit_cli.model import ternary
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.ternary import absmean, ternarize
 from terdit_cli.recipe import Recipe, load_recipe
-from terdit_cli.train import build, codes
+from terdit_cli.train import build
+from terdit_cli.train import ternary_cache as codes
 from terdit_cli.train.parallel import World, join_world, make_mesh, spread
 from terdit_cli.train.trainer import Trainer
 

@@ -17,8 +17,8 @@ import torch
 import yaml
 
 from terdit_cli.errors import InputFileError, UsageError
-from terdit_cli.train.alone import alone_in
 from terdit_cli.train.parallel import World
+from terdit_cli.train.run_lock import alone_in
 
 ROOT = Path(__file__).parents[2]
 Train = Callable[..., Any]

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from terdit_cli.errors import InputFileError
-from terdit_cli.train.shards import (
+from terdit_cli.train.sharded_tensors import (
     METADATA,
     Fingerprint,
     ShardReader,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from terdit_cli.signals import STOP_SIGNALS
+from terdit_cli.system.signals import STOP_SIGNALS
 from terdit_cli.train import stop
 from terdit_cli.train.stop import stop_signals
 

@@ -20,7 +20,7 @@ from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.info import SpaceInfo
 from terdit_cli.recipe import DistillSection, load_recipe
 from terdit_cli.runtime.load import load_model
-from terdit_cli.train.memory import plan_run
+from terdit_cli.train.planner import plan_run
 from terdit_cli.train.teacher import load_teacher, teacher_weight
 
 Train = Callable[..., TrainResult]

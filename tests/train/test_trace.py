@@ -11,9 +11,9 @@ from torch.distributed import distributed_c10d
 
 from terdit_cli.errors import UsageError
 from terdit_cli.recipe import Recipe
-from terdit_cli.train import trace
-from terdit_cli.train.memory import plan_run
-from terdit_cli.train.trace import StepTracer
+from terdit_cli.train import memory_trace as trace
+from terdit_cli.train.memory_trace import StepTracer
+from terdit_cli.train.planner import plan_run
 
 
 def recipe(layers: int, mode: str = "ddp", **train: Any) -> Recipe:

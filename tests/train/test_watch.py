@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from terdit_cli.data import loader
-from terdit_cli.train import watch
+from terdit_cli.train import watchdog as watch
 from terdit_cli.train.parallel import World
-from terdit_cli.train.watch import (
+from terdit_cli.train.watchdog import (
     Stragglers,
     Watchdog,
     describe,

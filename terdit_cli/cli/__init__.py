@@ -1,0 +1,1 @@
+"""The command line: a Typer app, one file for each verb. Nothing here imports torch."""

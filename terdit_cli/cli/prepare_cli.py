@@ -1,0 +1,82 @@
+"""The command line of `terdit prepare`; no torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from terdit_cli import console
+from terdit_cli.cli.flags import Device, Json
+from terdit_cli.errors import UsageError
+
+EXAMPLES = (
+    "terdit prepare recipes/600m.yaml data.path=/path/to/imagenet/train -o latents/imagenet256",
+    "torchrun --nproc-per-node 8 -m terdit_cli prepare recipes/600m.yaml -o latents/imagenet256",
+    "terdit prepare --verify latents/imagenet256",
+    "terdit train recipes/600m.yaml data.source=latents data.path=latents/imagenet256",
+)
+
+
+def prepare(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe fields to change.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Folder of latents.  [default: latents/<name of the recipe>]"
+        ),
+    ] = None,
+    shard_mb: Annotated[float, typer.Option(help="About how large a shard is.")] = 256,
+    batch_size: Annotated[
+        int, typer.Option(help="Images encoded at once, each with its mirror.")
+    ] = 16,
+    device: Device = None,
+    verify: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Only check the shards of a finished folder."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Encode a recipe's images with its VAE, once: latents on disk that any run can train on.
+
+    The same command goes on after a stop, and makes shards again that were deleted.
+    """
+    from terdit_cli.commands import prepare as command
+
+    if (recipe is None) == (verify is None):
+        raise UsageError(
+            "prepare needs a recipe, or --verify with a folder",
+            got="both" if recipe is not None else "neither",
+            fix="terdit prepare RECIPE -o FOLDER, or terdit prepare --verify FOLDER",
+        )
+    if verify is not None:
+        checked = command.verify(verify)
+        if json:
+            console.result_json(dataclasses.asdict(checked))
+            return
+        console.result(
+            f"{verify}: {checked.shards} shards are whole, {checked.images:,} images, "
+            f"{console.byte_size(checked.bytes)} in {console.duration(checked.seconds)}"
+        )
+        return
+    assert recipe is not None
+    result = command.run(recipe, overrides or (), out, shard_mb, batch_size, device)
+    if json:
+        console.result_json(dataclasses.asdict(result))
+        return
+    skipped = f" ({result.skipped} unreadable ones left out)" if result.skipped else ""
+    rate = "" if result.images_per_second is None else f", {result.images_per_second:.1f} images/s"
+    console.result(
+        f"{result.folder}: {result.images:,} images{skipped} in {result.shards} shards, "
+        f"{console.byte_size(result.bytes)}{rate}"
+    )
+    console.note(
+        f"train on them with: data.source=latents data.path={result.folder} data.split=null"
+    )

@@ -1,0 +1,67 @@
+"""The command line of `terdit study`; no torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from terdit_cli import console
+from terdit_cli.cli.flags import Json
+
+EXAMPLES = (
+    "terdit study recipes/studies/quick.yaml",
+    "terdit study recipes/studies/fashion-mnist.yaml data.path=/path/to/fashion-mnist",
+    "terdit study recipes/studies/fashion-mnist.yaml --only ternary,twin",
+    "terdit study recipes/studies/fashion-mnist.yaml recipes/studies/cifar10.yaml --render",
+)
+
+
+def study(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STUDY.yaml... [KEY=VALUE...]",
+            help="Studies, and recipe fields to change in all of them.",
+        ),
+    ],
+    only: Annotated[
+        str, typer.Option(metavar="VARIANT,...", help="Work on these variants only.")
+    ] = "",
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="The study's shortened version, into a folder of its own."),
+    ] = False,
+    render: Annotated[
+        bool, typer.Option("--render", help="Only write the pages from what is there.")
+    ] = False,
+    runs: Annotated[Path, typer.Option(help="Where the studies' folders are.")] = Path(
+        "runs/studies"
+    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The page, .md; .html and figures go beside it.")
+    ] = Path("runs/results.md"),
+    json: Json = False,
+) -> None:
+    """Train and score the variants of a study, as far as they are missing, and show them.
+
+    Stopped at any point, the same command goes on there.
+    """
+    from terdit_cli.lab.study import run_study as command
+
+    result = command.run(
+        [Path(word) for word in words if "=" not in word],
+        [word for word in words if "=" in word],
+        [name.strip() for name in only.split(",") if name.strip()],
+        quick, render, runs, out,
+    )  # fmt: skip
+    if json:
+        console.result_json(dataclasses.asdict(result))
+        return
+    for name, verdict in zip(result.studies, result.verdicts, strict=True):
+        console.result(f"{name}: {verdict}")
+    console.result(f"{result.page} and {result.html} written")
+    if result.missing:
+        console.note(f"{result.missing} scores are still missing: run the same command again")

@@ -1,0 +1,316 @@
+"""Images of a model or of a set -> shards of features, by one process or by several.
+
+The blocks are dealt to the processes in turn, and what is in a block does not depend on who makes
+it. A run that finds blocks of its own in the folder goes on after them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from terdit_cli import console
+from terdit_cli.data.classes import names_of_classes
+from terdit_cli.data.collection import ImageSet, open_image_set, spread, unreadable_images
+from terdit_cli.data.images import BadImagePolicy
+from terdit_cli.diffusion.sampler import SamplerConfig
+from terdit_cli.errors import InputFileError
+from terdit_cli.evaluate.feature_shards import Arrays, Block, FeatureShards
+from terdit_cli.evaluate.features import FeatureExtractor, Features
+from terdit_cli.generate.generator import ImageGenerator, Labels, class_of
+from terdit_cli.generate.saved_images import SavedImages
+from terdit_cli.system.job import Processes
+
+LEAST_BLOCK = 64  # images
+COMPARED = 1024  # images whose features are made in both precisions, if bf16 is asked for
+
+Image = NDArray[np.uint8]
+
+_CONVERTED = {
+    "L": "grey: three equal channels were made of one",
+    "1": "black and white: three equal channels were made of one",
+    "LA": "grey with an alpha channel, which was dropped",
+    "RGBA": "transparent in places: the alpha channel was dropped, not put on a background",
+    "P": "of a palette: its colours were taken",
+    "CMYK": "CMYK: converted to RGB without a colour profile",
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive images uint8 [H, W, 3], and the mode in which each was stored."""
+
+    images: list[Image]
+    modes: list[str]
+
+
+class Source(Protocol):
+    """Images by number, 0 .. count - 1."""
+
+    @property
+    def where(self) -> str:
+        """What it is called in messages."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def class_names(self) -> list[list[str]]:
+        """What each class can be called; empty if these images have none."""
+
+    def class_id(self, image: int) -> int:
+        """Return the index of the class of an image that has one."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return all that the images depend on."""
+
+    def batches(self, images: range) -> Iterator[Batch]:
+        """Iterate over images in order."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Images that a model draws when they are asked for."""
+
+    generator: ImageGenerator
+    sampler: SamplerConfig
+    count: int
+    seed: int
+    labels: Labels
+    batch_size: int
+    model_sha256: str
+
+    @property
+    def where(self) -> str:
+        return str(self.generator.path)
+
+    @property
+    def class_names(self) -> list[list[str]]:
+        return self.generator.class_names
+
+    def class_id(self, image: int) -> int:
+        classes = self.generator.model.info.config.num_classes
+        return class_of(image, classes, self.labels, self.seed)
+
+    def facts(self) -> dict[str, Any]:
+        how = self.generator.model.facts()
+        return {
+            "model_sha256": self.model_sha256,
+            "sampler": dataclasses.asdict(self.sampler),
+            "seed": self.seed,
+            "labels": self.labels,
+            "batch_size": self.batch_size,
+            "vae": self.generator.vae,
+            # Not the threads: they do not change the images.
+            **{name: how[name] for name in ("backend", "isa", "activations", "weights")},
+        }
+
+    def batches(self, images: range) -> Iterator[Batch]:
+        made = self.generator.images(
+            images, self.sampler, self.seed, self.batch_size, labels=self.labels
+        )
+        for batch, _ in made:
+            yield Batch(list(batch), ["RGB"] * len(batch))
+
+
+@dataclass(frozen=True)
+class SetSource:
+    """Images that lie somewhere: the ones of a set at `indices`."""
+
+    images: ImageSet
+    indices: list[int]
+    skipped: list[str]  # why each image that was left out was
+
+    @property
+    def where(self) -> str:
+        return self.images.where
+
+    @property
+    def count(self) -> int:
+        return len(self.indices)
+
+    @property
+    def batch_size(self) -> int:
+        return LEAST_BLOCK
+
+    @cached_property
+    def class_names(self) -> list[list[str]]:
+        return names_of_classes(self.images.class_names, len(self.images.class_names))
+
+    def class_id(self, image: int) -> int:
+        assert self.images.classes is not None, "a set with class names has classes"
+        return int(self.images.classes[self.indices[image]])
+
+    def facts(self) -> dict[str, Any]:
+        return {"images_sha256": self.sha256}
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the list of images."""
+        return self.images.sha256(self.indices)
+
+    def batches(self, images: range) -> Iterator[Batch]:
+        found = [self.images.read(self.indices[image]) for image in images]
+        yield Batch([pixels for pixels, _ in found], [mode for _, mode in found])
+
+
+def open_set(where: str, n: int | None, on_bad_image: BadImagePolicy) -> SetSource:
+    """Open a set of images, or the part of it that `n` asks for.
+
+    Raises:
+        InputFileError: fewer images than asked for, or than two.
+    """
+    images = open_image_set(where)
+    indices = list(range(images.count))
+    skipped: list[str] = []
+    if on_bad_image == "skip":
+        bad = dict(unreadable_images(images, indices))
+        skipped = list(bad.values())
+        indices = [index for index in indices if index not in bad]
+    if len(indices) < max(2, n or 0):
+        raise InputFileError(
+            "too few images",
+            got=f"{len(indices)}" + (f" ({len(skipped)} unreadable)" if skipped else ""),
+            expected=f"-n {n}" if n else "at least 2",
+            where=where,
+            fix=f"-n {len(indices)}" if len(indices) >= 2 else "give more images",
+        )
+    if n is not None:
+        indices = [indices[place] for place in spread(len(indices), n)]
+    return SetSource(images, indices, skipped)
+
+
+def block_size(batch_size: int) -> int:
+    """Return the images of a block: whole batches, and at least LEAST_BLOCK."""
+    return -(-LEAST_BLOCK // batch_size) * batch_size
+
+
+def make_features(
+    source: Source,
+    extractor: FeatureExtractor,
+    folder: Path,
+    processes: Processes,
+    keep: frozenset[int] = frozenset(),
+    save_images: Path | None = None,
+) -> FeatureShards:
+    """Return the shards of a source when all processes have made theirs.
+
+    Args:
+        keep: numbers of images to store beside their features, in blocks that are made now.
+        save_images: write all of them into this folder as PNG.
+
+    Raises:
+        UsageError: a folder holds the features or images of another run. And whatever the source
+            or the extractor raises.
+    """
+    shards = FeatureShards(folder, source.count, block_size(source.batch_size))
+    facts = source.facts() | {"pipeline": extractor.pipeline, "precision": extractor.precision}
+    saved = None if save_images is None else SavedImages(save_images)
+    if processes.is_main:
+        if saved is not None:
+            saved.claim(source.facts(), source.count)
+        done = shards.claim(facts)
+        if done:
+            console.note(f"{folder}: going on after {done} of {source.count} images")
+    processes.require_shared(folder)
+    mine = [block for block in shards.blocks if block.number % processes.size == processes.rank]
+    missing = [
+        block
+        for block in mine
+        if not shards.has(block) or not (saved is None or saved.has(block.images))
+    ]
+    both = extractor.with_precision("fp32") if extractor.precision == "bf16" else None
+
+    def finish(block: Block, images: list[Image], modes: list[str]) -> None:
+        if saved is not None:
+            saved.write(block.images, images)
+        arrays = _arrays(extractor(images))
+        arrays["modes"] = np.array(modes)
+        arrays["sizes"] = np.array([image.shape[:2] for image in images])
+        if both is not None and block.start < COMPARED:
+            arrays["pool_fp32"] = both(images).pool
+        kept = [index for index in block.images if index in keep]
+        if kept:
+            arrays["kept"] = np.array(kept)
+            arrays["images"] = np.stack([images[index - block.start] for index in kept])
+        shards.write(block, arrays)
+
+    _run(source, missing, finish, processes)
+    processes.wait()
+    return shards
+
+
+def _run(
+    source: Source,
+    blocks: list[Block],
+    finish: Callable[[Block, list[Image], list[str]], None],
+    processes: Processes,
+) -> None:
+    """Make the blocks' images here while another thread finishes the block before."""
+    total = sum(block.end - block.start for block in blocks)
+    share = f" (1 of {processes.size} processes)" if processes.size > 1 else ""
+    started, done = time.monotonic(), 0
+    with (
+        console.progress(f"{source.where}{share}", total) as meter,
+        ThreadPoolExecutor(1, "features") as finisher,
+    ):
+        before: Future[None] | None = None
+        for block in blocks:
+            images: list[Image] = []
+            modes: list[str] = []
+            for batch in source.batches(block.images):
+                images += batch.images
+                modes += batch.modes
+                done += len(batch.images)
+                rate = done / (time.monotonic() - started)
+                left = console.duration((total - done) / rate)
+                meter.update(done, f"{rate:.1f} img/s, {left} left")
+            if before is not None:
+                before.result()
+            before = finisher.submit(finish, block, images, modes)
+        if before is not None:
+            before.result()
+
+
+def _arrays(features: Features) -> Arrays:
+    arrays: Arrays = {"pool": features.pool}
+    if features.spatial is not None:
+        arrays["spatial"] = features.spatial
+    if features.logits is not None:
+        arrays["logits"] = features.logits
+    return arrays
+
+
+def conversions(shards: FeatureShards) -> list[str]:
+    """Return a sentence for each thing about a set of images that its owner may not expect."""
+    modes: Counter[str] = Counter()
+    sizes: set[tuple[int, int]] = set()
+    for part in shards.stream("modes"):
+        modes.update(part.tolist())
+    for part in shards.stream("sizes"):
+        sizes |= set(map(tuple, part.tolist()))
+    found = []
+    for mode, count in sorted(modes.items()):
+        if mode != "RGB":
+            how = _CONVERTED.get(mode, f"mode {mode}: converted to RGB")
+            found.append(f"{count} of {shards.count} images are {how}")
+    if len(sizes) > 1:
+        low, high = min(sizes), max(sizes)
+        found.append(
+            f"the images have {len(sizes)} sizes, {low[1]} x {low[0]} to {high[1]} x {high[0]} "
+            "pixels; each is scaled by itself"
+        )
+    return found

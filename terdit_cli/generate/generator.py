@@ -1,0 +1,335 @@
+"""Images from a model: the part that `sample` and `eval-fid` share.
+
+Image i of a model with C classes is of class i mod C ("balanced": (class c, copy j) is image
+j * C + c) or of a class drawn for it ("uniform", as DiT's sample_ddp draws them); its noise is a
+function of (seed, i). So an image is the same whoever asks for it and together with whatever else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from terdit_cli import console
+from terdit_cli.data.classes import names_of_classes
+from terdit_cli.data.vae import PixelSpace, Space, VaeSpace
+from terdit_cli.diffusion.noise import ImageNoise
+from terdit_cli.diffusion.sampler import SamplerConfig, sample
+from terdit_cli.errors import EnvironmentProblem, InputFileError, TerditError, UsageError
+from terdit_cli.hub import catalogue
+from terdit_cli.hub.card import read_card
+from terdit_cli.pack.read_release import is_released_folder, released_weights
+from terdit_cli.pack.sources import checkpoint_path
+from terdit_cli.runtime.load import LoadedModel, load
+from terdit_cli.system.gpu_memory import ELSEWHERE, explained, free_bytes
+
+DEFAULT_BATCH = 8  # images drawn at once
+
+OnStep = Callable[[int], None]
+Labels = Literal["balanced", "uniform"]
+
+
+def class_of(index: int, num_classes: int, labels: Labels, seed: int) -> int:
+    """Return the class of image `index`; a uniform one is a function of (seed, index)."""
+    if labels == "balanced":
+        return index % num_classes
+    digest = hashlib.sha256(f"terdit label 1:{seed}:{index}".encode()).digest()
+    return int.from_bytes(digest[:16], "little") % num_classes
+
+
+def default_device() -> torch.device:
+    """Return the GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class ImageGenerator:
+    """A loaded model and, opened when first used, the space that its output lives in."""
+
+    path: Path
+    model: LoadedModel
+    device: torch.device
+    vae: str | None
+
+    @cached_property
+    def space(self) -> Space:
+        """The pixels or the VAE; raises what `VaeSpace` raises, or UsageError for another VAE."""
+        info = self.model.info
+        if info.space.kind == "pixel":
+            return PixelSpace(3 if info.config.in_channels == 3 else 1)
+        vae = self.vae or str(info.space.vae)
+        with explained("the VAE", self.device, ELSEWHERE):
+            space = VaeSpace(vae, info.space.scale_factor, self.device)
+        latent = (info.config.in_channels, info.config.input_size, info.config.input_size)
+        if space.latent_shape(info.image_size) != latent:
+            raise UsageError(
+                "the VAE does not fit the model",
+                got=f"latents {space.latent_shape(info.image_size)}",
+                expected=latent,
+                where=vae,
+                fix="name the VAE it was trained with: --vae FOLDER",
+            )
+        return space
+
+    @property
+    def class_names(self) -> list[list[str]]:
+        info = self.model.info
+        return names_of_classes(info.class_names, info.config.num_classes)
+
+    def fit(self, sampler: SamplerConfig) -> SamplerConfig:
+        """Return the sampler as this model needs it: pixels clip the guess of x0 to [-1, 1].
+
+        Raises:
+            UsageError: guidance of a model trained without label dropout.
+        """
+        info = self.model.info
+        if sampler.guided and info.config.null_class is None:
+            raise UsageError(
+                "this model has no null class for guidance",
+                got=f"--cfg-scale {sampler.cfg_scale:g}",
+                expected=1,
+                where=self.path,
+                fix="--cfg-scale 1",
+            )
+        return sampler.clipped_for(pixels=info.space.kind == "pixel")
+
+    def batch_size(self, asked: int | None, guided: bool) -> int:
+        """Return how many images to draw at once: what was asked for, or what a GPU has room for.
+
+        Args:
+            asked: None: `DEFAULT_BATCH`, or as many fewer as fit.
+
+        Raises:
+            EnvironmentProblem: fewer fit than were asked for, or not one.
+        """
+        wanted = asked or DEFAULT_BATCH
+        fits = self.model.largest_batch(guided)
+        if fits is None or fits >= wanted:
+            return wanted
+        if asked is None and fits:
+            return fits
+        raise EnvironmentProblem(
+            "too little GPU memory for this batch",
+            got=f"{free_bytes(self.device) / 1e9:.2f} GB free",
+            expected=f"room for {wanted} images at once" if fits else "room for one image",
+            where=self.device,
+            fix=_smaller(fits),
+        )
+
+    @torch.inference_mode()
+    def images(
+        self,
+        indices: Sequence[int],
+        sampler: SamplerConfig,
+        seed: int,
+        batch_size: int,
+        on_step: OnStep = lambda images: None,
+        labels: Labels = "balanced",
+    ) -> Iterator[tuple[NDArray[np.uint8], list[int]]]:
+        """Yield batches of images uint8 [B, H, W, 3] and their class ids, in order of `indices`.
+
+        `on_step` is called after each sampling step with the number of images in the batch.
+
+        Raises:
+            InputFileError: an image is not finite.
+        """
+        info = self.model.info
+        config, rows = info.config, info.label_rows()
+        shape = (config.in_channels, config.input_size, config.input_size)
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            classes = [class_of(index, config.num_classes, labels, seed) for index in batch]
+            y = torch.tensor([rows[class_id] for class_id in classes], device=self.model.conditions)
+            noise = ImageNoise(seed, batch, shape, self.device)
+            what = f"{len(batch)} images at once"
+            with explained(what, self.device, _smaller(len(batch) // 2)):
+                latents = sample(
+                    self.model.network,
+                    sampler,
+                    noise.initial(),
+                    y,
+                    config.num_classes,
+                    noise,
+                    on_step=partial(_count_images, on_step),
+                )
+                self._require_finite(latents, batch)
+                images = self.space.decode(latents).cpu().numpy()
+            yield images, classes
+
+    def _require_finite(self, latents: torch.Tensor, batch: Sequence[int]) -> None:
+        """Raise InputFileError where an image is not finite: as bytes it would look like black."""
+        broken = (~latents.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        if broken:
+            raise InputFileError(
+                "the model's output is not finite",
+                got=f"{len(broken)} of {len(batch)} images, the first of them number "
+                f"{batch[broken[0]]}",
+                where=self.path,
+                fix="take an earlier checkpoint, or another precision (--activations)",
+            )
+
+
+def _smaller(batch_size: int) -> str:
+    return f"--batch-size {batch_size}" if batch_size else ELSEWHERE
+
+
+def _count_images(on_step: OnStep, k: int, x: torch.Tensor) -> None:
+    on_step(len(x))
+
+
+def sampler_for(
+    path: Path,
+    name: str | None = None,
+    steps: int | None = None,
+    cfg_scale: float | None = None,
+    cfg_channels: str = "3",
+    eps_scale: float | None = None,
+) -> SamplerConfig:
+    """Return the sampler that was asked for; what was not (None) is `SamplerConfig`'s default.
+
+    For a packaged model it is what its card advises instead, and a line on stderr says so. The
+    advised steps are of the advised sampler: another sampler has its own default. The advised
+    factor of the predicted noise is of that sampler with those steps and that guidance.
+
+    Raises:
+        UsageError: impossible values. InputFileError: a damaged card.
+    """
+    found: dict[str, Any] = {
+        "name": name, "steps": steps, "cfg_scale": cfg_scale, "eps_scale": eps_scale
+    }  # fmt: skip
+    packaged = catalogue.name_of(path)
+    if packaged is not None and None in found.values():
+        advice = read_card(packaged).sampler
+        advised = {"name": advice.name, "cfg_scale": advice.cfg_scale}
+        if name in (None, advice.name):
+            advised["steps"] = advice.steps
+        taken = {field: value for field, value in advised.items() if found[field] is None}
+        found |= taken
+        whole = advice.model_dump(exclude={"eps_scale"})
+        if eps_scale is None and all(found[field] == value for field, value in whole.items()):
+            found |= (taken := taken | {"eps_scale": advice.eps_scale})
+        options = {
+            "name": "--sampler", "steps": "--steps", "cfg_scale": "--cfg-scale",
+            "eps_scale": "--eps-scale",
+        }  # fmt: skip
+        words = [f"{options[field]} {taken[field]}" for field in options if field in taken]
+        if words:
+            console.note(f"{packaged}: {' '.join(words)}, as its card advises")
+    given = {field: value for field, value in found.items() if value is not None}
+    return SamplerConfig(**given, cfg_channels=cfg_channels)  # type: ignore[arg-type]
+
+
+def open_generator(
+    path: Path,
+    backend: str = "auto",
+    device: str | None = None,
+    vae: str | None = None,
+    activations: str = "auto",
+    compiled: bool = False,
+    weights: Literal["ema", "raw"] = "ema",
+) -> ImageGenerator:
+    """Load a model; its VAE is opened later, after cheaper checks.
+
+    Args:
+        path: anything `load_model` takes.
+        vae: folder or hub id that stands in for the one the model names.
+        activations: "auto" or a precision, as `load` takes it.
+        compiled, weights: as `load` takes them.
+
+    Raises:
+        InputFileError, UsageError, EnvironmentProblem.
+    """
+    place = usable_device(device)
+    exact_convolutions(place)
+    model = load(path, place, backend, weights, activations, compiled)
+    info = model.info
+    if info.space.kind == "pixel" and vae is not None:
+        raise UsageError(
+            "this model draws pixels", got=f"--vae {vae}", expected="no VAE", where=path
+        )
+    console.note(f"{path}: {model.reason} on {place}")
+    return ImageGenerator(path, model, place, vae)
+
+
+DEVICES = ("cpu", "cuda", "mps")  # their kinds, as torch calls them
+
+
+def exact_convolutions(device: torch.device) -> None:
+    """Turn off TF32, the default of a GPU's convolutions, and algorithms chosen by a race.
+
+    The flags are the process's: set once, for a VAE and a network of features may run in two
+    threads, and images are the same whoever asks for them.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
+
+
+def usable_device(name: str | None) -> torch.device:
+    """Return a device by name, or the default one for None and "auto".
+
+    Raises:
+        UsageError: no such kind of device. EnvironmentProblem: a GPU that is not there.
+    """
+    if name is None or name == "auto":
+        return default_device()
+    kind: type[TerditError] = UsageError
+    if name.partition(":")[0] not in DEVICES:
+        raise UsageError(
+            "the device cannot be used", got=repr(name), expected="auto, cpu, cuda or cuda:1",
+            fix="--device cpu",
+        )  # fmt: skip
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            _require_gpu(device)
+            kind = EnvironmentProblem
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise kind(
+            "the device cannot be used",
+            got=f"{name!r}: {str(error).splitlines()[0]}",
+            fix="--device cpu",
+        ) from error
+    return device
+
+
+def _require_gpu(device: torch.device) -> None:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        why = "finds no GPU" if torch.version.cuda else "is built without CUDA"
+        raise EnvironmentProblem(
+            "this machine has no GPU to use",
+            got=f"--device {device}; torch {torch.__version__} {why}",
+            fix="--device cpu, or install NVIDIA's driver and torch for CUDA",
+        )
+    if (device.index or 0) >= count:
+        raise EnvironmentProblem(
+            "this machine has no such GPU",
+            got=f"--device {device}",
+            expected="cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}",
+            fix="--device cuda",
+        )
+
+
+def model_sha256(path: Path) -> str:
+    """Return the SHA-256 of a model's file (of a folder: of the file that holds its weights)."""
+    if is_released_folder(path):
+        path = released_weights(path)
+    else:
+        path = checkpoint_path(path) or path
+    return file_sha256(path)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

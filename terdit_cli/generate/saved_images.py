@@ -1,0 +1,80 @@
+"""`--save-images`: a folder of PNGs that holds the images of one run and of no other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from terdit_cli.data.grid import save_png
+from terdit_cli.errors import UsageError
+from terdit_cli.system.atomic import atomic_path
+
+FACTS_FILE = ".terdit.json"  # whose images they are
+LARGEST_FACTS = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class SavedImages:
+    """Images by number: 000000.png and on."""
+
+    folder: Path
+
+    def claim(self, facts: dict[str, Any], count: int) -> None:
+        """Begin a folder, or go on with that of the same images.
+
+        Raises:
+            UsageError: it holds something else, or more images than this run has: what reads the
+                folder next would take all of it for this run's.
+        """
+        path, ours = self.folder / FACTS_FILE, json.loads(json.dumps(facts))
+        found = sorted(p.name for p in self.folder.iterdir()) if self.folder.exists() else []
+        got = None
+        if FACTS_FILE in found:
+            if _read(path) != ours:
+                got = "the images of another run"
+            elif more := [name for name in found if _number(name) >= count]:
+                got = f"{more[0]}, of a larger -n"
+        elif found:
+            got = found[0]
+        if got is not None:
+            raise UsageError(
+                "the folder for the images holds others", got=got, where=self.folder,
+                expected=f"nothing, or images of this run up to {self._path(count - 1).name}",
+                fix="name another folder with --save-images, or delete this one",
+            )  # fmt: skip
+        if FACTS_FILE not in found:
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(ours, sort_keys=True), encoding="utf-8")
+
+    def has(self, indices: Sequence[int]) -> bool:
+        return all(self._path(index).exists() for index in indices)
+
+    def write(self, indices: Sequence[int], images: Sequence[NDArray[np.uint8]]) -> None:
+        for index, image in zip(indices, images, strict=True):
+            save_png(Image.fromarray(image), self._path(index))
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{index:06d}.png"
+
+
+def _number(name: str) -> int:
+    """Return the number of an image by the name of its file, -1 of other files."""
+    stem = name.removesuffix(".png")
+    return int(stem) if stem.isdecimal() else -1
+
+
+def _read(path: Path) -> Any:
+    """Return what a facts file says, None if it says nothing."""
+    with path.open("rb") as file:
+        text = file.read(LARGEST_FACTS)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

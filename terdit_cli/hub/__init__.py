@@ -1,0 +1,1 @@
+"""The packaged models with their cards, by name."""

@@ -1,0 +1,1 @@
+"""Instruments for developers: benchmarks, studies, the demo. Only the command line imports them."""

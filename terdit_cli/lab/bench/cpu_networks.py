@@ -1,0 +1,303 @@
+"""Whole networks, each in a process of its own, taking turns; and whole `terdit sample` runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from terdit_cli import console
+from terdit_cli.errors import EnvironmentProblem
+from terdit_cli.lab.bench import results, rivals
+from terdit_cli.lab.bench.goals import INT8_RIVALS
+from terdit_cli.lab.bench.random_model import forward_operations
+from terdit_cli.lab.bench.results import OURS, Figure, ForwardRow, PeakRow, SampleRow
+from terdit_cli.lab.bench.settings import DOWNSAMPLE, Options
+from terdit_cli.lab.bench.worker import (
+    ARITHMETICS,
+    SETTLE_SECONDS,
+    Answer,
+    Process,
+    resident_bytes,
+    thread_variables,
+    with_input_size,
+)
+from terdit_cli.model.info import ModelInfo
+from terdit_cli.pack.exported import count_weights
+from terdit_cli.pack.tdt import TdtFile, write_tdt
+
+# At image sizes after the first, only these rivals run.
+FASTEST_RIVALS = ("bf16-compiled", *INT8_RIVALS)
+LOADED_AT_ONCE = 2  # nothing is timed meanwhile
+SPARE_BYTES = 400 << 20  # of a process with torch, beside its weights
+REFERENCE_STEPS = 2  # the reference backend is slow: its image is not drawn to the end
+
+
+def available_bytes() -> int | None:
+    """Return the memory that new processes can have, or None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return next((int(kilobytes) * 1024 for kilobytes in found), None)
+
+
+@dataclass
+class _Contender:
+    """A network that takes part in the turns of one image size."""
+
+    who: str
+    activations: str
+    threads: int
+    process: Process | None = None
+    why_not: str | None = None
+    backend: str = ""
+    isa: str = ""
+    seconds: list[float] = field(default_factory=list)
+
+
+def measure(options: Options, model: Path, folder: Path, peaks: list[PeakRow]) -> list[ForwardRow]:
+    """Time the network of a .tdt, terdit and its rivals, at each image size all in turns.
+
+    With the most threads and at the first size everything runs; with fewer threads the first
+    activation only, at further sizes that and the fastest rivals.
+
+    Raises:
+        InputFileError: the file; EnvironmentProblem: a process of terdit's own failed.
+    """
+    with TdtFile(model) as file:
+        info, weights = file.info, count_weights(file)
+    rows: list[ForwardRow] = []
+    sizes = options.input_sizes or (info.config.input_size,)
+    for index, input_size in enumerate(sizes):
+        sized = with_input_size(info, input_size)
+        with ExitStack() as stack:
+            contenders = _contenders(options, first=index == 0)
+            _leave_out_what_does_not_fit(contenders, weights)
+            console.note(
+                f"bench: loading {len(contenders)} networks of {sized.config.tokens} tokens"
+            )
+            with ThreadPoolExecutor(LOADED_AT_ONCE) as pool:
+                list(pool.map(partial(_load, options, model, sized, stack), contenders))
+            medians = _turns(options, contenders, peaks, stack)
+            rows += _rows(options, contenders, medians, sized, folder)
+    return rows
+
+
+def _contenders(options: Options, first: bool) -> list[_Contender]:
+    most, fewer = options.threads[0], options.threads[1:] if first else ()
+    used = options.activations if first else options.activations[:1]
+    ours = [_Contender(OURS, name, most) for name in used]
+    ours += [_Contender(OURS, options.activations[0], threads) for threads in fewer]
+    others = [name for name in options.rivals if first or name in FASTEST_RIVALS]
+    return ours + [_Contender(name, rivals.arithmetic(name), most) for name in others]
+
+
+def _leave_out_what_does_not_fit(contenders: list[_Contender], weights: int) -> None:
+    """Set `why_not` of each rival that memory has no room for beside those before it."""
+    free = available_bytes()
+    if free is None:
+        return
+    used = 0
+    for contender in contenders:
+        needed = SPARE_BYTES
+        if contender.who != OURS:
+            needed += int(weights * rivals.RIVALS[contender.who].bytes_a_weight)
+        if contender.who != OURS and used + needed > free:
+            left = max(0, free - used)
+            contender.why_not = (
+                f"needs {needed / 1e9:.1f} GB of memory, {left / 1e9:.1f} GB are free"
+            )
+        else:
+            used += needed
+
+
+def _load(
+    options: Options, model: Path, info: ModelInfo, stack: ExitStack, contender: _Contender
+) -> None:
+    """Start a process with a network in it and let it run once."""
+    if contender.why_not is not None:
+        return
+    contender.process = stack.enter_context(Process(contender.threads))
+    answer = contender.process.ask(
+        "load",
+        who=contender.who,
+        model=str(model),
+        input_size=info.config.input_size,
+        batch=options.batch,
+        backend=options.backend,
+        activations=contender.activations,
+        seed=options.seed,
+    )
+    if "why_not" in answer and contender.who == OURS:
+        raise EnvironmentProblem("a benchmark process failed", got=answer["why_not"])
+    contender.why_not = answer.get("why_not")
+    contender.backend, contender.isa = answer.get("backend", ""), answer.get("isa", "")
+
+
+def _turns(
+    options: Options, contenders: list[_Contender], known: list[PeakRow], stack: ExitStack
+) -> dict[tuple[int, str], float]:
+    """Let the loaded networks run in turns, and the peaks with them.
+
+    Returns the median peaks by (threads, arithmetic); the contenders keep their seconds.
+    """
+    meters = {n: stack.enter_context(Process(n)) for n in options.threads}
+    peaks: dict[tuple[int, str], list[float]] = {}
+    isa = ""
+    with console.progress("bench: forwards", options.repeats) as meter:
+        for repeat in range(options.repeats):
+            for threads, process in meters.items():
+                for what in ARITHMETICS:
+                    answer = process.ask("peak", what=what)
+                    isa = answer.get("isa", "")
+                    if answer.get("peak") is not None:
+                        peaks.setdefault((threads, what), []).append(answer["peak"])
+            for contender in contenders:
+                if contender.process is None or contender.why_not is not None:
+                    continue
+                time.sleep(SETTLE_SECONDS)
+                answer = contender.process.ask("run")
+                contender.why_not = answer.get("why_not")
+                contender.seconds += [answer["seconds"]] if "seconds" in answer else []
+            meter.update(repeat + 1)
+    medians = {key: statistics.median(each) for key, each in peaks.items()}
+    for threads in options.threads:
+        results.note_peaks(known, threads, isa, _at(medians, threads))
+    return medians
+
+
+def _at(medians: dict[tuple[int, str], float], threads: int) -> dict[str, float]:
+    return {what: value for (count, what), value in medians.items() if count == threads}
+
+
+def _rows(
+    options: Options,
+    contenders: list[_Contender],
+    medians: dict[tuple[int, str], float],
+    info: ModelInfo,
+    folder: Path,
+) -> list[ForwardRow]:
+    """Ask every process for its memory and its output, and make the rows."""
+    path = folder / "output.npy"
+    answers: list[Answer] = []
+    outputs: list[NDArray[np.float32] | None] = []
+    for contender in contenders:
+        answer: Answer = {}
+        if contender.process is not None and contender.why_not is None:
+            answer = contender.process.ask("finish", output=str(path))
+        answers.append(answer)
+        outputs.append(np.load(path) if "resident" in answer else None)
+    pairs = list(zip(contenders, outputs, strict=True))
+    exact = next((output for contender, output in pairs if contender.who == "fp32"), None)
+    operations = forward_operations(info.config, options.batch)
+    rows = []
+    for (contender, output), answer in zip(pairs, answers, strict=True):
+        figure = Figure(contender.seconds if contender.why_not is None else [])
+        peaks = _at(medians, contender.threads)
+        rows.append(
+            ForwardRow(
+                who=contender.who,
+                threads=contender.threads,
+                isa=contender.isa,
+                activations=contender.activations,
+                figure=figure,
+                why_not=contender.why_not,
+                size=info.config.input_size * DOWNSAMPLE,
+                batch=options.batch,
+                tokens=info.config.tokens,
+                backend=contender.backend,
+                operations=operations,
+                error=_distance(output, exact),
+                share=results.share_of_peak(figure, operations, peaks, contender.activations),
+                resident=answer.get("resident"),
+                peak_resident=answer.get("peak_resident"),
+            )
+        )
+    return rows
+
+
+def _distance(
+    output: NDArray[np.float32] | None, exact: NDArray[np.float32] | None
+) -> float | None:
+    """Return |output - exact| / |exact|, or None where one of them is missing."""
+    if output is None or exact is None:
+        return None
+    return float(np.linalg.norm(output - exact) / np.linalg.norm(exact))
+
+
+def sample(options: Options, model: Path, folder: Path) -> list[SampleRow]:
+    """Run `terdit sample` for one image: with t2 and t5, then on the reference backend.
+
+    Raises:
+        EnvironmentProblem: one of them failed.
+    """
+    file = TdtFile(model)
+    with file:
+        if file.info.space.kind != "pixel":
+            console.note("bench: this model needs its VAE to sample: not run")
+            return []
+        write_tdt(file, folder / "t5.tdt", "t5", "fp32")
+        t2 = file.codec(file.ternary_names()[0]) == "t2"
+    runs = [(folder / "t5.tdt", "t5", options.backend, results.SAMPLE_STEPS)]
+    if t2:
+        runs.insert(0, (model, "t2", options.backend, results.SAMPLE_STEPS))
+        if options.backend != "reference":
+            runs.append((model, "t2", "reference", REFERENCE_STEPS))
+    rows = []
+    for path, codec, backend, steps in runs:
+        console.note(f"bench: terdit sample, {codec}, backend {backend}, {steps} steps")
+        said, peak = _one_sample(options, path, backend, steps, folder / "image.npz")
+        rows.append(
+            SampleRow(
+                codec=codec,
+                backend=said["backend"],
+                activations=said["activations"],
+                threads=said["threads"],
+                steps=steps,
+                seconds=said["seconds"],
+                peak_resident=peak,
+            )
+        )
+    return rows
+
+
+def _one_sample(
+    options: Options, model: Path, backend: str, steps: int, output: Path
+) -> tuple[dict[str, Any], int | None]:
+    """Return what `terdit sample --json` says, and the peak memory of its process if known."""
+    words = [
+        sys.executable, "-m", "terdit_cli", "sample", "--model", model, "--prompt-class", "0",
+        "--steps", steps, "--backend", backend, "--device", "cpu", "--threads", options.threads[0],
+        "--json", "-o", output,
+    ]  # fmt: skip
+    peak: int | None = None
+    with subprocess.Popen(
+        list(map(str, words)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | thread_variables(options.threads[0]),
+    ) as process:
+        while process.poll() is None:
+            # The peak only grows, so the last look before the end is as good as all of them.
+            peak = resident_bytes(str(process.pid))[1] or peak
+            time.sleep(0.01)
+        out, err = process.communicate()
+    if process.returncode != 0:
+        last = err.strip().splitlines()[-1:]
+        raise EnvironmentProblem("`terdit sample` failed", got=" ".join(last), where=model)
+    return json.loads(out), peak

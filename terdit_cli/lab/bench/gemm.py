@@ -1,0 +1,112 @@
+"""The matrix products: terdit and its rivals on the shapes of the published models.
+
+M rows of activations, K -> N; all ways take turns in one process a thread count
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+
+from terdit_cli import console
+from terdit_cli.errors import EnvironmentProblem
+from terdit_cli.lab.bench import results, rivals
+from terdit_cli.lab.bench.results import OURS, Figure, GemmRow, PeakRow
+from terdit_cli.lab.bench.settings import Options
+from terdit_cli.lab.bench.worker import Process
+from terdit_cli.runtime import cpu
+
+# What keeps torch's libraries on AVX2 when terdit is told to use no more than that.
+TORCH_AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+PLAIN_C_PART = 8  # plain C takes long: it gets so many times fewer rows
+
+
+def measure(options: Options, peaks: list[PeakRow]) -> list[GemmRow]:
+    """Time all shapes on every thread count, then one of them on the other instruction sets.
+
+    All activations and rivals run with the most threads, with fewer only the first activation.
+    What the peaks are is added to `peaks`.
+
+    Raises:
+        EnvironmentProblem: a process of terdit's own failed.
+    """
+    first, most = options.activations[0], options.threads[0]
+    rows: list[GemmRow] = []
+    for threads in options.threads:
+        ours = [(first, "tensor")]
+        if threads == most:
+            ours = [(name, "tensor") for name in options.activations] + [(first, "group128")]
+        with Process(threads) as process:
+            others = options.gemm_rivals if threads == most else ()
+            for shape in (*results.GEMM_SHAPES, results.SMALL_SHAPE):
+                rows += _one_shape(options, process, threads, shape, ours, others, peaks)
+    if options.backend != cpu.NAME or "TERDIT_ISA" in os.environ:
+        return rows
+    m, k, n = results.GEMM_SHAPES[1]
+    plain = tuple(name for name in ("fp32", "fp32-medium") if name in options.rivals)
+    for isa in cpu.isas_usable():
+        if isa == rows[0].isa:
+            continue
+        limits = {} if isa.startswith("avx512") else TORCH_AVX2
+        shape = (m // PLAIN_C_PART if isa == "generic" else m, k, n)
+        ours = [("int8", "tensor"), ("fp32", "tensor")]
+        with Process(most, {"TERDIT_ISA": isa, **limits}) as process:
+            rows += _one_shape(options, process, most, shape, ours, plain, peaks)
+    return rows
+
+
+def _one_shape(
+    options: Options,
+    process: Process,
+    threads: int,
+    shape: tuple[int, int, int],
+    ours: Sequence[tuple[str, str]],
+    others: Sequence[str],
+    peaks: list[PeakRow],
+) -> list[GemmRow]:
+    """Time all ways for one shape (M, K, N); `ours` are (activations, granularity)."""
+    m, k, n = shape
+    console.note(f"bench: {k} -> {n}, {m} rows, threads {threads}")
+    answer = process.ask(
+        "gemm",
+        shape=shape,
+        ours=ours,
+        others=others,
+        backend=options.backend,
+        repeats=options.repeats,
+        seed=options.seed,
+        ggml=str(options.ggml or ""),
+    )
+    if "samples" not in answer:
+        raise EnvironmentProblem("a benchmark process failed", got=answer["why_not"])
+    # Plain C has no instruction whose rate would bound it: the compiler chooses.
+    measured = answer["peaks"] if answer["isa"] != "generic" else {}
+    medians = {what: statistics.median(each) for what, each in measured.items()}
+    results.note_peaks(peaks, threads, answer["isa"], medians)
+    ways = [(OURS, *way, "/".join(way)) for way in ours]
+    ways += [(name, rivals.arithmetic(name), "tensor", name) for name in others]
+    rows = []
+    for who, activations, granularity, way in ways:
+        figure = Figure(answer["samples"].get(way, []))
+        rows.append(
+            GemmRow(
+                who=who,
+                threads=threads,
+                isa=answer["isa"],
+                activations=activations,
+                figure=figure,
+                why_not=answer["why_not"].get(way),
+                m=m,
+                k=k,
+                n=n,
+                granularity=granularity,
+                error=answer["errors"].get(way),
+                share=results.share_of_peak(figure, 2.0 * m * k * n, medians, activations),
+            )
+        )
+    return rows

@@ -1,0 +1,1 @@
+"""The gpu backend: Triton kernels that multiply with packed trits."""

@@ -1,0 +1,35 @@
+"""One training at a time in a run folder: two would mix their logs and take each other's saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from terdit_cli.errors import UsageError
+from terdit_cli.system.locks import held
+from terdit_cli.train.parallel import World
+
+
+@contextmanager
+def alone_in(run_folder: Path, world: World) -> Iterator[None]:
+    """Hold a run folder, made if it is not there; all processes of a job together.
+
+    Raises:
+        UsageError: another training is at work there.
+        EnvironmentProblem: the folder cannot be made.
+    """
+    made = world.is_main and not run_folder.exists()
+    with ExitStack() as stack:
+        taken = world.is_main and stack.enter_context(held(run_folder)) is None
+        try:
+            if world.agree(float(taken)):
+                raise UsageError(
+                    "another process trains in this run folder", where=run_folder,
+                    fix="wait for it, stop it, or name another folder with --out",
+                )  # fmt: skip
+            yield
+        finally:
+            if made:
+                with suppress(OSError):  # of a run that did not come to its first file
+                    run_folder.rmdir()

@@ -1,0 +1,153 @@
+"""The study file: what it resolves to, and every mistake by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from terdit_cli.errors import InputFileError, UsageError
+from terdit_cli.lab.study.spec import Study, checkpoint_words, load_study, recipe_of, words_of
+
+SHIPPED = sorted((Path(__file__).parents[3] / "recipes" / "studies").glob("*.yaml"))
+
+
+def test_variants_become_recipes_with_one_seed_and_one_name_each(study: Study) -> None:
+    twin, ternary = study.variant("twin"), study.variant("ternary")
+    recipe = recipe_of(study, twin, 1)
+    assert (recipe.seed, recipe.name, recipe.ternary.enabled) == (1, "small-twin", False)
+    other = recipe_of(study, ternary, 1)
+    ours, theirs = (
+        r.model_dump(exclude={"name": True, "ternary": {"enabled"}}) for r in (recipe, other)
+    )
+    assert ours == theirs
+
+
+def test_overrides_of_the_command_line_come_after_the_study_and_before_the_variant(
+    study_file: Path,
+) -> None:
+    study = load_study(study_file, ["optim.lr=1e-3", "ternary.enabled=true"])
+    assert recipe_of(study, study.variant("ternary"), 0).optim.lr == 1e-3
+    assert not recipe_of(study, study.variant("twin"), 0).ternary.enabled
+
+
+def test_which_models_are_scored_with_how_many_images(study: Study) -> None:
+    ternary, derived = study.variant("ternary"), study.variant("ptq")
+    assert study.steps_of(ternary) == (10, 20, 40)
+    assert study.steps_of(derived) == (40,)
+    assert [study.images_at(ternary, step) for step in (10, 40)] == [(20,), (20, 40)]
+    assert study.images_at(derived, 40) == (40,)
+    assert study.seeds_of(study.variant("no-norm")) == (0,)
+
+
+def test_checkpoints_fall_on_every_scored_step(study: Study) -> None:
+    ternary = study.variant("ternary")
+    recipe = recipe_of(study, ternary, 0)
+    assert checkpoint_words(study, ternary, recipe) == [
+        "checkpoint.every=10", "checkpoint.keep_last=5"
+    ]  # fmt: skip
+    often = load_study(study.recipe.parent / "small.yaml", ["checkpoint.every=4"])
+    recipe = recipe_of(often, ternary, 0)
+    assert checkpoint_words(often, ternary, recipe)[0] == "checkpoint.every=2"
+
+
+def test_what_a_variant_needs_comes_with_it(study: Study) -> None:
+    assert [v.name for v in study.closure(["packed"])] == ["ternary", "packed"]
+    with pytest.raises(UsageError, match=r"no such variant.*did you mean 'ternary'"):
+        study.closure(["ternry"])
+
+
+def test_a_variant_trained_after_another_gets_its_checkpoint(study_file: Path) -> None:
+    warm = """\
+  - {name: warm, label: from the twin, question: "Does a start help?", after: twin,
+     overrides: [data.path=$after]}
+bars:"""
+    study_file.write_text(study_file.read_text().replace("bars:", warm))
+    study = load_study(study_file)
+    words = words_of(study, study.variant("warm"), 0, Path("x/ckpt.pt"))
+    assert words == ["data.path=x/ckpt.pt", "seed=0", "name=small-warm"]
+    assert [variant.name for variant in study.closure(["warm"])] == ["twin", "warm"]
+
+
+def test_the_shortened_version_keeps_what_it_names(study_file: Path) -> None:
+    lines = "lines:\n  - {title: All, variants: [[ternary, no-norm], twin]}\nbars:"
+    study_file.write_text(study_file.read_text().replace("bars:", lines))
+    quick = load_study(study_file, quick=True)
+    assert quick.name == "small-quick"
+    assert [variant.name for variant in quick.variants] == ["twin", "ternary"]
+    assert (quick.steps, quick.seeds) == ((10,), (0,))
+    assert recipe_of(quick, quick.variants[0], 0).train.steps == 10
+    assert quick.grids == ("twin", "ternary")
+    assert [figure.variants for figure in quick.bars] == [("twin", "ternary")]
+    assert [figure.groups for figure in quick.lines] == [(("twin",),)]
+
+
+def test_a_study_without_a_shortened_version_says_so(study_file: Path) -> None:
+    text = study_file.read_text()
+    study_file.write_text(text[: text.index("quick:")])
+    with pytest.raises(UsageError, match=r"no shortened version.*leave --quick out"):
+        load_study(study_file, quick=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("title: Small models", "titel: x", ["2 mistakes", "did you mean 'title'?", "missing"]),
+        ("label: ternary,", "lable: ternary,", ["variants.1.lable", "did you mean 'label'?"]),
+        ("twin: twin", "twin: twn", ["headline.twin", "did you mean 'twin'?"]),
+        (
+            "bars:",
+            "lines: [{title: x, variants: [[twin, ternry]]}]\nbars:",
+            ["lines.0", "did you mean 'ternary'?"],
+        ),
+        (
+            "headline: {ternary: ternary,",
+            "also: [{ternary: ternray, twin: twin}]\nheadline: {ternary: ternary,",
+            ["also.0", "did you mean 'ternary'?"],
+        ),
+        ("of: twin, ternarize: row", "of: twin", ["ternarized or packed"]),
+        ("of: twin, ternarize: row", "ternarize: row", ["need `of`"]),
+        ("of: twin, ternarize: row", "eps_scale: 0.99", ["need `of`"]),
+        (
+            "of: twin, ternarize: row",
+            "of: twin, eps_scale: 0",
+            ["variants.3.eps_scale: got 0", "greater than 0"],
+        ),
+        (
+            "pack: {codec: t5, ",
+            "ternarize: row, eps_scale: 0.99, pack: {codec: t5, ",
+            ["ternarized or packed"],
+        ),
+        ("of: twin,", "of: packed,", ["ptq.of", "no trained variant above"]),
+        ("of: twin,", "of: twin, seeds: [7],", ["ptq.seeds", "twin does not have"]),
+        ("of: twin,", "of: twin, steps: [15],", ["ptq.steps", "twin is not kept"]),
+        ("name: ternary,", "name: twin,", ["'twin' stands twice"]),
+        ("steps: [10, 20, 40]", "steps: [10, 50]", ["step 50 of twin", "train.steps = 40"]),
+        ("n: 40,", "n: yes,", ["evaluation.n", "yes/no"]),
+        ("[ternary.enabled=false]", "[ternary.enabld=no]", ["did you mean 'enabled'?"]),
+        ("[ternary.enabled=false]", '["model.dim=$after"]', ["`after` and $after"]),
+    ],
+)
+def test_mistakes(study_file: Path, old: str, new: str, parts: list[str]) -> None:
+    text = study_file.read_text()
+    assert old in text
+    study_file.write_text(text.replace(old, new, 1))
+    with pytest.raises(UsageError) as error:
+        load_study(study_file)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_a_missing_study_names_its_neighbours(tmp_path: Path, study_file: Path) -> None:
+    with pytest.raises(InputFileError, match=r"cannot read the study.*studies here: .*small\.yaml"):
+        load_study(tmp_path / "smal.yaml")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_studies_are_whole(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    assert first.startswith(f"# terdit study recipes/studies/{path.name}")
+    study = load_study(path)
+    assert study.name == path.stem
+    if study.quick is not None:
+        assert load_study(path, quick=True).name == f"{path.stem}-quick"
