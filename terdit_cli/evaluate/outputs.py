@@ -12,14 +12,14 @@ from terdit_cli.data.grid import draw_grid, save_png
 from terdit_cli.evaluate.feature_shards import FeatureShards
 from terdit_cli.evaluate.image_features import ModelSource, Source
 from terdit_cli.evaluate.neighbours import NeighbourCheck, check_neighbours, cover
-from terdit_cli.evaluate.panels import (
+from terdit_cli.evaluate.report import (
     MOST_PAIRS,
     Neighbours,
     Pair,
     classes_to_show,
     samples_of_class,
+    write_report,
 )
-from terdit_cli.evaluate.report import write_report
 from terdit_cli.evaluate.result import EvalResult
 from terdit_cli.evaluate.scores import NEIGHBOURS
 from terdit_cli.evaluate.summary import write_junit, write_markdown

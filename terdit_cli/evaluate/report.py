@@ -1,33 +1,42 @@
-"""One self-contained HTML page of an evaluation: numbers, verdicts, samples, pictures, origin.
+"""What the page of an evaluation shows: numbers, verdicts, samples, plots, neighbours, origin.
 
-The page asks for nothing: images are data URIs, pictures are inline SVG, there is no script, and
-its own Content-Security-Policy forbids all else (the style sheet is allowed by its hash). It
-follows the reader's light or dark theme, and has a size for phones and one for paper.
+Its form is `evaluation.html` among the templates of the kit.
 """
 
 from __future__ import annotations
 
-import importlib.resources
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from terdit_cli.evaluate.markup import Image, Markup, element, join, whole_page
-from terdit_cli.evaluate.neighbours import Coverage
-from terdit_cli.evaluate.panels import (
-    Neighbours,
-    distances_by_class,
-    nearest_reals,
-    pictures,
-    samples,
+import numpy as np
+
+from terdit_cli.evaluate.neighbours import LOW_QUANTILE, Coverage, NeighbourCheck
+from terdit_cli.evaluate.plots import (
+    coverage_plot,
+    curve_plot,
+    memorisation_plot,
+    precision_recall_plot,
 )
-from terdit_cli.evaluate.result import EvalResult, Gate, format_interval, format_value
-from terdit_cli.evaluate.summary import describe_change, differences, flat, verdict
-from terdit_cli.system.atomic import atomic_path
+from terdit_cli.evaluate.result import EvalResult, format_interval, format_value, share
+from terdit_cli.evaluate.summary import (
+    describe_change,
+    described,
+    differences,
+    flat,
+    origin,
+    verdict,
+)
+from terdit_cli.report.figures import Plot
+from terdit_cli.report.pages import Image, write_page
 
+MOST_CLASSES = 20  # rows of the grid of samples
+_MOST_CELLS, _MOST_IN_CLASS = 200, 40
+MOST_PAIRS = 8  # of each kind of nearest neighbours
+MOST_BARS = 20
 _LONGEST_TEXT = 4000  # characters of one value of the provenance
-
-_SIGNS = {"<=": "\N{LESS-THAN OR EQUAL TO}", ">=": "\N{GREATER-THAN OR EQUAL TO}"}
 _MEANINGS = {
     "sFID": "spatial features; lower is better",
     "IS": "Inception Score; higher is better",
@@ -35,6 +44,37 @@ _MEANINGS = {
     "recall": "reals that samples reach; higher is better",
     "KID": "kernel distance; lower is better",
 }
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A sample and its nearest real image, which may not be at hand."""
+
+    sample: Image
+    real: Image | None
+    distance: float
+    sample_name: str = "sample"
+    real_name: str = "nearest real"
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What the memorisation check found, with pictures of some pairs."""
+
+    check: NeighbourCheck
+    closest: Sequence[Pair] = field(default_factory=list)
+    typical: Sequence[Pair] = field(default_factory=list)
+
+
+def classes_to_show(names: Sequence[str]) -> list[str]:
+    """Return the classes of the grid: all, or MOST_CLASSES spread over them."""
+    count = min(len(names), MOST_CLASSES)
+    return [names[index * len(names) // count] for index in range(count)]
+
+
+def samples_of_class(classes: int) -> int:
+    """Return how many samples of each class the grid shows for so many classes."""
+    return min(_MOST_IN_CLASS, max(10, _MOST_CELLS // max(1, classes) // 10 * 10))
 
 
 def write_report(
@@ -55,174 +95,142 @@ def write_report(
     Raises:
         EnvironmentProblem: the file cannot be written.
     """
-    text = page(result, images_by_class or {}, neighbours, coverage, baseline)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-
-
-def page(
-    result: EvalResult,
-    images_by_class: Mapping[str, Sequence[Image]],
-    neighbours: Neighbours | None,
-    coverage: Coverage | None,
-    baseline: EvalResult | None,
-) -> str:
-    """Return the page."""
-    style = importlib.resources.files(__package__).joinpath("report.css").read_text("utf-8")
+    facts, provenance = origin(result), result.to_dict()["provenance"]
+    command, config = provenance.get("command"), provenance.get("config")
+    source = str(provenance.get("model") or provenance.get("images") or "images")
     headline = f"{result.distance_name} {format_value(result.distance_name, result.distance)}"
-    title = f"{headline}, {verdict(result)}: {_source(result)}"
-    main = element(
-        "main",
-        _head(result),
-        _cards(result, baseline),
-        _gates(result),
-        _warnings(result),
-        samples(result, images_by_class),
-        pictures(result, coverage, baseline),
-        nearest_reals(neighbours),
-        distances_by_class(result),
-        _origin(result, baseline),
-        element("footer", f"terdit eval-fid, {result.provenance.get('date', 'no date')}"),
+    write_page(
+        path,
+        "evaluation.html",
+        f"{headline}, {verdict(result)}: {source}",
+        distance_name=result.distance_name,
+        number=format_value,
+        longest=_LONGEST_TEXT,
+        source=source,
+        facts=[*described(result), result.pipeline],
+        verdict=verdict(result),
+        tone="" if result.passed and not result.gates else "good" if result.passed else "bad",
+        cards=list(_cards(result, baseline)),
+        gates=result.gates,
+        warnings=result.warnings,
+        **_samples(result, images_by_class or {}),
+        plots=list(_plots(result, coverage, baseline)),
+        neighbours=None if neighbours is None else _neighbours(neighbours),
+        **_classes(result),
+        origin=[
+            (key, value)
+            for key, value in facts.items()
+            if key != "command" and not key.startswith("config.")
+        ],
+        network=list(flat(config)) if isinstance(config, Mapping) else [],
+        changed=[] if baseline is None else differences(result, baseline),
+        command=" ".join(map(str, command)) if isinstance(command, list) else command,
+        date=provenance.get("date", "no date"),
     )
-    return whole_page(title, style, main)
 
 
-def _source(result: EvalResult) -> str:
-    facts = result.provenance
-    return str(facts.get("model") or facts.get("images") or "images")
-
-
-def _head(result: EvalResult) -> Markup:
-    facts = result.provenance
-    items = [f"{result.n:,} images"]
-    if result.n_reference is not None:
-        items.append(f"{result.n_reference:,} in the reference")
-    if facts.get("sampler") is not None:
-        items.append(f"{facts['sampler']}, {facts.get('steps')} steps")
-        items.append(f"cfg {facts.get('cfg_scale')}")
-        if facts.get("eps_scale", 1) != 1:
-            items.append(f"eps scale {facts['eps_scale']}")
-    if facts.get("activations") is not None:
-        items.append(f"activations {facts['activations']}")
-    items.append(result.pipeline)
-    kind = "" if result.passed and not result.gates else "good" if result.passed else "bad"
-    badge = element("span", verdict(result).capitalize(), class_=f"badge {kind}".strip())
-    title = element(
-        "div",
-        element("p", "terdit eval-fid", class_="eyebrow"),
-        element("h1", _source(result)),
-        element("ul", *(element("li", item) for item in items), class_="facts"),
-    )
-    return element("header", title, badge, class_="head")
-
-
-def _cards(result: EvalResult, baseline: EvalResult | None) -> Markup:
-    cards = []
-    for name, value in result.metrics.items():
-        if name == "KID standard error":  # part of the card of KID
+def _cards(result: EvalResult, baseline: EvalResult | None) -> Iterator[dict[str, Any]]:
+    """Yield what the cards of the metrics say, the primary one first."""
+    errors = "KID standard error"  # part of the card of KID
+    names = sorted(result.metrics, key=lambda name: name != result.distance_name)
+    for name in names:
+        value, interval = result.metrics[name], result.intervals.get(name)
+        if name == errors:
             continue
-        notes: list[object] = []
-        if (interval := result.intervals.get(name)) is not None:
-            notes.append(element("span", f"95 %: {format_interval(name, interval)}"))
-        if name == "KID" and (error := result.metrics.get("KID standard error")) is not None:
-            notes.append(f"standard error {format_value(name, error)}")
-        if baseline is not None and (old := baseline.metrics.get(name)) is not None:
-            notes.append(_before(name, value, old))
-        notes.append(_meaning(result, name))
-        chips = [_chip(gate) for gate in result.gates if gate.metric == name]
-        first = " first" if name == result.distance_name else ""
-        cards.append(
-            element(
-                "article",
-                element("h3", name),
-                element("p", format_value(name, value), class_="value"),
-                *(element("p", note, class_="note") for note in notes),
-                *chips,
-                class_=f"card{first}",
-            )
-        )
-    return element("div", *cards, class_="cards")
+        old = None if baseline is None else baseline.metrics.get(name)
+        meaning = _MEANINGS.get(name, "")
+        if name == result.distance_name:
+            meaning = "distance to the reference; lower is better"
+        elif name == f"{result.distance_name} infinity":
+            meaning = "extrapolated to infinitely many images"
+        yield {
+            "name": name,
+            "value": value,
+            "interval": interval and format_interval(name, interval),
+            "error": name == "KID"
+            and errors in result.metrics
+            and format_value(errors, result.metrics[errors]),
+            "before": old,
+            "change": old is not None and describe_change(name, value, old),
+            "meaning": meaning,
+        }
 
 
-def _before(name: str, new: float, old: float) -> Markup:
-    change = describe_change(name, new, old)
-    kind = "bad" if change.endswith("worse") else "good" if change.endswith("better") else None
-    words = element("span", change, class_=kind) if change else None
-    return join(f"before {format_value(name, old)}", ", " if words else None, words)
+def _samples(result: EvalResult, by_class: Mapping[str, Sequence[Image]]) -> dict[str, Any]:
+    names = [name for name, images in by_class.items() if len(images)]
+    shown = classes_to_show(names)
+    rows = []
+    for name in shown:
+        detail = None
+        if name in result.per_class:
+            distance = format_value(result.distance_name, result.per_class[name])
+            detail = f"{result.distance_name} {distance}"
+        rows.append((name, detail, by_class[name][: samples_of_class(len(shown))]))
+    note = "The first images" + (" of each class" if any(shown) else "") + "; none were picked."
+    if len(shown) < len(names):
+        note += f" {len(shown)} of {len(names):,} classes, spread evenly."
+    return {"samples": rows, "samples_note": note}
 
 
-def _meaning(result: EvalResult, name: str) -> str:
-    if name == result.distance_name:
-        return "distance to the reference; lower is better"
-    if name == f"{result.distance_name} infinity":
-        return "extrapolated to infinitely many images"
-    return _MEANINGS.get(name, "")
-
-
-def _chip(gate: Gate) -> Markup:
-    word = "passed" if gate.passed else "failed"
-    limit = f"{_SIGNS[gate.relation]} {format_value(gate.metric, gate.limit)}"
-    return element("span", f"{limit} {word}", class_=f"chip {'good' if gate.passed else 'bad'}")
-
-
-def _gates(result: EvalResult) -> Markup | None:
-    if not result.gates:
-        return None
-    items = []
-    for gate in sorted(result.gates, key=lambda gate: gate.passed):
-        kind = "good" if gate.passed else "bad"
-        chip = element("span", "passed" if gate.passed else "failed", class_=f"chip {kind}")
-        limit = format_value(gate.metric, gate.limit)
-        condition = f": {gate.metric} {_SIGNS[gate.relation]} {limit}"
-        origin = element("p", element("code", gate.name), condition, class_="note")
-        items.append(element("li", chip, element("p", gate.reason), origin))
-    return element("section", element("h2", "Gates"), element("ul", *items, class_="gates"))
-
-
-def _warnings(result: EvalResult) -> Markup | None:
-    if not result.warnings:
-        return None
-    items = (element("li", text) for text in result.warnings)
-    return element("div", element("ul", *items), class_="warnings", role="note")
-
-
-def _origin(result: EvalResult, baseline: EvalResult | None) -> Markup:
-    facts = result.to_dict()["provenance"]
-    command, config = facts.pop("command", None), facts.pop("config", None)
-    reference = "unstated" if result.n_reference is None else f"{result.n_reference:,}"
-    rows: list[tuple[str, Any]] = [
-        ("number of images", f"{result.n:,}"),
-        ("images of the reference", reference),
-        ("pipeline", result.pipeline),
-        *flat(facts),
+def _plots(
+    result: EvalResult, coverage: Coverage | None, baseline: EvalResult | None
+) -> Iterator[Plot]:
+    name = result.distance_name
+    infinity = result.metrics.get(f"{name} infinity", math.nan)
+    limits = [gate.limit for gate in result.gates if gate.metric == name]
+    plots = [
+        curve_plot(name, result.curve, infinity, min(limits, default=None)),
+        precision_recall_plot(
+            _precision_recall(result), None if baseline is None else _precision_recall(baseline)
+        ),
+        None if coverage is None else coverage_plot(coverage),
     ]
-    parts = [element("h2", "Provenance"), element("div", _table(rows), class_="panel scroll")]
-    if isinstance(config, Mapping):
-        table = element("div", _table(list(flat(config))), class_="panel scroll")
-        title = element("summary", "Configuration of the network")
-        parts.append(element("details", title, table))
-    if baseline is not None and (changed := differences(result, baseline)):
-        head = element("tr", element("th"), element("th", "now"), element("th", "before"))
-        body = (_row(*facts) for facts in changed)
-        table = element("table", element("thead", head), element("tbody", *body))
-        parts.append(element("h3", "What differs from the earlier run", class_="pairs-name"))
-        parts.append(element("div", table, class_="panel scroll"))
-    if command is not None:
-        words = command if isinstance(command, str) else " ".join(map(str, command))
-        parts.append(element("pre", element("code", _cut(words))))
-    return element("section", *parts)
+    return filter(None, plots)
 
 
-def _table(rows: Iterable[tuple[str, Any]]) -> Markup:
-    return element("table", element("tbody", *(_row(*row) for row in rows)))
+def _precision_recall(result: EvalResult) -> tuple[float, float]:
+    return result.metrics.get("precision", math.nan), result.metrics.get("recall", math.nan)
 
 
-def _row(key: str, *values: Any) -> Markup:
-    kind = "hash" if "sha256" in key else None
-    cells = (element("td", _cut(value), class_=kind) for value in values)
-    return element("tr", element("th", key), *cells)
+def _neighbours(neighbours: Neighbours) -> dict[str, Any]:
+    check = neighbours.check
+    values = {
+        "median, sample to real": float(np.median(check.distances)),
+        "median, real to real": float(np.median(check.real_distances)),
+        "closest sample": float(check.distances.min()),
+        "closest reals": float(check.real_distances.min()),
+    }
+    largest = max(values.values()) or 1.0
+    return {
+        "note": f"Searched among {check.searched:,} real images. Memorisation can show only where "
+        "these include the images the model was trained on.",
+        "plot": memorisation_plot(check),
+        "finding": f"{100 * check.share_closer:.1f} % of {len(check.distances):,} samples lie "
+        f"closer to a real image than {100 * (1 - LOW_QUANTILE):.0f} % of the real images lie to "
+        f"theirs; about {100 * LOW_QUANTILE:.0f} % would be expected of new images.",
+        "medians": [(name, value, value / largest) for name, value in values.items()],
+        "groups": [
+            ("The closest of all", neighbours.closest[:MOST_PAIRS]),
+            ("Typical ones", neighbours.typical[:MOST_PAIRS]),
+        ],
+    }
 
 
-def _cut(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT] + "..."
+def _classes(result: EvalResult) -> dict[str, Any]:
+    ordered = sorted(result.per_class.items(), key=lambda item: (not math.isnan(item[1]), -item[1]))
+    note = "Largest first. A class has few images: compare only with equal numbers of them."
+    parts = [ordered] if ordered else []
+    if len(ordered) > MOST_BARS:
+        half = MOST_BARS // 2
+        parts = [ordered[:half], ordered[-half:]]
+        note += f" The {half} largest and the {half} smallest of {len(ordered):,}."
+    finite = [value for _, value in ordered if math.isfinite(value)]
+    largest = max(finite, default=1.0) or 1.0
+
+    def row(name: str, value: float) -> tuple[str, float, str]:
+        text = format_value(result.distance_name, value)
+        if name in result.recognised:
+            text += f", {share(result.recognised[name])} recognised"
+        return name, max(0.0, value / largest) if math.isfinite(value) else 0.0, text
+
+    return {"classes": [[row(*item) for item in part] for part in parts], "classes_note": note}

@@ -12,14 +12,11 @@ for GitHub's summary append the file: `cat summary.md >> $GITHUB_STEP_SUMMARY`.
 from __future__ import annotations
 
 import datetime
-import html
-import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from terdit_cli.evaluate.markup import clean
 from terdit_cli.evaluate.result import (
     EvalResult,
     format_interval,
@@ -28,10 +25,10 @@ from terdit_cli.evaluate.result import (
     relative_change,
     share,
 )
+from terdit_cli.report.markdown import clean, code, details, prose, table
 from terdit_cli.system.atomic import atomic_path
 
 SUITE = "terdit eval-fid"
-LONGEST_TEXT = 1000  # characters of one value in a summary
 MOST_CLASSES = 20  # rows of distances by class: the largest
 
 
@@ -136,7 +133,9 @@ def _summary_line(result: EvalResult) -> str:
 
 def markdown(result: EvalResult, baseline: EvalResult | None = None) -> str:
     """Return the summary of a result: verdicts, metrics, what differs, provenance."""
-    blocks = [f"## {_headline(result)}", _described(result)]
+    source = code(result.provenance.get("model") or result.provenance.get("images") or "images")
+    facts = [source, *map(prose, described(result)), code(result.pipeline)]
+    blocks = [f"## {_headline(result)}", ", ".join(facts)]
     if result.gates:
         rows = [
             (
@@ -147,14 +146,14 @@ def markdown(result: EvalResult, baseline: EvalResult | None = None) -> str:
             )
             for gate in result.gates
         ]
-        blocks.append(_table(("verdict", "gate", "condition", "why"), rows))
+        blocks.append(table(("verdict", "gate", "condition", "why"), rows))
     if result.warnings:
         lines = (f"> - {prose(text)}" for text in result.warnings)
         blocks.append("> **Warnings**\n" + "\n".join(lines))
     blocks.append(_metrics_table(result, baseline))
     if baseline is not None and (changed := differences(result, baseline)):
         others = [(code(key), code(new), code(old)) for key, new, old in changed]
-        blocks.append(_details("What else differs", _table(("", "now", "before"), others)))
+        blocks.append(details("What else differs", table(("", "now", "before"), others)))
     if result.per_class:
         name = result.distance_name
         largest = sorted(result.per_class.items(), key=_by_distance)[:MOST_CLASSES]
@@ -165,16 +164,20 @@ def markdown(result: EvalResult, baseline: EvalResult | None = None) -> str:
         ]
         header = ("class", code(name), *(["recognised"] if found else ()))
         title = f"Distance by class: the {len(classes)} largest of {len(result.per_class)}"
-        blocks.append(_details(title, _table(header, classes)))
-    origin = {
+        blocks.append(details(title, table(header, classes)))
+    origins = [(code(key), code(value)) for key, value in origin(result).items()]
+    blocks.append(details("Provenance", table(("", ""), origins)))
+    return "\n\n".join(blocks) + "\n"
+
+
+def origin(result: EvalResult) -> dict[str, Any]:
+    """Return how a result came about, as flat facts."""
+    return {
         "number of images": result.n,
         "images of the reference": result.n_reference or "unstated",
         "pipeline": result.pipeline,
-        **dict(flat(result.provenance)),
+        **dict(flat(result.to_dict()["provenance"])),
     }
-    facts = [(code(key), code(value)) for key, value in origin.items()]
-    blocks.append(_details("Provenance", _table(("", ""), facts)))
-    return "\n\n".join(blocks) + "\n"
 
 
 def differences(result: EvalResult, baseline: EvalResult) -> list[tuple[str, Any, Any]]:
@@ -206,19 +209,20 @@ def _headline(result: EvalResult) -> str:
     return f"{mark} {name} {value}: {verdict(result)}"
 
 
-def _described(result: EvalResult) -> str:
+def described(result: EvalResult) -> list[str]:
+    """Return what was scored and how, in a few words each."""
     facts = result.provenance
-    source = facts.get("model") or facts.get("images")
-    parts = [code(source)] if source is not None else []
-    parts.append(f"{result.n:,} images")
+    parts = [f"{result.n:,} images"]
+    if result.n_reference is not None:
+        parts.append(f"{result.n_reference:,} in the reference")
     if facts.get("sampler") is not None:
-        parts.append(f"{code(facts['sampler'])} {code(facts.get('steps'))} steps")
-        parts.append(f"cfg {code(facts.get('cfg_scale'))}")
+        parts.append(f"{facts['sampler']}, {facts.get('steps')} steps")
+        parts.append(f"cfg {facts.get('cfg_scale')}")
         if facts.get("eps_scale", 1) != 1:
-            parts.append(f"eps scale {code(facts['eps_scale'])}")
+            parts.append(f"eps scale {facts['eps_scale']}")
     if facts.get("activations") is not None:
-        parts.append(f"activations {code(facts['activations'])}")
-    return ", ".join([*parts, code(result.pipeline)])
+        parts.append(f"activations {facts['activations']}")
+    return parts
 
 
 def _metrics_table(result: EvalResult, baseline: EvalResult | None) -> str:
@@ -234,7 +238,7 @@ def _metrics_table(result: EvalResult, baseline: EvalResult | None) -> str:
             row.append("" if old is None else format_value(name, old))
             row.append("" if old is None else describe_change(name, value, old))
         rows.append(row)
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def describe_change(metric: str, new: float, old: float) -> str:
@@ -252,33 +256,3 @@ def describe_change(metric: str, new: float, old: float) -> str:
 def _by_distance(item: tuple[str, float]) -> tuple[bool, float]:
     """Sort what is not a number first, then the largest."""
     return (item[1] == item[1], -item[1])
-
-
-def _details(title: str, content: str) -> str:
-    # The blank line after the summary makes the content Markdown again.
-    return f"<details>\n<summary>{html.escape(title)}</summary>\n\n{content}\n\n</details>"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def code(value: object) -> str:
-    """Return a code span of one line, which a cell of a table can hold."""
-    # A bar ends the cell even in a code span, and its escape depends on what stands before it.
-    text = " ".join(clean(value).replace("|", "\N{BROKEN BAR}").split())
-    text = text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "..."
-    if not text:
-        return ""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * (longest + 1)
-    pad = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{pad}{text}{pad}{fence}"
-
-
-def prose(text: str) -> str:
-    """Return a sentence of one line in which nothing is markup or a mention."""
-    text = " ".join(clean(text).replace("|", "\N{BROKEN BAR}").split())[:LONGEST_TEXT]
-    text = re.sub(r"([\\`*_{}\[\]<>&~$#!])", r"\\\1", text)
-    return re.sub(r"[@#](?=\w)|:(?=//)", r"\g<0><!-- -->", text)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image as Pillow
 
 from terdit_cli.data.grid import save_png
-from terdit_cli.evaluate.markup import (
+from terdit_cli.lab.study.markup import (
     PIXEL_ART,
     Markup,
     clean,
@@ -27,7 +27,7 @@ from terdit_cli.evaluate.markup import (
     picture,
     whole_page,
 )
-from terdit_cli.lab.study.figures import standalone
+from terdit_cli.lab.study.svg import standalone
 from terdit_cli.system.atomic import atomic_path
 
 _SHEETS = ("figures.css", "page.css")

@@ -14,10 +14,10 @@ from typing import Any
 from terdit_cli import console
 from terdit_cli.lab.study.collect import Findings, Model, guidance, steps_named
 from terdit_cli.lab.study.document import Figure
-from terdit_cli.lab.study.figures import Bar, Point, Series, bar_figure, line_figure, share_figure
 from terdit_cli.lab.study.records import Loss
 from terdit_cli.lab.study.score_tables import cost_of
 from terdit_cli.lab.study.spec import Lines, Study, Variant, recipe_of
+from terdit_cli.lab.study.svg import Bar, Point, Series, bar_figure, line_figure, share_figure
 
 _LAYERS = (("-1", "minus"), ("0", "zero"), ("+1", "plus"))
 

@@ -9,8 +9,8 @@ from statistics import fmean, median
 from terdit_cli import console
 from terdit_cli.lab.study.collect import Findings, Mean, Model, guidance, steps_named
 from terdit_cli.lab.study.document import Block, Heading, Table, Text
-from terdit_cli.lab.study.figures import number
 from terdit_cli.lab.study.records import Footprint
+from terdit_cli.lab.study.svg import number
 
 _MOST_CLASSES = 40  # columns of the table of classes
 

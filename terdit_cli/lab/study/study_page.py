@@ -31,7 +31,6 @@ from terdit_cli.lab.study.document import (
     write_document,
 )
 from terdit_cli.lab.study.drawings import bars, codes, curves, loss_against_distance, sizes
-from terdit_cli.lab.study.figures import number
 from terdit_cli.lab.study.score_tables import (
     class_table,
     cost_of,
@@ -42,6 +41,7 @@ from terdit_cli.lab.study.score_tables import (
     nearest_table,
 )
 from terdit_cli.lab.study.spec import AFTER, Pair, Study, words_of
+from terdit_cli.lab.study.svg import number
 
 ENOUGH_IMAGES = 10_000  # for a distance that others can compare with
 _MOST_COLUMNS = 16  # classes in a picture

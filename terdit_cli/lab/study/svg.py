@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from terdit_cli.evaluate.markup import Markup, element, join
+from terdit_cli.lab.study.markup import Markup, element, join
 
 WIDTH, HEIGHT = 430, 300  # of a plot without its key, in the units of its text
 COLOURS = 8

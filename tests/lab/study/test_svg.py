@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from terdit_cli.lab.study.figures import (
+from terdit_cli.lab.study.svg import (
     WIDTH,
     Bar,
     Series,

@@ -1,0 +1,84 @@
+"""Pages by Jinja2 templates that ask for nothing from outside.
+
+Images are data URIs, figures inline SVG, there is no script, and a page's own
+Content-Security-Policy forbids all else: its one style sheet is let in by its hash. Pages follow
+the reader's light or dark theme and have a size for phones and one for paper. What a template
+shows is escaped, and characters that no file may hold are replaced.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.resources
+import io
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+from PIL import Image as Pillow
+
+from terdit_cli.report.figures import THEMES
+from terdit_cli.report.markdown import clean
+from terdit_cli.system.atomic import atomic_path
+
+Image = NDArray[np.uint8]  # [H, W, 3]
+
+_SMALL = 64  # pixels of the longer side up to which an image is shown exactly, pixel by pixel
+_JPEG_QUALITY = 85
+
+
+def write_page(path: Path, template: str, title: str, **values: Any) -> None:
+    """Write a page as one HTML file.
+
+    Args:
+        template: a file of `templates` that extends page.html.
+        values: what the template shows; `Markup` is put in as it is.
+
+    Raises:
+        EnvironmentProblem: the file cannot be written.
+    """
+    templates = importlib.resources.files(__package__) / "templates"
+    sheet = templates.joinpath("page.css").read_text("utf-8") + THEMES
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: templates.joinpath(name).read_text("utf-8")),
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else clean(value),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["image"] = image_tag
+    values |= {
+        "title": title,
+        "sheet": Markup(sheet),
+        "digest": base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode(),
+    }
+    text = environment.get_template(template).render(values)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def image_tag(image: Image, alt: str, size: int, exact: bool = False) -> Markup:
+    """Return an <img> of uint8 [H, W, 3], its longer side made at most `size` pixels.
+
+    Small images, and those asked for so, are kept exactly; others become JPEG.
+    """
+    photo, buffer = Pillow.fromarray(image), io.BytesIO()
+    exact = exact or max(image.shape[:2]) <= _SMALL
+    if exact:
+        photo.save(buffer, format="PNG", optimize=True)
+    else:
+        photo.thumbnail((size, size), Pillow.Resampling.LANCZOS)
+        photo.save(buffer, format="JPEG", optimize=True, quality=_JPEG_QUALITY)
+    return Markup('<img src="data:image/{};base64,{}" alt="{}" width="{}" height="{}"{}>').format(
+        "png" if exact else "jpeg",
+        base64.b64encode(buffer.getvalue()).decode(),
+        clean(alt),
+        photo.width,
+        photo.height,
+        Markup(' class="pixels"') if exact else "",
+    )
