@@ -299,7 +299,7 @@ FAULTY = """
 import os, signal, sys, time
 from pathlib import Path
 from terdit_cli import app
-from terdit_cli.commands import generate
+from terdit_cli.generate import generator as generate
 from terdit_cli.errors import InputFileError
 
 notes, fault, rank = Path(sys.argv.pop(1)), sys.argv.pop(1), os.environ["RANK"]
