@@ -13,7 +13,7 @@ from terdit_cli import console
 from terdit_cli.pack.exported import count_weights
 from terdit_cli.pack.sources import open_exported, refuse_output
 from terdit_cli.pack.tdt import RestDtype, write_tdt
-from terdit_cli.pack.trits import blob_shape
+from terdit_cli.pack.trits import CODECS
 
 FP32_BYTES = 4
 
@@ -68,7 +68,7 @@ def run(
         scales = sum(model.alphas(name).numel() for name in model.ternary_names())
         others = sum(model.rest(name).numel() for name in model.rest_names())
         shapes = [model.matrix_shape(name) for name in model.ternary_names()]
-    packed = sum(math.prod(blob_shape(codec, *shape)) for shape in shapes)
+    packed = sum(math.prod(CODECS[codec].shape(*shape)) for shape in shapes)
     parameters = ternary + scales + others
     return PackResult(
         output=output,

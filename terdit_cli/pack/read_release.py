@@ -23,7 +23,7 @@ from terdit_cli.model.dit import SIZES, DiTConfig
 from terdit_cli.model.info import LARGEST_INTEGER, ModelInfo, SpaceInfo, check_types
 from terdit_cli.model.ternary import TernaryConfig
 from terdit_cli.pack.exported import StateDictModel, check_fit
-from terdit_cli.pack.trits import has_invalid_codes, released_decode
+from terdit_cli.pack.trits import CODECS, released_decode
 
 ARGUMENTS_FILE = "model_args.pth"
 _WEIGHT_FILES = ("consolidated_ema_ternary.00-of-01.pth", "consolidated_ternary.00-of-01.pth")
@@ -253,7 +253,7 @@ class ReleasedFolder(StateDictModel):
     def trits(self, name: str) -> Tensor:
         key = f"{name}.weight"
         packed = self._state[key]
-        if packed.dtype != torch.uint8 or has_invalid_codes(packed, "t2"):
+        if packed.dtype != torch.uint8 or CODECS["t2"].has_invalid_codes(packed):
             raise InputFileError(
                 "the matrix is not packed trits",
                 got=f"{key} of {packed.dtype}"

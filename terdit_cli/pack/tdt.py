@@ -40,8 +40,8 @@ from torch import Tensor
 from terdit_cli.errors import InputFileError
 from terdit_cli.model.info import LARGEST_INTEGER, ModelInfo
 from terdit_cli.model.ternary import GRANULARITIES, alpha_shape
-from terdit_cli.pack import trits as codecs
 from terdit_cli.pack.exported import MATRICES, ExportedModel, check_fit
+from terdit_cli.pack.trits import ALIGNMENT, CODECS
 from terdit_cli.system.atomic import atomic_path
 
 FORMAT = "tdt"
@@ -80,7 +80,7 @@ def _granularity(alphas: Tensor) -> str:
 def write_tdt(
     model: ExportedModel,
     path: Path,
-    codec: codecs.Codec,
+    codec: str,
     rest: RestDtype,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
@@ -104,8 +104,8 @@ def write_tdt(
         blobs.append(
             _Entry(
                 f"{name}.weight",
-                torch.int8 if codec == "int8" else torch.uint8,
-                codecs.blob_shape(codec, rows, columns),
+                CODECS[codec].dtype,
+                CODECS[codec].shape(rows, columns),
                 partial(_encode_matrix, model, name, codec),
             )
         )
@@ -129,15 +129,15 @@ def write_tdt(
         TdtFile(temporary).close()
 
 
-def _encode_matrix(model: ExportedModel, name: str, codec: codecs.Codec) -> Tensor:
+def _encode_matrix(model: ExportedModel, name: str, codec: str) -> Tensor:
     trits = model.trits(name)
-    if codecs.has_invalid_codes(trits, "int8"):
+    if CODECS["int8"].has_invalid_codes(trits):
         raise InputFileError(
             f"{name} holds values that are not trits",
             got=f"values from {int(trits.min())} to {int(trits.max())}",
             expected="-1, 0 and 1",
         )
-    return codecs.encode(trits, codec)
+    return CODECS[codec].encode(trits)
 
 
 def _metadata_digest(metadata: dict[str, str]) -> str:
@@ -195,7 +195,7 @@ def _header(entries: list[_Entry], metadata: dict[str, str], digests: dict[str, 
         }
         offset += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % codecs.ALIGNMENT)
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
@@ -278,19 +278,17 @@ class TdtFile(ExportedModel):
             try:
                 codec, (rows, columns) = entry["codec"], entry["shape"]
                 wanted = {
-                    f"{name}.weight": codecs.blob_shape(codec, rows, columns),
+                    f"{name}.weight": CODECS[codec].shape(rows, columns),
                     f"{name}.alphas": alpha_shape(rows, columns, entry["granularity"]),
                 }
-                valid = (
-                    codec in codecs.CODECS
-                    and entry["granularity"] in GRANULARITIES
-                    and all(type(n) is int and 0 < n <= LARGEST_INTEGER for n in (rows, columns))
+                valid = entry["granularity"] in GRANULARITIES and all(
+                    type(n) is int and 0 < n <= LARGEST_INTEGER for n in (rows, columns)
                 )
             except (TypeError, KeyError, ValueError) as error:
                 raise self._damaged(f"the description of {name} is {entry!r}") from error
             if not valid:
                 raise self._damaged(f"the description of {name} is {entry!r}")
-            dtypes[f"{name}.weight"] = ("I8",) if codec == "int8" else ("U8",)
+            dtypes[f"{name}.weight"] = (_DTYPE_NAMES[CODECS[codec].dtype],)
             dtypes[f"{name}.alphas"] = ("F32",)
             for key, shape in wanted.items():
                 if key not in self._keys:
@@ -314,7 +312,7 @@ class TdtFile(ExportedModel):
             value = self._tensor(key)
             if hashlib.sha256(_bytes_of(value)).hexdigest() != self._digests[key]:
                 return f"the bytes of {key} do not match their SHA-256"
-            if key in codec_of and codecs.has_invalid_codes(value, codec_of[key]):
+            if key in codec_of and CODECS[codec_of[key]].has_invalid_codes(value):
                 return f"{key} holds codes that are no trits"
             if value.is_floating_point() and not value.isfinite().all():
                 return f"{key} holds values that are no finite numbers"
@@ -349,7 +347,7 @@ class TdtFile(ExportedModel):
         rows, columns = self._ternary[name]["shape"]
         return rows, columns
 
-    def codec(self, name: str) -> codecs.Codec:
+    def codec(self, name: str) -> str:
         """Return the codec of a matrix."""
         return self._ternary[name]["codec"]
 
@@ -358,7 +356,7 @@ class TdtFile(ExportedModel):
         return self._tensor(f"{name}.weight")
 
     def trits(self, name: str) -> Tensor:
-        return codecs.decode(self.blob(name), self.codec(name), *self.matrix_shape(name))
+        return CODECS[self.codec(name)].decode(self.blob(name), *self.matrix_shape(name))
 
     def alphas(self, name: str) -> Tensor:
         return self._tensor(f"{name}.alphas")

@@ -20,14 +20,12 @@ row r of byte matrix [N/4, K] = code[r] << 6 | code[r+N/4] << 4 | code[r+2N/4] <
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-Codec = Literal["t2", "t5", "int8"]
-CODECS: tuple[Codec, ...] = ("t2", "t5", "int8")
 
 PANEL_ROWS = 64
 VECTOR_K = 4
@@ -97,35 +95,41 @@ def t5_decode(packed: Tensor, rows: int, columns: int) -> Tensor:
     return trits.flatten()[: rows * columns].view(rows, columns)
 
 
-def encode(trits: Tensor, codec: Codec) -> Tensor:
-    """Pack trits int8 [N, K] with a codec."""
-    if codec == "int8":
-        return trits
-    return t2_encode(trits) if codec == "t2" else t5_encode(trits)
+@dataclass(frozen=True)
+class Codec:
+    """How the trits of a matrix [N, K] lie in a file; every codec has one byte per element.
+
+    `shape(N, K)` is that of the blob, `encode` maps trits int8 [N, K] to it and
+    `decode(blob, N, K)` back. `is_invalid(bytes)` marks the elements that no trit has.
+    """
+
+    dtype: torch.dtype
+    shape: Callable[[int, int], tuple[int, ...]]
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor, int, int], Tensor]
+    is_invalid: Callable[[Tensor], Tensor]
+
+    def has_invalid_codes(self, packed: Tensor) -> bool:
+        """Return whether a blob holds a value that is no trit."""
+        pieces = packed.flatten().split(1 << 18)  # bytes: temporaries stay in the cache
+        return any(bool(self.is_invalid(piece).any()) for piece in pieces)
 
 
-def decode(packed: Tensor, codec: Codec, rows: int, columns: int) -> Tensor:
-    """Unpack a blob of a codec -> trits int8 [N, K]."""
-    if codec == "int8":
-        return packed
-    return (t2_decode if codec == "t2" else t5_decode)(packed, rows, columns)
-
-
-def blob_shape(codec: Codec, rows: int, columns: int) -> tuple[int, ...]:
-    """Return the shape of a matrix's blob; every codec has one byte an element."""
-    if codec == "int8":
-        return (rows, columns)
-    return t2_shape(rows, columns) if codec == "t2" else (t5_length(rows, columns),)
-
-
-def has_invalid_codes(packed: Tensor, codec: Codec) -> bool:
-    """Return whether a blob holds a value that no trit has (code 3, a t5 byte above 242, 7)."""
-    pieces = packed.flatten().split(1 << 18)  # bytes: temporaries stay in the cache
-    if codec == "int8":
-        return any(bool(((piece > 1) | (piece < -1)).any()) for piece in pieces)
-    if codec == "t5":
-        return any(bool((piece > T5_LARGEST).any()) for piece in pieces)
-    return any(bool((piece & piece >> 1 & 0b01010101).any()) for piece in pieces)
+CODECS: dict[str, Codec] = {
+    "t2": Codec(
+        torch.uint8, t2_shape, t2_encode, t2_decode,
+        lambda codes: codes & codes >> 1 & 0b01010101,  # code 3 in one of four places
+    ),
+    "t5": Codec(
+        torch.uint8, lambda rows, columns: (t5_length(rows, columns),), t5_encode, t5_decode,
+        lambda codes: codes > T5_LARGEST,
+    ),
+    "int8": Codec(
+        torch.int8, lambda rows, columns: (rows, columns), lambda trits: trits,
+        lambda blob, rows, columns: blob,
+        lambda trits: (trits > 1) | (trits < -1),
+    ),
+}  # fmt: skip
 
 
 def released_encode(trits: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def test_an_error_in_one_process_ends_the_job(folder: Path, features: str, tmp_p
 KILLED = """
 import os, signal, sys
 import numpy as np
-from terdit_cli import app
+from terdit_cli.cli import app
 
 wanted, save = sys.argv.pop(1), np.savez
 
@@ -298,8 +298,8 @@ def test_a_process_that_cannot_write_ends_the_job(small_tdt: Path, tmp_path: Pat
 FAULTY = """
 import os, signal, sys, time
 from pathlib import Path
-from terdit_cli import app
-from terdit_cli.commands import generate
+from terdit_cli.cli import app
+from terdit_cli.generate import generator as generate
 from terdit_cli.errors import InputFileError
 
 notes, fault, rank = Path(sys.argv.pop(1)), sys.argv.pop(1), os.environ["RANK"]

@@ -46,7 +46,7 @@ def test_under_nohup_the_terminals_end_is_ignored() -> None:
 
 GONE = """
 import os, signal, sys, time
-from terdit_cli.signals import handled
+from terdit_cli.system.signals import handled
 heard = []
 with handled(lambda number, frame: heard.append(number)):
     print("ready", flush=True)

@@ -56,7 +56,7 @@ WORDS = (
 # samples of its steps, and its exit code.
 WORKER = """
 import json, os, pathlib, resource, signal, sys, time
-from terdit_cli import app
+from terdit_cli.cli import app
 from terdit_cli.train import loop, trainer, watch
 
 rank, folder = int(os.environ["RANK"]), pathlib.Path(os.environ["NOTES"])

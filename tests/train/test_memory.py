@@ -109,7 +109,7 @@ from pathlib import Path
 import torch
 from terdit_cli.recipe import load_recipe
 from terdit_cli.train import build
-from terdit_cli.train.observe import Observer
+from terdit_cli.train.run_metrics import Observer
 from terdit_cli.train.parallel import World
 from terdit_cli.train.trainer import Trainer
 

@@ -461,7 +461,7 @@ def test_other_failures_end_the_study_with_their_code(place: Path, tiny: Study) 
 CHILD = """
 import sys
 from pathlib import Path
-from terdit_cli.signals import StopSignal, handled, raise_stop
+from terdit_cli.system.signals import StopSignal, handled, raise_stop
 from terdit_cli.lab.study.children import lock, run_terdit
 recipe, out = sys.argv[1:]
 try:
