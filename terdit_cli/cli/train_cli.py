@@ -92,7 +92,8 @@ def train(
         ),
     ] = False,
     plot: Annotated[
-        bool, typer.Option("--plot", help="Draw the curves of run folders as a .png or .html.")
+        bool,
+        typer.Option("--plot", help="Draw the curves of runs as a .png, .svg or .html."),
     ] = False,
     json: Json = False,
 ) -> None:

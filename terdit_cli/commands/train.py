@@ -93,7 +93,7 @@ def plan(
 
 
 def plot(runs: Sequence[Path], out: Path) -> PlotResult:
-    """Draw the curves of several runs on one picture, .png or .html.
+    """Draw the curves of several runs on one picture, .png, .svg or .html.
 
     Raises:
         InputFileError: a folder without metrics.jsonl.

@@ -139,7 +139,7 @@ def test_bad_sources(refused: Callable[..., str], terdit: Terdit, small_recipe: 
     assert "there is no complete checkpoint" in refused(3, "train", "--export", "nothing")
     assert "there is nothing to plot" in refused(3, "train", "--plot", "nothing")
     text = refused(2, "train", "--plot", "nothing", "-o", "curves.jpg")
-    assert "got curves.jpg, expected .png or .html" in text
+    assert "got curves.jpg, expected .png, .svg or .html" in text
     done = terdit("train", small_recipe, "--dry-run", "--gpus", "0")
     assert (done.code, done.out) == (2, "")
     assert "'--gpus'" in done.err
