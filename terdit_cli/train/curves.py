@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.report import figures
-from terdit_cli.report.document import Heading, Plots, Table, write_html
+from terdit_cli.report.blocks import Heading, Plots, Table, write_html
 from terdit_cli.report.figures import SERIES, Plot
 from terdit_cli.system.atomic import write_whole
 from terdit_cli.train.loggers import FILE, read_metrics

@@ -136,7 +136,7 @@ def write_html(path: Path, title: str, blocks: Iterable[Block]) -> None:
         EnvironmentProblem: the file cannot be written.
     """
     named = [(type(block).__name__, block) for block in blocks]
-    write_page(path, "document.html", title, blocks=named, pixels=_PIXELS)
+    write_page(path, "blocks.html", title, blocks=named, pixels=_PIXELS)
 
 
 def write_markdown(path: Path, blocks: Sequence[Block], folder: Path) -> set[str]:
