@@ -6,6 +6,7 @@ What a page says is built once; the two forms cannot say different things.
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ class Pictures:
     """Pictures side by side; `name` is that of their files, "STUDY--WHAT"."""
 
     name: str
+    note: str
     pictures: Sequence[Picture]
 
     def files(self) -> list[str]:
@@ -127,6 +129,17 @@ class Commands:
 
 
 Block = Heading | Text | Notes | Cards | Table | Plots | Pictures | Commands
+
+
+def without_pictures(blocks: Sequence[Block]) -> list[Block]:
+    """Return the blocks without figures and pictures, and without headings of nothing else."""
+    kept = [block for block in blocks if not isinstance(block, Plots | Pictures)]
+    return [
+        block
+        for block, after in itertools.zip_longest(kept, kept[1:])
+        if not isinstance(block, Heading)
+        or not (after is None or (isinstance(after, Heading) and after.level <= block.level))
+    ]
 
 
 def write_html(path: Path, title: str, blocks: Iterable[Block]) -> None:
@@ -153,7 +166,8 @@ def write_markdown(path: Path, blocks: Sequence[Block], folder: Path) -> set[str
             files |= {n: _png(p) for n, p in zip(block.files(), block.pictures, strict=True)}
     for name, content in files.items():
         write_whole(folder / name, content)
-    write_whole(path, "\n\n".join(_markdown(block, folder.name) for block in blocks) + "\n")
+    texts = (_markdown(block, folder.name) for block in blocks)
+    write_whole(path, "\n\n".join(filter(None, texts)) + "\n")
     return set(files)
 
 
@@ -188,10 +202,11 @@ def _markdown(block: Block, folder: str) -> str:
             for p in block.plots
         )
     if isinstance(block, Pictures):
-        return _side_by_side(
+        cells = (
             (f"![{plain(shown.label)}]({folder}/{name})", plain(shown.label))
             for name, shown in zip(block.files(), block.pictures, strict=True)
         )
+        return f"{plain(block.note)}\n\n{_side_by_side(cells)}"
     return details(
         block.title,
         "\n\n".join(
@@ -209,5 +224,7 @@ def _row(block: Table, row: Sequence[str]) -> list[str]:
 def _side_by_side(cells: Iterable[tuple[str, str]]) -> str:
     """Return pictures with words below them, two in a row."""
     shown = ["<br>".join(cell) for cell in cells]
+    if len(shown) % 2 and len(shown) > 1:
+        shown.append("")
     rows = [shown[i : i + 2] for i in range(0, len(shown), 2)]
-    return table([""] * len(rows[0]), [[*row, ""][: len(rows[0])] for row in rows])
+    return table([""] * len(rows[0]), rows) if rows else ""

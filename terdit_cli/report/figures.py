@@ -10,6 +10,7 @@ shows its values where the pointer rests on it.
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 import xml.etree.ElementTree as ET
@@ -156,8 +157,8 @@ def charts(
         axes = figure.add_axes(
             (left / whole, bottom / high, (width - 68) / whole, (height - 78) / high)
         )
-        axes.set_xlabel(x_name)
-        axes.set_title(y_name, x=-44 / (width - 68), pad=13)
+        axes.set_xlabel(clean(x_name))
+        axes.set_title(clean(y_name), x=-44 / (width - 68), pad=13)
         axes.xaxis.set_major_formatter(tick_text)
         axes.yaxis.set_major_formatter(tick_text)
         axes.locator_params(nbins=6)
@@ -180,6 +181,16 @@ def _short(label: str, width: float) -> str:
 def tick_text(value: float, _place: float | None = None) -> str:
     """Return a tick's number: 0.25, 4,000, 1e-09."""
     return f"{value:,.6g}"
+
+
+def number(value: float) -> str:
+    """Return three or four significant digits: 0.0314, 3.14, 31.4, 314, 31,416."""
+    if not math.isfinite(value):
+        return "not a number"
+    size = abs(value)
+    if size < 1:
+        return f"{value:.3g}"
+    return f"{value:.2f}" if size < 10 else f"{value:.1f}" if size < 100 else f"{value:,.0f}"
 
 
 def logarithmic(axis: Any, low: float, high: float) -> None:
@@ -212,12 +223,11 @@ def svg(figure: Figure, title: str) -> Markup:
         title: for readers who do not see it. Two figures of a page have different ones.
     """
     import matplotlib
-    from matplotlib.text import Text
 
     buffer = io.BytesIO()
     title = " ".join(clean(title).split())
-    for artist in figure.findobj(Text):
-        artist.set_text(clean(artist.get_text()))
+    for text in [text for axes in figure.axes for text in axes.texts]:
+        text.set_text(clean(text.get_text()))
     with style(), matplotlib.rc_context({"svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     root = ET.fromstring(buffer.getvalue())

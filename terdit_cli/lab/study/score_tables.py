@@ -8,9 +8,9 @@ from statistics import fmean, median
 
 from terdit_cli import console
 from terdit_cli.lab.study.collect import Findings, Mean, Model, guidance, steps_named
-from terdit_cli.lab.study.document import Block, Heading, Table, Text
 from terdit_cli.lab.study.records import Footprint
-from terdit_cli.lab.study.svg import number
+from terdit_cli.report.blocks import Block, Heading, Table, Text
+from terdit_cli.report.figures import number
 
 _MOST_CLASSES = 40  # columns of the table of classes
 
@@ -46,8 +46,8 @@ def main_table(findings: Findings, scale: float, n: int | None = None) -> Table:
             )
         )
     header = (
-        guidance(scale), findings.distance_name, ": twin", "precision", "recall", "KID",
-        "as its class", "nearer than reals", "seeds", "images", "steps",
+        guidance(scale), findings.distance_name, "ratio", "precision", "recall", "KID",
+        "accuracy", "memorised", "seeds", "images", "steps",
     )  # fmt: skip
     return Table(header, rows, _strong(findings))
 
@@ -121,7 +121,7 @@ def cost_table(findings: Findings) -> Table:
         )
     header = (
         "variant", f"{findings.distance_name}, {guidance(guided)}", "parameters", "ternary",
-        "bytes", "as t5", "GFLOP a forward", "training images/s", "training memory",
+        "bytes", "as t5", "GFLOP per forward", "training images/s", "training memory",
         "training time",
     )  # fmt: skip
     return Table(header, rows, _strong(findings))
@@ -146,8 +146,8 @@ def latency_table(findings: Findings) -> Table:
             )
         )
     header = (
-        "variant", f"{findings.distance_name}, {guidance(guided)}", "ms an image",
-        "forwards an image", "memory", "runs as", "machine",
+        "variant", f"{findings.distance_name}, {guidance(guided)}", "ms per image",
+        "forwards per image", "memory", "runs as", "machine",
     )  # fmt: skip
     return Table(header, rows, _strong(findings))
 
@@ -242,7 +242,7 @@ def nearest_table(findings: Findings) -> Iterator[Block]:
             "Distances in feature space from generated images to the nearest of so many training "
             'images, evenly spread ("among"), beside those from these to their nearest other one. '
             "A model that copies would be nearer; so are images that are smoother than real ones, "
-            "which the pictures below tell apart. Copies of training images that are not among "
+            "which the pictures tell apart. Copies of training images that are not among "
             "them are not seen."
         )
         header = (

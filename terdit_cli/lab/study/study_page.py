@@ -16,21 +16,7 @@ from numpy.typing import NDArray
 
 from terdit_cli import console
 from terdit_cli.lab.study.collect import Findings, Model, guidance, pair_named, steps_named
-from terdit_cli.lab.study.document import (
-    Block,
-    Card,
-    Cards,
-    Commands,
-    Figures,
-    Heading,
-    Notes,
-    Picture,
-    Pictures,
-    Table,
-    Text,
-    write_document,
-)
-from terdit_cli.lab.study.drawings import bars, codes, curves, loss_against_distance, sizes
+from terdit_cli.lab.study.drawings import bars, curves, loss_against_distance, sizes, trits
 from terdit_cli.lab.study.score_tables import (
     class_table,
     cost_of,
@@ -41,7 +27,23 @@ from terdit_cli.lab.study.score_tables import (
     nearest_table,
 )
 from terdit_cli.lab.study.spec import AFTER, Pair, Study, words_of
-from terdit_cli.lab.study.svg import number
+from terdit_cli.report.blocks import (
+    Block,
+    Card,
+    Cards,
+    Commands,
+    Heading,
+    Notes,
+    Picture,
+    Pictures,
+    Plots,
+    Table,
+    Text,
+    without_pictures,
+    write_html,
+    write_markdown,
+)
+from terdit_cli.report.figures import number
 
 ENOUGH_IMAGES = 10_000  # for a distance that others can compare with
 _MOST_COLUMNS = 16  # classes in a picture
@@ -50,27 +52,43 @@ TITLE = "terdit: ternary against full precision"
 
 
 def write_pages(path: Path, studies: Sequence[Findings]) -> None:
-    """Write PATH.md, PATH.html and the folder of pictures.
+    """Write PATH.md with its folder of pictures, PATH-tables.md and, of both, PATH.html.
 
     Raises:
         EnvironmentProblem: a file cannot be written.
     """
-    blocks: list[Block] = [
+    tables = path.with_name(f"{path.stem}-tables.md")
+    first: list[Block] = [
         Heading(1, TITLE),
         Text(
             "What does a diffusion transformer lose when its large matrices are ternary? All "
             "models of a study see the same images in the same order with the same noise (a "
             "second training sees those of the first again); they differ in what their line of "
-            "the last table says, and in nothing else. A distance is lower for images that are "
-            "more like the real ones."
+            "the table of variants says, and in nothing else. A distance is lower for images that "
+            "are more like the real ones."
         ),
     ]
+    whole = list(first)
+    where = f"All tables, all variants and every command are in {tables.name}."
+    short: list[Block] = [*first, Text(where)]
+    rest: list[Block] = [Heading(1, f"{TITLE}: all tables")]
     for findings in studies:
-        blocks += _study(findings)
-    write_document(path, TITLE, blocks)
+        headline, more = list(_headline(findings)), list(_details(findings))
+        short += headline
+        rest += [Heading(2, findings.study.title), *more]
+        whole += [*headline, *more]
+    folder = path.with_suffix("")
+    used = write_markdown(path, short, folder)
+    write_markdown(tables, without_pictures(rest), folder)
+    write_html(path.with_suffix(".html"), TITLE, whole)
+    studies_shown = {findings.study.name for findings in studies}
+    for old in folder.glob("*--*"):  # of variants that a study no longer has
+        if old.name not in used and old.name.partition("--")[0] in studies_shown:
+            old.unlink()
 
 
-def _study(findings: Findings) -> Iterator[Block]:
+def _headline(findings: Findings) -> Iterator[Block]:
+    """Yield what was asked and found: setting, ratios, one table, curves, images."""
     study = findings.study
     yield Heading(2, study.title)
     yield Text(_setting(findings))
@@ -83,39 +101,57 @@ def _study(findings: Findings) -> Iterator[Block]:
         return
     yield Heading(3, "At the last step")
     yield Text(
-        'Means over the seeds (and their range). ": twin" is the ratio to '
+        'Means over the seeds (and their range). "ratio" is the ratio to '
         f"{_label(findings, study.headline.twin)} of the same seed; "
-        '"as its class": generated images that a linear probe on the same features takes for '
-        'their class; "nearer than reals": images closer to a training image than 99 % of the '
-        "training images are to each other, as about 1 % of new images would be. Steps of A "
-        "+ B: begun with the weights of a model that had taken A."
+        '"accuracy": generated images that a linear probe on the same features takes for their '
+        'class; "memorised": images closer to a training image than 99 % of the training images '
+        "are to each other, as about 1 % of new images would be. Steps of A + B: initialised from "
+        "a model that had taken A."
     )
-    for scale in study.evaluation.cfg_scales:
+    yield main_table(findings, max(study.evaluation.cfg_scales))
+    yield Heading(3, "Over training")
+    yield Text(
+        "Steps are those in all: a model that is initialised from another goes on where that one "
+        "ended. Lines join the means over seeds (before the last step: the first seed), or "
+        "finished trainings of different length; dots are the seeds."
+    )
+    yield Plots(curves(findings))
+    yield from _pictures(findings, max(study.evaluation.cfg_scales))
+
+
+def _details(findings: Findings) -> Iterator[Block]:
+    """Yield all else: the other tables, their figures, the variants and every command."""
+    study = findings.study
+    if not any(model.scores for model in findings.models):
+        return
+    *others, _ = sorted(study.evaluation.cfg_scales)
+    if others or study.headline_images != study.evaluation.n:
+        yield Heading(3, "At the last step, sampled otherwise")
+    for scale in others:
         yield main_table(findings, scale)
     if study.headline_images != study.evaluation.n:
         yield Text(
             f"The {_pairs_named(study)} with {study.headline_images:,} images, each beside its own "
-            "full precision:"
+            "full-precision baseline:"
         )
         for scale in study.evaluation.cfg_scales:
             yield main_table(findings, scale, study.headline_images)
-    yield Heading(3, "Over training")
-    yield Figures(curves(findings))
+    for scale in others:
+        yield from _pictures(findings, scale)
     if figures := bars(findings):
         yield Heading(3, "Side by side")
-        yield Figures(figures)
-    yield from _pictures(findings)
+        yield Plots(figures)
     yield Heading(3, "Loss against distance")
     yield Text(_what_losses(findings))
-    yield Figures(loss_against_distance(findings))
+    yield Plots(loss_against_distance(findings))
     yield loss_table(findings)
-    if figures := codes(findings):
-        yield Heading(3, "The ternary codes during training")
-        yield Figures(figures)
+    if figures := trits(findings):
+        yield Heading(3, "The trits during training")
+        yield Plots(figures)
     yield Heading(3, "What it costs")
     yield Text(
         "Bytes are those of the whole model: a .tdt with all but the ternary matrices in bfloat16 "
-        "(t2: 2 bits a ternary weight, t5: 1.6), or all weights in bfloat16. Memory is the peak "
+        "(t2: 2 bits per ternary weight, t5: 1.6), or all weights in bfloat16. Memory is the peak "
         "of the process that samples. Latency is of one image at a time, median and range of its "
         "repeats (where a model's own is not known, of a network that differs in weights alone), "
         'in the form and precision that "runs as" names; distances are of models that compute in '
@@ -124,7 +160,7 @@ def _study(findings: Findings) -> Iterator[Block]:
     yield cost_table(findings)
     yield latency_table(findings)
     if figures := sizes(findings):
-        yield Figures(figures)
+        yield Plots(figures)
     yield from class_table(findings)
     yield from nearest_table(findings)
     yield from _nearest_pictures(findings)
@@ -263,25 +299,21 @@ def _ratio_card(
     )
 
 
-def _pictures(findings: Findings) -> Iterator[Block]:
-    study = findings.study
-    names = study.shown
-    scales = study.evaluation.cfg_scales
-    for scale in sorted(scales, reverse=True):
-        shown = []
-        for name in names:
-            model = next((m for m in findings.models_of(name) if scale in m.grids), None)
-            if model is None:
-                continue
+def _pictures(findings: Findings, scale: float) -> Iterator[Block]:
+    shown = []
+    for name in findings.study.shown:
+        model = next((m for m in findings.models_of(name) if scale in m.grids), None)
+        if model is not None:
             shown.append(_class_columns(model.variant.label, model.grids[scale]))
-        if shown:
-            classes = ", ".join(findings.class_names[: shown[0].columns])
-            yield Heading(3, f"Images from the same noise, {guidance(scale)}")
-            yield Text(
-                "The same place in each picture began as the same noise (seed "
-                f"{study.evaluation.seed}, nothing chosen). From left to right: {classes}."
-            )
-            yield Pictures(f"{study.name}--images-cfg-{scale:g}", shown)
+    if shown:
+        classes = ", ".join(findings.class_names[: shown[0].columns])
+        yield Heading(3, f"Images from the same noise, {guidance(scale)}")
+        yield Pictures(
+            f"{findings.study.name}--images-cfg-{scale:g}",
+            "The same place in each picture began as the same noise (seed "
+            f"{findings.study.evaluation.seed}, uncurated). From left to right: {classes}.",
+            shown,
+        )
 
 
 def _nearest_pictures(findings: Findings) -> Iterator[Block]:
@@ -305,11 +337,12 @@ def _nearest_pictures(findings: Findings) -> Iterator[Block]:
         )
     if shown:
         yield Text(
-            "Below each row of drawn images: the nearest of all training images (and their mirror "
-            "images, where a recipe mirrors), pixel by pixel. Root mean square of the differences, "
-            f"in levels of 0 to 255: {'; '.join(said)}."
+            "The nearest of all training images (and their mirror images, where a recipe mirrors), "
+            "pixel by pixel. Root mean square of the differences, in levels of 0 to 255: "
+            f"{'; '.join(said)}."
         )
-        yield Pictures(f"{study.name}--nearest", shown)
+        words = "Below each row of generated images: their nearest training images."
+        yield Pictures(f"{study.name}--nearest", words, shown)
 
 
 def _class_columns(label: str, images: NDArray[np.uint8]) -> Picture:
