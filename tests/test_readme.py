@@ -47,8 +47,7 @@ def test_every_command_parses(line: str) -> None:
     command = COMMAND.commands[verb]  # type: ignore[attr-defined]
     context = command.make_context(verb, words, resilient_parsing=False)
     assert context.params
-    runs = context.params.get("export") or context.params.get("plot")
-    recipe = None if runs else context.params.get("recipe")
+    recipe = context.params.get("recipe")
     assert recipe is None or (ROOT / recipe).is_file()
 
 

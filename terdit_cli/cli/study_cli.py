@@ -24,30 +24,27 @@ def study(
         list[str],
         typer.Argument(
             metavar="STUDY.yaml... [KEY=VALUE...]",
-            help="Studies, and recipe fields to change in all of them.",
+            help="Studies, and recipe keys to override in all of them.",
         ),
     ],
-    only: Annotated[
-        str, typer.Option(metavar="VARIANT,...", help="Work on these variants only.")
-    ] = "",
+    only: Annotated[str, typer.Option(metavar="VARIANT,...", help="Only these variants.")] = "",
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="The study's shortened version, into a folder of its own."),
+        typer.Option("--quick", help="A shortened version of the study, in a folder of its own."),
     ] = False,
     render: Annotated[
-        bool, typer.Option("--render", help="Only write the pages from what is there.")
+        bool, typer.Option("--render", help="Only write the report from existing results.")
     ] = False,
-    runs: Annotated[Path, typer.Option(help="Where the studies' folders are.")] = Path(
-        "runs/studies"
-    ),
+    runs: Annotated[Path, typer.Option(help="Folder of the studies' runs.")] = Path("runs/studies"),
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The page, .md; .html and figures go beside it.")
+        Path,
+        typer.Option("--out", "-o", help="The report, .md; an .html and figures go beside it."),
     ] = Path("runs/results.md"),
     json: Json = False,
 ) -> None:
-    """Train and score the variants of a study, as far as they are missing, and show them.
+    """Train and evaluate the variants of a study: run missing variants and report.
 
-    Stopped at any point, the same command goes on there.
+    Rerun to resume.
     """
     from terdit_cli.lab.study import run_study as command
 

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 
 import terdit_cli
 from terdit_cli import console
+from terdit_cli.errors import UsageError
 from terdit_cli.evaluate import outputs as eval_outputs
 from terdit_cli.evaluate.feature_shards import FeatureShards
 from terdit_cli.evaluate.features import FeatureExtractor, make_extractor
@@ -46,7 +48,9 @@ from terdit_cli.evaluate.reference_set import save_reference
 from terdit_cli.evaluate.request import EvalOptions, check_options
 from terdit_cli.evaluate.result import EvalResult
 from terdit_cli.evaluate.scores import Asked, effect_of_bf16, recognise, score, score_classes
+from terdit_cli.evaluate.summary import write_junit, write_markdown
 from terdit_cli.generate.generator import model_sha256, open_generator, sampler_for, usable_device
+from terdit_cli.generate.options import ModelOptions, SamplingOptions
 from terdit_cli.hub import catalogue
 from terdit_cli.runtime.cpu import set_threads
 from terdit_cli.system.gpu_memory import ELSEWHERE, explained
@@ -70,31 +74,47 @@ class _Download:
             console.note(f"downloading the extractor's weights: {sizes}")
 
 
-def run(options: EvalOptions) -> EvalResult | None:
+def run(
+    options: EvalOptions,
+    sampling: SamplingOptions | None = None,
+    loading: ModelOptions | None = None,
+    command: str = "terdit eval-fid",
+) -> EvalResult | None:
     """Evaluate; returns None where there was nothing to compare, and in all but the main process.
+
+    Args:
+        sampling, loading: of `options.model`.
+        command: how it was called, for the provenance.
 
     Raises:
         UsageError, InputFileError, EnvironmentProblem. A missed gate is not raised here: see
         `require_passed`.
     """
+    sampling, loading = sampling or SamplingOptions(), loading or ModelOptions()
     check_options(options)
-    limits = make_limits(
-        options.max_distance, options.min_score, options.max_regression, options.tolerance
-    )
+    for name, value, least in (
+        ("--batch-size", sampling.batch_size, 1),
+        ("--seed", sampling.seed, 0),
+    ):
+        if value is not None and value < least:
+            raise UsageError(
+                f"wrong {name}", got=value, expected=f"at least {least}", fix=f"{name} {least}"
+            )
+    limits = make_limits(options.max_fid, options.min_is, options.max_regression, options.tolerance)
     baseline = None if limits.baseline is None else limits.baseline.result
-    if options.threads is not None:
-        set_threads(options.threads)
+    if loading.threads is not None:
+        set_threads(loading.threads)
     started = time.monotonic()
     with join_processes() as processes, _work_folder(options.work, processes) as work:
-        place = usable_device(processes.device(options.device))
+        place = usable_device(processes.device(loading.device))
         device = str(place)
         fits = partial(explained, "the network of features", place, ELSEWHERE)
         with fits():
             extractor = make_extractor(
                 options.features, options.weights, device, options.precision, _Download()
             )
-        source = _open(options, device)
-        provenance = _provenance(options, source, extractor)
+        source = _open(options, sampling, replace(loading, device=device), processes)
+        provenance = _provenance(source, extractor, sampling.seed, command)
         warnings = list(extractor.warnings)
         reference, members = None, {}
         # The reference first: what is wrong with it shows before hours of sampling.
@@ -113,7 +133,7 @@ def run(options: EvalOptions) -> EvalResult | None:
                 provenance=provenance,
                 has_score=extractor.classes is not None,
             )
-        keep = eval_outputs.pictures_to_keep(source, options.grid, options.html)
+        keep = eval_outputs.pictures_to_keep(source, options)
         with fits():
             shards = make_features(
                 source, extractor, work / "images", processes, keep, options.save_images
@@ -124,8 +144,8 @@ def run(options: EvalOptions) -> EvalResult | None:
         if options.make_reference is not None:
             kept = KEPT_FEATURES if options.reference_features else 0
             save_reference(options.make_reference, reference_of(shards, extractor, source, kept))
-        if options.grid is not None:
-            eval_outputs.write_grid(options.grid, pictures)
+        for path in options.reports(".png"):
+            eval_outputs.write_grid(path, pictures)
         if reference is None:
             return None
         reference.require_dim(shards)
@@ -133,7 +153,7 @@ def run(options: EvalOptions) -> EvalResult | None:
         if reference.shards is not None:
             per_class = score_classes(shards, reference.shards, members)
             recognised = recognise(shards, reference.shards, members)
-        asked = Asked(options.pr_samples, options.bootstrap, options.over_n, options.seed)
+        asked = Asked(options.pr_count, options.confidence, sampling.seed)
         scores = score(extractor.distance_name, shards, reference.statistics, asked)
         if recognised is not None:
             scores.metrics |= {"accuracy": recognised.all, "accuracy of reals": recognised.reals}
@@ -155,13 +175,14 @@ def run(options: EvalOptions) -> EvalResult | None:
             warnings=[*warnings, *scores.warnings],
         )
         result = apply_limits(result, limits)
-        eval_outputs.write_summaries(options.junit, options.markdown, result, baseline)
-        if options.html is not None:
+        for path in options.reports(".xml"):
+            write_junit(path, result)
+        for path in options.reports(".md"):
+            write_markdown(path, result, baseline)
+        for path in options.reports(".html"):
             reals = None if reference.source is None else eval_outputs.Pictures(reference.source)
             features = reference.statistics.features
-            eval_outputs.write_page(
-                options.html, result, baseline, shards, pictures, features, reals
-            )
+            eval_outputs.write_page(path, result, baseline, shards, pictures, features, reals)
         return result
 
 
@@ -186,41 +207,32 @@ def _work_folder(named: Path | None, processes: Processes) -> Iterator[Path]:
         processes.wait()
 
 
-def _open(options: EvalOptions, device: str) -> Source:
+def _open(
+    options: EvalOptions, sampling: SamplingOptions, loading: ModelOptions, processes: Processes
+) -> Source:
     """Open what is scored."""
     if options.model is None:
         return open_set(str(options.images), options.n, options.on_bad_image)
     path = catalogue.resolve(options.model)
-    asked = sampler_for(
-        path, options.sampler, options.steps, options.cfg_scale, options.cfg_channels,
-        options.eps_scale,
-    )  # fmt: skip
-    generator = open_generator(
-        path,
-        options.backend,
-        device,
-        options.vae,
-        options.activations,
-        options.compiled,
-        options.model_weights,
-    )
+    asked = sampler_for(path, sampling)
+    generator = open_generator(path, loading)
     return ModelSource(
         generator,
         generator.fit(asked),
         options.n or DEFAULT_IMAGES,
-        options.seed,
+        sampling.seed,
         options.labels,
-        generator.batch_size(options.batch_size, asked.guided),
+        processes.least(generator.batch_size(sampling.batch_size, asked.guided)),
         model_sha256(path),
     )
 
 
 def _provenance(
-    options: EvalOptions, source: Source, extractor: FeatureExtractor
+    source: Source, extractor: FeatureExtractor, seed: int, command: str
 ) -> dict[str, Any]:
     """Return all that is needed to repeat the run; `gate.ALIKE` are keys of it."""
     facts: dict[str, Any] = {
-        "command": options.command,
+        "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.platform()}, {os.cpu_count()} CPUs, {extractor.device.type}",
         "terdit": terdit_cli.__version__,
@@ -228,7 +240,7 @@ def _provenance(
         "numpy": np.__version__,
         "python": platform.python_version(),
         "precision": extractor.precision,
-        "seed": options.seed,
+        "seed": seed,
     }
     if isinstance(source, SetSource):
         return facts | {"images": source.where, "images_sha256": source.sha256}

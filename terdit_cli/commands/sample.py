@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +26,8 @@ from terdit_cli.generate.generator import (
     open_generator,
     sampler_for,
 )
+from terdit_cli.generate.options import ModelOptions, SamplingOptions
 from terdit_cli.hub import catalogue
-from terdit_cli.runtime.cpu import set_threads
 from terdit_cli.system.atomic import atomic_path, check_writable, make_folder
 from terdit_cli.system.job import Processes, join_processes
 
@@ -97,51 +96,33 @@ def run(
     model: Path | None = None,
     *,
     n: int = 1,
-    steps: int | None = None,
-    sampler: str | None = None,
-    cfg_scale: float | None = None,
-    cfg_channels: str = "3",
-    seed: int = 0,
-    batch_size: int | None = None,
-    backend: str = "auto",
-    device: str | None = None,
-    vae: str | None = None,
     output: Path = Path("sample.png"),
-    activations: str = "auto",
-    threads: int | None = None,
-    weights: Literal["ema", "raw"] = "ema",
-    eps_scale: float | None = None,
+    sampling: SamplingOptions | None = None,
+    loading: ModelOptions | None = None,
 ) -> SampleResult:
-    """Draw `n` images of each class that `prompt_class` names; under torchrun together.
+    """Generate `n` images of each class that `prompt_class` names; under torchrun together.
 
-    Each process draws some of the batches, and the result is that of one process. It is returned
-    in all of them.
+    Each process generates some of the batches, and the result is that of one process. It is
+    returned in all of them.
 
     Args:
         prompt_class: an id, a name, a comma separated list of either, or "all".
         model: a path, the name of a packaged model, or None: see `find_model`.
-        steps, sampler, cfg_scale, eps_scale: None: see `sampler_for`.
-        batch_size: images drawn at once; None: see `ImageGenerator.batch_size`.
         output: .png (a labelled grid), .npz (arr_0 uint8 [N, H, W, 3], labels int64 [N]) or a
-            folder (one PNG an image).
-        activations, weights: see `open_generator`.
-        threads: of this process from now on, torch's too; None leaves them as they are.
+            folder (one PNG per image).
 
     Raises:
         UsageError, InputFileError, EnvironmentProblem.
     """
+    sampling, loading = sampling or SamplingOptions(), loading or ModelOptions()
     with join_processes() as processes:
-        for name, value in (("-n", n), ("--batch-size", batch_size)):
+        for name, value in (("-n", n), ("--batch-size", sampling.batch_size)):
             if value is not None and value < 1:
                 raise UsageError(f"wrong {name}", got=value, expected="a positive number")
         _check_output(output)
         path = find_model(model, prompt_class)
-        asked = sampler_for(path, sampler, steps, cfg_scale, cfg_channels, eps_scale)
-        if threads is not None:
-            set_threads(threads)
-        generator = open_generator(
-            path, backend, processes.device(device), vae, activations, weights=weights
-        )
+        asked = sampler_for(path, sampling)
+        generator = open_generator(path, replace(loading, device=processes.device(loading.device)))
         names = generator.class_names
         classes = find_classes(prompt_class, names)
         _check_count(n * len(classes), output, generator.model.info.image_size)
@@ -149,8 +130,8 @@ def run(
         config = generator.fit(asked)
         _ = generator.space  # a VAE that cannot be opened is found before the work
         # The same in all processes, whatever else their GPUs do: images depend on it a little.
-        size = processes.least(generator.batch_size(batch_size, config.guided))
-        if size < (batch_size or DEFAULT_BATCH):
+        size = processes.least(generator.batch_size(sampling.batch_size, config.guided))
+        if size < (sampling.batch_size or DEFAULT_BATCH):
             console.note(f"--batch-size {size}: the GPU has too little memory for {DEFAULT_BATCH}")
         if not output.suffix and processes.size > 1:
             if processes.is_main:
@@ -161,14 +142,14 @@ def run(
             "software": f"terdit {terdit_cli.__version__}",
             "model": path.name,
             "model_sha256": digest,
-            "seed": str(seed),
+            "seed": str(sampling.seed),
             "sampler": f"{config.name} {config.steps} steps",
             "cfg_scale": f"{config.cfg_scale:g} ({config.cfg_channels} channels)",
             "eps_scale": f"{config.eps_scale:g}",
         }
         prepare(config)
         started = time.monotonic()
-        drawn = _draw(generator, config, seed, indices, size, processes, output, text)
+        drawn = _draw(generator, config, sampling.seed, indices, size, processes, output, text)
         seconds = time.monotonic() - started
         if drawn is not None:
             labels = [index % len(names) for index in indices]
@@ -177,7 +158,7 @@ def run(
                 how = f"{config.name} {config.steps} steps, cfg {config.cfg_scale:g}"
                 if config.eps_scale != 1:
                     how += f", eps {config.eps_scale:g}"
-                title = f"{path.name}, {how}, seed {seed}"
+                title = f"{path.name}, {how}, seed {sampling.seed}"
                 columns = n * max(1, round(math.sqrt(len(indices)) / n))  # a class never wraps
                 grid = draw_grid(drawn, captions, title, columns)
                 save_png(grid, output, text | {"class": ", ".join(dict.fromkeys(captions))})

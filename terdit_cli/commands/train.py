@@ -1,4 +1,4 @@
-"""`terdit train`: a recipe becomes a run folder with ckpt.pt, or, dry, a plan."""
+"""`terdit train`: a recipe becomes a run folder with ckpt.pt, or, in a dry run, a plan."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from terdit_cli import console
 from terdit_cli.data.loader import BatchSource
 from terdit_cli.data.vae import Space
 from terdit_cli.errors import InputFileError, UsageError
-from terdit_cli.model.ckpt import CKPT, load_ckpt
+from terdit_cli.model.ckpt import CKPT
 from terdit_cli.recipe import Recipe, load_recipe
 from terdit_cli.system.atomic import atomic_path
 from terdit_cli.system.gpu_memory import explained
 from terdit_cli.train import build
 from terdit_cli.train.checkpoint import (
     FOLDER,
-    MANIFEST,
     RECIPE,
     Saved,
     check_checkpoint,
@@ -26,8 +25,6 @@ from terdit_cli.train.checkpoint import (
     latest_checkpoint,
     load_state,
 )
-from terdit_cli.train.curves import plot_runs
-from terdit_cli.train.export import export_ckpt
 from terdit_cli.train.loop import loss_summary, lost_process, run_training
 from terdit_cli.train.parallel import World, join_world, leave_world
 from terdit_cli.train.planner import Plan, plan_run
@@ -49,23 +46,6 @@ class TrainResult:
     steps: int
     first_loss: float | None
     last_loss: float | None
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What was made of which checkpoint."""
-
-    checkpoint: Path
-    out: Path
-    step: int
-
-
-@dataclass(frozen=True)
-class PlotResult:
-    """Which runs' curves lie where."""
-
-    runs: tuple[Path, ...]
-    out: Path
 
 
 def plan(
@@ -90,16 +70,6 @@ def plan(
     recipe = load_recipe(recipe_path, overrides)
     preview_sampler(recipe)
     return recipe, plan_run(recipe, gpus, gpu_memory, mfu)
-
-
-def plot(runs: Sequence[Path], out: Path) -> PlotResult:
-    """Draw the curves of several runs on one picture, .png or .html.
-
-    Raises:
-        InputFileError: a folder without metrics.jsonl.
-        UsageError: no run, or another kind of picture.
-    """
-    return PlotResult(tuple(runs), plot_runs(runs, out))
 
 
 def run(
@@ -134,49 +104,6 @@ def run(
     leave_world()
     first, last = loss_summary(run_folder) or (None, None)
     return TrainResult(run_folder, checkpoint, trainer.step, first, last)
-
-
-def export(source: Path, out: Path | None = None) -> ExportResult:
-    """Write ckpt.pt from a checkpoint, in one process and little memory.
-
-    Args:
-        source: a run folder, whose newest undamaged checkpoint is taken, or a checkpoint folder.
-        out: the file to write; default ckpt.pt in the run folder.
-
-    Raises:
-        InputFileError: no checkpoint there, or a damaged one.
-        UsageError: ckpt.pt would take the place of that of another step.
-        EnvironmentProblem: disk full or not writable.
-    """
-    world = World()
-    if (source / MANIFEST).exists():
-        saved, folder = check_checkpoint(source, world), source.resolve().parent
-        run_folder = folder.parent if folder.name == FOLDER else source
-    else:
-        newest, run_folder = latest_checkpoint(source, world), source
-        if newest is None:
-            raise InputFileError(
-                "there is no complete checkpoint", where=source,
-                fix="name a run folder or one of its checkpoints/step-* folders",
-            )  # fmt: skip
-        saved = newest
-    path = out or run_folder / CKPT
-    if out is None and _step_of(path) not in (None, saved.step):
-        raise UsageError(
-            "the run's ckpt.pt is of another step", got=f"step {_step_of(path)}",
-            expected=f"step {saved.step}, as the checkpoint", where=path,
-            fix="name another file: -o early.pt",
-        )  # fmt: skip
-    export_ckpt(saved, path)
-    return ExportResult(saved.path, path, saved.step)
-
-
-def _step_of(path: Path) -> int | None:
-    """Return the step of a ckpt.pt; None where there is none, or a damaged one to be made again."""
-    try:
-        return load_ckpt(path).info.step
-    except InputFileError:
-        return None
 
 
 def _train(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,17 +24,18 @@ from terdit_cli.data.vae import PixelSpace, Space, VaeSpace
 from terdit_cli.diffusion.noise import ImageNoise
 from terdit_cli.diffusion.sampler import SamplerConfig, sample
 from terdit_cli.errors import EnvironmentProblem, InputFileError, TerditError, UsageError
+from terdit_cli.generate.options import Labels, ModelOptions, SamplingOptions
 from terdit_cli.hub import catalogue
 from terdit_cli.hub.card import read_card
 from terdit_cli.pack.read_release import is_released_folder, released_weights
 from terdit_cli.pack.sources import checkpoint_path
+from terdit_cli.runtime.cpu import set_threads
 from terdit_cli.runtime.load import LoadedModel, load
 from terdit_cli.system.gpu_memory import ELSEWHERE, explained, free_bytes
 
 DEFAULT_BATCH = 8  # images drawn at once
 
 OnStep = Callable[[int], None]
-Labels = Literal["balanced", "uniform"]
 
 
 def class_of(index: int, num_classes: int, labels: Labels, seed: int) -> int:
@@ -185,78 +186,62 @@ def _count_images(on_step: OnStep, k: int, x: torch.Tensor) -> None:
     on_step(len(x))
 
 
-def sampler_for(
-    path: Path,
-    name: str | None = None,
-    steps: int | None = None,
-    cfg_scale: float | None = None,
-    cfg_channels: str = "3",
-    eps_scale: float | None = None,
-) -> SamplerConfig:
+def sampler_for(path: Path, asked: SamplingOptions) -> SamplerConfig:
     """Return the sampler that was asked for; what was not (None) is `SamplerConfig`'s default.
 
     For a packaged model it is what its card advises instead, and a line on stderr says so. The
-    advised steps are of the advised sampler: another sampler has its own default. The advised
-    factor of the predicted noise is of that sampler with those steps and that guidance.
+    advised steps are those of the advised sampler: another sampler has its own default. The advised
+    factor on the predicted noise is of that sampler with those steps and that guidance.
 
     Raises:
         UsageError: impossible values. InputFileError: a damaged card.
     """
     found: dict[str, Any] = {
-        "name": name, "steps": steps, "cfg_scale": cfg_scale, "eps_scale": eps_scale
+        "sampler": asked.sampler, "steps": asked.steps, "cfg_scale": asked.cfg_scale,
+        "eps_scale": asked.eps_scale,
     }  # fmt: skip
     packaged = catalogue.name_of(path)
     if packaged is not None and None in found.values():
         advice = read_card(packaged).sampler
-        advised = {"name": advice.name, "cfg_scale": advice.cfg_scale}
-        if name in (None, advice.name):
-            advised["steps"] = advice.steps
+        whole = {"sampler": advice.name, "steps": advice.steps, "cfg_scale": advice.cfg_scale}
+        advised: dict[str, Any] = dict(whole)
+        if asked.sampler not in (None, advice.name):
+            del advised["steps"]
         taken = {field: value for field, value in advised.items() if found[field] is None}
         found |= taken
-        whole = advice.model_dump(exclude={"eps_scale"})
-        if eps_scale is None and all(found[field] == value for field, value in whole.items()):
+        if asked.eps_scale is None and all(found[field] == whole[field] for field in whole):
             found |= (taken := taken | {"eps_scale": advice.eps_scale})
-        options = {
-            "name": "--sampler", "steps": "--steps", "cfg_scale": "--cfg-scale",
-            "eps_scale": "--eps-scale",
-        }  # fmt: skip
-        words = [f"{options[field]} {taken[field]}" for field in options if field in taken]
+        words = [f"--{field.replace('_', '-')} {taken[field]}" for field in found if field in taken]
         if words:
             console.note(f"{packaged}: {' '.join(words)}, as its card advises")
     given = {field: value for field, value in found.items() if value is not None}
-    return SamplerConfig(**given, cfg_channels=cfg_channels)  # type: ignore[arg-type]
+    if "sampler" in given:
+        given["name"] = given.pop("sampler")
+    return SamplerConfig(**given, cfg_channels=asked.cfg_channels)
 
 
-def open_generator(
-    path: Path,
-    backend: str = "auto",
-    device: str | None = None,
-    vae: str | None = None,
-    activations: str = "auto",
-    compiled: bool = False,
-    weights: Literal["ema", "raw"] = "ema",
-) -> ImageGenerator:
+def open_generator(path: Path, options: ModelOptions) -> ImageGenerator:
     """Load a model; its VAE is opened later, after cheaper checks.
 
     Args:
         path: anything `load_model` takes.
-        vae: folder or hub id that stands in for the one the model names.
-        activations: "auto" or a precision, as `load` takes it.
-        compiled, weights: as `load` takes them.
 
     Raises:
         InputFileError, UsageError, EnvironmentProblem.
     """
-    place = usable_device(device)
+    if options.threads is not None:
+        set_threads(options.threads)
+    place = usable_device(options.device)
     exact_convolutions(place)
-    model = load(path, place, backend, weights, activations, compiled)
-    info = model.info
-    if info.space.kind == "pixel" and vae is not None:
+    model = load(
+        path, place, options.backend, options.weights, options.activations, options.compiled
+    )
+    if model.info.space.kind == "pixel" and options.vae is not None:
         raise UsageError(
-            "this model draws pixels", got=f"--vae {vae}", expected="no VAE", where=path
+            "this model generates pixels", got=f"--vae {options.vae}", expected="no VAE", where=path
         )
     console.note(f"{path}: {model.reason} on {place}")
-    return ImageGenerator(path, model, place, vae)
+    return ImageGenerator(path, model, place, options.vae)
 
 
 DEVICES = ("cpu", "cuda", "mps")  # their kinds, as torch calls them

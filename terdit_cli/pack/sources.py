@@ -28,7 +28,7 @@ def checkpoint_path(path: Path) -> Path | None:
     if not (path / CKPT).exists():
         fix = "name a run folder, ckpt.pt, .safetensors or .tdt"
         if (path / "manifest.json").exists() or any(path.glob("checkpoints/step-*/manifest.json")):
-            fix = f"make one of the checkpoint: terdit train --export {path} -o early.pt"
+            fix = f"export the checkpoint: terdit export {path} -o early.pt"
         elif (path / "recipe.yaml").exists():
             fix = f"finish the run: terdit train {path / 'recipe.yaml'} --resume auto --out {path}"
         raise InputFileError(

@@ -30,7 +30,6 @@ from terdit_cli.model.ema import Ema
 from terdit_cli.recipe import Recipe
 from terdit_cli.train import build
 from terdit_cli.train.checkpoint import CheckpointWriter, folder_of, read_manifest
-from terdit_cli.train.export import export_ckpt
 from terdit_cli.train.init_from import start_from
 from terdit_cli.train.optim import (
     build_optimizer,
@@ -54,6 +53,7 @@ from terdit_cli.train.rng import Draws, StepDraws
 from terdit_cli.train.ste import clip_straight_through
 from terdit_cli.train.teacher import FeatureMatch, load_teacher, teacher_weight
 from terdit_cli.train.ternary_cache import ternarized_once
+from terdit_cli.train.write_ckpt import export_ckpt
 
 QUARTERS = 4
 _NAMES = ("loss", "mse", "vb", "distill", "features")

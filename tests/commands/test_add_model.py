@@ -19,6 +19,7 @@ from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.errors import InputFileError, TerditError
 from terdit_cli.evaluate.result import load_result
 from terdit_cli.generate.generator import sampler_for
+from terdit_cli.generate.options import SamplingOptions
 from terdit_cli.hub import catalogue
 from terdit_cli.hub.card import Advice, read_card
 from terdit_cli.lab import add_model
@@ -67,7 +68,7 @@ def test_a_run_becomes_a_packaged_model(measured: Path, small_run: Path, shelf: 
     assert "8 images against 8, seed 3, activations " in card.measured
     assert "terdit eval-fid --model m.tdt" in card.measured
     assert card.text.startswith("# new\n\n## Recipe\n\n```yaml\nname: small\n")
-    assert sampler_for(path) == SamplerConfig("ddim", 4, 2.0, eps_scale=0.98)
+    assert sampler_for(path, SamplingOptions()) == SamplerConfig("ddim", 4, 2.0, eps_scale=0.98)
     # Again: the words of people stay, or are replaced.
     add_model.run(small_run, "new", measured, Words(text="# Better\n\nMuch."))
     add_model.run(small_run, "new", measured, Words(limits="few"))

@@ -19,11 +19,11 @@ from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.generate import generator as generate
 from terdit_cli.generate.generator import (
     ImageGenerator,
-    Labels,
     class_of,
     open_generator,
     usable_device,
 )
+from terdit_cli.generate.options import Labels, ModelOptions
 from terdit_cli.pack.sources import open_exported
 from terdit_cli.runtime import cpu
 from terdit_cli.runtime.gpu.graph_step import sampling_bytes
@@ -76,7 +76,9 @@ def test_any_part_is_the_same_image_by_image(
     small_tdt: Path, activations: str, labels: Labels
 ) -> None:
     backend = "cpu" if cpu.available(torch.device("cpu")) is None else "reference"
-    generator = open_generator(small_tdt, backend, "cpu", activations=activations)
+    generator = open_generator(
+        small_tdt, ModelOptions(backend=backend, device="cpu", activations=activations)
+    )
     sampler = generator.fit(SamplerConfig("ddpm", 4, 4.0, "3"))
 
     def draw(start: int, end: int, batch_size: int) -> tuple[NDArray[np.uint8], list[int]]:
@@ -104,7 +106,7 @@ def test_any_part_is_the_same_image_by_image(
 
 def test_images_that_are_no_numbers_are_no_images(small_tdt: Path, monkeypatch: Patch) -> None:
     """As bytes they would be black, and have a distance like others."""
-    generator = open_generator(small_tdt, "reference")
+    generator = open_generator(small_tdt, ModelOptions(backend="reference"))
 
     def sample(network: object, config: object, z: torch.Tensor, *_: object,
                **__: object) -> torch.Tensor:  # fmt: skip
@@ -134,7 +136,7 @@ def test_the_hash_is_of_the_file_that_is_loaded(released_folder: Path, tmp_path:
 @pytest.fixture
 def on_gpu(small_tdt: Path) -> ImageGenerator:
     """Return a generator that believes to be on a GPU."""
-    generator = open_generator(small_tdt, "reference")
+    generator = open_generator(small_tdt, ModelOptions(backend="reference"))
     cuda = torch.device("cuda:0")
     model = dataclasses.replace(generator.model, backend="gpu", precision="int8", device=cuda)
     return dataclasses.replace(generator, model=model, device=cuda)

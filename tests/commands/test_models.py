@@ -26,6 +26,7 @@ from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.evaluate.request import EvalOptions
 from terdit_cli.generate.generator import sampler_for
+from terdit_cli.generate.options import SamplingOptions
 from terdit_cli.hub import catalogue
 from terdit_cli.hub.card import Advice, Card, parse_card, read_card
 from terdit_cli.model.ckpt import load_ckpt
@@ -313,13 +314,17 @@ _WORDS = "--sampler dpmpp-2m --steps 3 --cfg-scale 1.5 --eps-scale 0.99, as its 
     [
         ({}, ADVISED, f"clothes: {_WORDS}"),
         ({"eps_scale": 1.0}, replace(ADVISED, eps_scale=1.0), "--steps 3 --cfg-scale 1.5, as"),
-        ({"name": "dpmpp-2m", "steps": 3, "cfg_scale": 1.5}, ADVISED, "clothes: --eps-scale 0.99,"),
+        (
+            {"sampler": "dpmpp-2m", "steps": 3, "cfg_scale": 1.5},
+            ADVISED,
+            "clothes: --eps-scale 0.99,",
+        ),
         ({"steps": 9}, SamplerConfig("dpmpp-2m", 9, 1.5), "--sampler dpmpp-2m --cfg-scale 1.5,"),
-        ({"name": "dpmpp-2m"}, ADVISED, "clothes: --steps 3 --cfg-scale 1.5 --eps-scale 0.99,"),
-        ({"name": "ddpm"}, SamplerConfig("ddpm", 250, 1.5), "clothes: --cfg-scale 1.5,"),
+        ({"sampler": "dpmpp-2m"}, ADVISED, "clothes: --steps 3 --cfg-scale 1.5 --eps-scale 0.99,"),
+        ({"sampler": "ddpm"}, SamplerConfig("ddpm", 250, 1.5), "clothes: --cfg-scale 1.5,"),
         ({"cfg_scale": 1.0}, SamplerConfig("dpmpp-2m", 3, 1.0), "--sampler dpmpp-2m --steps 3,"),
-        ({"name": "ddim", "cfg_scale": 1.0}, SamplerConfig("ddim", 250, 1.0), ""),
-        ({"name": "euler", "steps": 7, "cfg_scale": 0.0}, SamplerConfig("euler", 7, 0.0), ""),
+        ({"sampler": "ddim", "cfg_scale": 1.0}, SamplerConfig("ddim", 250, 1.0), ""),
+        ({"sampler": "euler", "steps": 7, "cfg_scale": 0.0}, SamplerConfig("euler", 7, 0.0), ""),
         ({"steps": 9, "eps_scale": 0.5}, SamplerConfig("dpmpp-2m", 9, 1.5, eps_scale=0.5), "dpmpp"),
     ],
     ids=str,
@@ -327,14 +332,16 @@ _WORDS = "--sampler dpmpp-2m --steps 3 --cfg-scale 1.5 --eps-scale 0.99, as its 
 def test_the_advice_of_a_card(
     package: Make, small_tdt: Path, given: dict[str, Any], wanted: SamplerConfig, line: str
 ) -> None:
-    config, _, err = said(lambda: sampler_for(package("clothes"), **given))
+    config, _, err = said(lambda: sampler_for(package("clothes"), SamplingOptions(**given)))
     assert config == wanted
     assert line in err
     assert (err == "") == (line == "")
-    other, _, err = said(lambda: sampler_for(small_tdt, **given))  # no packaged model
+    other, _, err = said(
+        lambda: sampler_for(small_tdt, SamplingOptions(**given))
+    )  # no packaged model
     default = SamplerConfig()
     assert (other.name, other.steps, other.cfg_scale) == (
-        given.get("name", default.name),
+        given.get("sampler", default.name),
         given.get("steps", default.steps),
         given.get("cfg_scale", default.cfg_scale),
     )
@@ -350,7 +357,12 @@ def test_sample_with_no_other_argument(package: Make) -> None:
     assert "the packaged model clothes" in err
     assert "as its card advises" in err
     again, _, _ = said(
-        lambda: sample.run("7", path, steps=3, sampler="dpmpp-2m", cfg_scale=1.5, output=Path("b"))
+        lambda: sample.run(
+            "7",
+            path,
+            output=Path("b"),
+            sampling=SamplingOptions(steps=3, sampler="dpmpp-2m", cfg_scale=1.5),
+        )
     )
     assert again.model_sha256 == result.model_sha256
 

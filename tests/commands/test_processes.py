@@ -74,7 +74,7 @@ def words(small_tdt: Path, features: str) -> tuple[object, ...]:
     return (
         "eval-fid", "--model", small_tdt, "--reference", "embedded:heldout", "-n", COUNT,
         "--features", features, "--steps", 2, "--labels", "uniform", "--device", "cpu",
-        "--bootstrap", 5, "--over-n", "--per-class", "1,8", "--json", "--work",
+        "--confidence", 5, "--per-class", "1,8", "--json", "--work",
     )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def test_more_processes_than_blocks_and_a_temporary_folder(
     """40 images are one block: two of three processes have nothing to do."""
     grid = tmp_path / "grid.png"
     words = ("eval-fid", "--images", folder, "--reference", folder, "--features", features)
-    words += ("--json", "--grid", str(grid))
+    words += ("--json", "--report", str(grid))
     code, out, err = run_together(words, 3)
     assert code == 0, err
     assert repeatable(out) == repeatable(terdit(*words).out)
@@ -235,7 +235,7 @@ def test_the_work_folder_of_another_run(
     require_same(blocks(tmp_path), before)
     # Pictures change no features: they can be asked for afterwards.
     grid = tmp_path / "grid.png"
-    assert terdit(*words, tmp_path, "--grid", grid).code == 0
+    assert terdit(*words, tmp_path, "--report", grid).code == 0
     assert grid.exists()
     (tmp_path / "images" / FACTS_FILE).write_text("{")
     done = terdit(*words, tmp_path)

@@ -77,7 +77,7 @@ def test_a_run_that_is_not_finished_has_its_checkpoints(tmp_path):
     (tmp_path / "recipe.yaml").write_text("")
     (step / "manifest.json").write_text("{}")
     for path in (tmp_path, step):
-        with pytest.raises(InputFileError, match=rf"Fix: .*terdit train --export {path} -o early"):
+        with pytest.raises(InputFileError, match=rf"Fix: .*terdit export {path} -o early"):
             open_exported(path)
 
 

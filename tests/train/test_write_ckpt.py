@@ -16,12 +16,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from terdit_cli.commands import train as command
+from terdit_cli.commands import export as command
 from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.train.checkpoint import Saved
-from terdit_cli.train.export import PARTS, export_ckpt
 from terdit_cli.train.sharded_tensors import Fingerprint, ShardWriter
+from terdit_cli.train.write_ckpt import PARTS, export_ckpt
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,7 +79,7 @@ MEMORY = """
 import json, sys
 from pathlib import Path
 from terdit_cli.train.checkpoint import Saved
-from terdit_cli.train.export import export_ckpt
+from terdit_cli.train.write_ckpt import export_ckpt
 
 def peak():
     lines = open("/proc/self/status").read().splitlines()
@@ -137,14 +137,14 @@ def test_the_newest_undamaged_checkpoint_of_a_run(
     folder = tmp_path / "run"
     shutil.copytree(whole_run, folder)
     (folder / "ckpt.pt").unlink()
-    result = command.export(folder)
+    result = command.run(folder)
     assert result == command.ExportResult(
         folder / "checkpoints" / "step-00000040", folder / "ckpt.pt", 40
     )
     assert (folder / "ckpt.pt").read_bytes() == (whole_run / "ckpt.pt").read_bytes()
 
     (folder / "checkpoints" / "step-00000040" / "__0_0.distcp").write_bytes(b"")
-    result = command.export(folder, tmp_path / "other.pt")
+    result = command.run(folder, tmp_path / "other.pt")
     assert (result.step, result.out) == (30, tmp_path / "other.pt")
     assert "skipping a damaged checkpoint" in capsys.readouterr().err
     exported = load_ckpt(result.out)
@@ -157,12 +157,12 @@ def test_the_newest_undamaged_checkpoint_of_a_run(
 def test_a_named_checkpoint(tmp_path: Path, whole_run: Path) -> None:
     shutil.copytree(whole_run / "checkpoints", tmp_path / "run" / "checkpoints")
     one = tmp_path / "run" / "checkpoints" / "step-00000030"
-    assert command.export(one).out == tmp_path / "run" / "ckpt.pt"
+    assert command.run(one).out == tmp_path / "run" / "ckpt.pt"
     moved = one.rename(tmp_path / "moved")
-    assert command.export(moved).out == moved / "ckpt.pt"
+    assert command.run(moved).out == moved / "ckpt.pt"
     (moved / "__0_0.distcp").write_bytes(b"")
     with pytest.raises(InputFileError, match="is not what the manifest says"):
-        command.export(moved)
+        command.run(moved)
 
 
 def test_an_older_checkpoint_does_not_replace_the_product(tmp_path: Path, whole_run: Path) -> None:
@@ -171,16 +171,16 @@ def test_an_older_checkpoint_does_not_replace_the_product(tmp_path: Path, whole_
     before = (folder / "ckpt.pt").read_bytes()
     [older, _] = sorted((folder / "checkpoints").iterdir())
     with pytest.raises(UsageError, match=r"got step 40, expected step 30.*Fix: name another file"):
-        command.export(older)
+        command.run(older)
     assert (folder / "ckpt.pt").read_bytes() == before
-    assert command.export(older, folder / "early.pt").step == 30
-    assert command.export(folder).step == 40
+    assert command.run(older, folder / "early.pt").step == 30
+    assert command.run(folder).step == 40
     (folder / "ckpt.pt").write_bytes(before[:-100])
-    assert command.export(older).out == folder / "ckpt.pt"  # instead of a damaged one
+    assert command.run(older).out == folder / "ckpt.pt"  # instead of a damaged one
 
 
 def test_a_folder_without_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(InputFileError, match="there is no complete checkpoint") as caught:
-        command.export(tmp_path)
+        command.run(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "Fix: name a run folder" in str(caught.value)
