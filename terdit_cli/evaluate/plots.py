@@ -169,7 +169,8 @@ def coverage_plot(coverage: Coverage) -> Plot:
         axes.plot(*np.clip(points, low, high).T, **look)
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[], yticks=[])
     axes.spines[:].set(visible=True, color=RULE)
-    figure.subplots_adjust(0.02, figure.subplotpars.bottom - 0.1, 0.98, 0.98)
+    bottom = axes.get_position().y0 - 0.1
+    axes.set_position((0.02, bottom, 0.96, 0.98 - bottom))
     title = "Feature space"
     note = (
         f"The two largest principal components, {100 * coverage.variance:.0f} % of the variance. "

@@ -26,7 +26,7 @@ from terdit_cli.evaluate.result import (
     share,
 )
 from terdit_cli.report.markdown import clean, code, details, prose, table
-from terdit_cli.system.atomic import atomic_path
+from terdit_cli.system.atomic import write_whole
 
 SUITE = "terdit eval-fid"
 MOST_CLASSES = 20  # rows of distances by class: the largest
@@ -38,7 +38,7 @@ def write_junit(path: Path, result: EvalResult) -> None:
     Raises:
         EnvironmentProblem: the file cannot be written.
     """
-    _write(path, junit(result))
+    write_whole(path, junit(result))
 
 
 def write_markdown(path: Path, result: EvalResult, baseline: EvalResult | None = None) -> None:
@@ -47,12 +47,7 @@ def write_markdown(path: Path, result: EvalResult, baseline: EvalResult | None =
     Raises:
         EnvironmentProblem: the file cannot be written.
     """
-    _write(path, markdown(result, baseline))
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+    write_whole(path, markdown(result, baseline))
 
 
 def junit(result: EvalResult) -> str:

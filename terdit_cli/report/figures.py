@@ -13,7 +13,7 @@ import io
 import re
 import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -100,11 +100,15 @@ class Plot(NamedTuple):
     title: str
     note: str
     drawing: Markup  # as `svg` gives it
+    name: str = ""  # of its file
+
+
+Looks = Mapping[str, Mapping[str, Any]]
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Give matplotlib the project's style while a figure is built and saved."""
+    """Give matplotlib the project's style while a figure is built."""
     import matplotlib
 
     with warnings.catch_warnings(), matplotlib.rc_context(_STYLE):
@@ -114,40 +118,57 @@ def style() -> Iterator[None]:
 
 
 def chart(
+    x_name: str, y_name: str, key: Looks | None = None, width: float = WIDTH, height: float = HEIGHT
+) -> tuple[Figure, Axes]:
+    """Return a figure of one empty chart; see `charts`."""
+    figure, (axes,) = charts(x_name, [y_name], key, 1, width, height)
+    return figure, axes
+
+
+def charts(
     x_name: str,
-    y_name: str,
-    key: Mapping[str, Mapping[str, Any]] | None = None,
+    y_names: Sequence[str],
+    key: Looks | None = None,
+    columns: int = 2,
     width: float = WIDTH,
     height: float = HEIGHT,
-) -> tuple[Figure, Axes]:
-    """Return an empty chart, its y axis named above it, with a key below it.
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of empty charts in rows, each below the name of its y axis, above a key.
 
     Args:
         key: label -> how its line, marker or area looks, as of matplotlib's Line2D.
-        width, height: points, without the key.
+        width, height: points, of one chart.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    key = {_short(label, width): look for label, look in (key or {}).items()}
-    columns = max(1, int(width // (32 + _CHARACTER * max(map(len, key), default=1))))
-    below = 4 + _KEY_LINE * -(-len(key) // columns) if key else 0
-    whole = height + below
-    figure = Figure(figsize=(width / 72, whole / 72))
-    axes = figure.add_subplot()
-    figure.subplots_adjust(52 / width, (below + 44) / whole, 1 - 16 / width, 1 - 34 / whole)
-    axes.set_xlabel(x_name)
-    axes.set_title(y_name, x=-44 / (width - 68), pad=13)
-    axes.xaxis.set_major_formatter(tick_text)
-    axes.yaxis.set_major_formatter(tick_text)
-    axes.locator_params(nbins=6)
+    columns = min(columns, len(y_names)) or 1
+    rows, whole = -(-len(y_names) // columns), columns * width
+    key = {_short(label, whole): look for label, look in (key or {}).items()}
+    abreast = max(1, int(whole // (32 + _CHARACTER * max(map(len, key), default=1))))
+    below = 4 + _KEY_LINE * -(-len(key) // abreast) if key else 0
+    high = rows * height + below
+    figure = Figure(figsize=(whole / 72, high / 72))
+    found = []
+    for place, y_name in enumerate(y_names):
+        row, column = divmod(place, columns)
+        left, bottom = column * width + 52, below + (rows - 1 - row) * height + 44
+        axes = figure.add_axes(
+            (left / whole, bottom / high, (width - 68) / whole, (height - 78) / high)
+        )
+        axes.set_xlabel(x_name)
+        axes.set_title(y_name, x=-44 / (width - 68), pad=13)
+        axes.xaxis.set_major_formatter(tick_text)
+        axes.yaxis.set_major_formatter(tick_text)
+        axes.locator_params(nbins=6)
+        found.append(axes)
     if key:
-        lines = [Line2D([], [], **look) for look in key.values()]
         figure.legend(
-            lines, key, loc="lower left", bbox_to_anchor=(0, 0), ncols=columns, borderpad=0.3,
-            borderaxespad=0, handlelength=1.6, handletextpad=0.6, columnspacing=1.2, fontsize=12,
+            [Line2D([], [], **look) for look in key.values()], key, loc="lower left",
+            bbox_to_anchor=(0, 0), ncols=abreast, borderpad=0.3, borderaxespad=0, handlelength=1.6,
+            handletextpad=0.6, columnspacing=1.2, fontsize=12,
         )  # fmt: skip
-    return figure, axes
+    return figure, found
 
 
 def _short(label: str, width: float) -> str:
@@ -163,16 +184,18 @@ def tick_text(value: float, _place: float | None = None) -> str:
 
 def logarithmic(axis: Any, low: float, high: float) -> None:
     """Make an axis (`axes.xaxis`) logarithmic from `low` to `high` with a few plain numbers."""
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullLocator
 
     margin = max((high / low) ** 0.06, 1.03)
     low, high = low / margin, high * margin
     axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
     for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), range(1, 10)):
-        locator = LogLocator(subs=factors)
+        locator: Locator = LogLocator(subs=factors)
         if sum(low <= value <= high for value in locator.tick_values(low, high)) >= 3:
-            axis.set_major_locator(locator)
             break
+    else:
+        locator = MaxNLocator(5)
+    axis.set_major_locator(locator)
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(tick_text)
 
@@ -195,7 +218,7 @@ def svg(figure: Figure, title: str) -> Markup:
     title = " ".join(clean(title).split())
     for artist in figure.findobj(Text):
         artist.set_text(clean(artist.get_text()))
-    with matplotlib.rc_context({"svg.hashsalt": title}):
+    with style(), matplotlib.rc_context({"svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     root = ET.fromstring(buffer.getvalue())
     used = set(re.findall(rb"#([mp]\w+)", buffer.getvalue()))
@@ -250,5 +273,6 @@ def standalone(drawing: Markup) -> str:
 def png(figure: Figure) -> bytes:
     """Return a figure as a PNG on white."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144, facecolor=SURFACE)
+    with style():
+        figure.savefig(buffer, format="png", dpi=144, facecolor=SURFACE)
     return buffer.getvalue()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 LONGEST_TEXT = 1000  # characters of a code span or sentence
 # What XML 1.0 has no character for (controls, lone surrogates, two non-characters), and the
@@ -19,8 +19,9 @@ def clean(value: object) -> str:
     return _UNPRINTABLE.sub("\ufffd", str(value))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a table; its cells are Markdown without a bar or the end of a line."""
+    header = list(header)
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -29,6 +30,11 @@ def details(title: str, content: str) -> str:
     """Return what is folded away under its title; `content` is Markdown."""
     # The blank line after the summary makes the content Markdown again.
     return f"<details>\n<summary>{html.escape(title)}</summary>\n\n{content}\n\n</details>"
+
+
+def plain(text: object) -> str:
+    """Return one line, of text that is trusted to be none but ours, which a table can hold."""
+    return " ".join(clean(text).split()).replace("<", "&lt;").replace("|", "\\|")
 
 
 def _line(value: object) -> str:

@@ -23,11 +23,11 @@ from PIL import Image as Pillow
 
 from terdit_cli.report.figures import THEMES
 from terdit_cli.report.markdown import clean
-from terdit_cli.system.atomic import atomic_path
+from terdit_cli.system.atomic import write_whole
 
 Image = NDArray[np.uint8]  # [H, W, 3]
 
-_SMALL = 64  # pixels of the longer side up to which an image is shown exactly, pixel by pixel
+SMALL = 64  # pixels of the longer side up to which an image is shown exactly, pixel by pixel
 _JPEG_QUALITY = 85
 
 
@@ -58,8 +58,7 @@ def write_page(path: Path, template: str, title: str, **values: Any) -> None:
         "digest": base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode(),
     }
     text = environment.get_template(template).render(values)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+    write_whole(path, text)
 
 
 def image_tag(image: Image, alt: str, size: int, exact: bool = False) -> Markup:
@@ -68,7 +67,7 @@ def image_tag(image: Image, alt: str, size: int, exact: bool = False) -> Markup:
     Small images, and those asked for so, are kept exactly; others become JPEG.
     """
     photo, buffer = Pillow.fromarray(image), io.BytesIO()
-    exact = exact or max(image.shape[:2]) <= _SMALL
+    exact = exact or max(image.shape[:2]) <= SMALL
     if exact:
         photo.save(buffer, format="PNG", optimize=True)
     else:

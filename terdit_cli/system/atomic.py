@@ -52,6 +52,12 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink()
 
 
+def write_whole(target: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write text (UTF-8, lines ending in a line feed everywhere) or bytes as `atomic_path` does."""
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def check_writable(target: Path) -> None:
     """Raise the EnvironmentProblem that `atomic_path` would raise, as far as can be told now."""
     _refuse_folder(target)

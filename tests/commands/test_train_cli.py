@@ -138,7 +138,7 @@ def test_bad_sources(refused: Callable[..., str], terdit: Terdit, small_recipe: 
         2, "export", "nothing", "-o", "early.bin"
     )
     text = refused(2, "plot", "nothing", "-o", "curves.jpg")
-    assert "got curves.jpg, expected .png or .html" in text
+    assert "got curves.jpg, expected .png, .svg or .html" in text
     done = terdit("train", small_recipe, "--dry-run", "--gpus", "0")
     assert (done.code, done.out) == (2, "")
     assert "'--gpus'" in done.err

@@ -34,7 +34,7 @@ from terdit_cli.lab.bench.settings import Options, What, numbers, words
 from terdit_cli.model.dit import SIZES
 from terdit_cli.pack.tdt import TdtFile, write_tdt
 from terdit_cli.runtime.backends import choose_backend, resolve_activations
-from terdit_cli.system.atomic import atomic_path, check_writable
+from terdit_cli.system.atomic import check_writable, write_whole
 
 __all__ = ["as_json", "run", "tables"]
 
@@ -121,8 +121,7 @@ def run(
     options = dataclasses.replace(options, backend=choice.backend.NAME)
     result = _measure(options, machine, device)
     if output is not None:
-        with atomic_path(output) as temporary:
-            temporary.write_text(page(result), encoding="utf-8")
+        write_whole(output, page(result))
     return result
 
 

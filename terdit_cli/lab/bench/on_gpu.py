@@ -22,7 +22,7 @@ from terdit_cli.lab.bench.roofline import RooflineRow, analyse
 from terdit_cli.lab.bench.settings import DOWNSAMPLE, numbers, words
 from terdit_cli.model.dit import SIZES, build_config
 from terdit_cli.runtime.gpu import backend as gpu
-from terdit_cli.system.atomic import atomic_path
+from terdit_cli.system.atomic import write_whole
 from terdit_cli.system.gpus import find_gpu
 
 ROOFLINE, KERNELS = "roofline", "kernels"
@@ -115,8 +115,7 @@ def run(
         kernels=compiled,
     )
     if output is not None:
-        with atomic_path(output) as temporary:
-            temporary.write_text(gpu_page(report), encoding="utf-8")
+        write_whole(output, gpu_page(report))
     return report
 
 
