@@ -40,6 +40,13 @@ def study(
         Path,
         typer.Option("--out", "-o", help="The report, .md; an .html and figures go beside it."),
     ] = Path("runs/results.md"),
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="<folder>",
+            help="Also write the findings of each study into FOLDER as one archive.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Train and evaluate the variants of a study: run missing variants and report.
@@ -52,7 +59,7 @@ def study(
         [Path(word) for word in words if "=" not in word],
         [word for word in words if "=" in word],
         [name.strip() for name in only.split(",") if name.strip()],
-        quick, render, runs, out,
+        quick, render, runs, out, keep,
     )  # fmt: skip
     if json:
         console.result_json(dataclasses.asdict(result))
