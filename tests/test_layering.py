@@ -28,11 +28,11 @@ ALLOWED: dict[str, set[str]] = {
     "model": set(),
     "diffusion": set(),
     "pack": {"model"},
-    "hub": {"pack"},
+    "hub": {"model", "pack"},
     "data": {"recipe"},
     "runtime": {"model", "pack", "hub"},
     "report": set(),
-    "generate": {"runtime", "diffusion", "data", "hub", "pack", "console"},
+    "generate": {"model", "runtime", "diffusion", "data", "hub", "pack", "console"},
     "evaluate": {"report", "console", "data", "generate", "diffusion"},
     "train": {"model", "diffusion", "data", "recipe", "console", "report"},
     "commands": {

@@ -49,9 +49,9 @@ from terdit_cli.evaluate.request import EvalOptions, check_options
 from terdit_cli.evaluate.result import EvalResult
 from terdit_cli.evaluate.scores import Asked, effect_of_bf16, recognise, score, score_classes
 from terdit_cli.evaluate.summary import write_junit, write_markdown
-from terdit_cli.generate.generator import model_sha256, open_generator, sampler_for, usable_device
+from terdit_cli.generate.generator import open_generator, sampler_for, usable_device
 from terdit_cli.generate.options import ModelOptions, SamplingOptions
-from terdit_cli.hub import catalogue
+from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.runtime.cpu import set_threads
 from terdit_cli.system.gpu_memory import ELSEWHERE, explained
 from terdit_cli.system.job import Processes, join_processes
@@ -213,9 +213,9 @@ def _open(
     """Open what is scored."""
     if options.model is None:
         return open_set(str(options.images), options.n, options.on_bad_image)
-    path = catalogue.resolve(options.model)
-    asked = sampler_for(path, sampling)
-    generator = open_generator(path, loading)
+    file = ModelFile.open(options.model)
+    asked = sampler_for(file, sampling)
+    generator = open_generator(file, loading)
     return ModelSource(
         generator,
         generator.fit(asked),
@@ -223,7 +223,6 @@ def _open(
         sampling.seed,
         options.labels,
         processes.least(generator.batch_size(sampling.batch_size, asked.guided)),
-        model_sha256(path),
     )
 
 
@@ -248,7 +247,7 @@ def _provenance(
     info, sampler = source.generator.model.info, source.sampler
     return facts | {
         "model": source.where,
-        "model_sha256": source.model_sha256,
+        "model_sha256": source.generator.file.sha256,
         "recipe_sha256": info.recipe_sha256,
         "config": dataclasses.asdict(info.config),
         "step": info.step,

@@ -14,20 +14,18 @@ from PIL import Image
 
 import terdit_cli
 from terdit_cli import console
-from terdit_cli.commands.models import model_for
 from terdit_cli.data.classes import find_classes
 from terdit_cli.data.grid import draw_grid, save_png
 from terdit_cli.diffusion.sampler import SamplerConfig, prepare
 from terdit_cli.errors import UsageError
+from terdit_cli.generate.find_model import find_model
 from terdit_cli.generate.generator import (
     DEFAULT_BATCH,
     ImageGenerator,
-    model_sha256,
     open_generator,
     sampler_for,
 )
 from terdit_cli.generate.options import ModelOptions, SamplingOptions
-from terdit_cli.hub import catalogue
 from terdit_cli.system.atomic import atomic_path, check_writable, make_folder
 from terdit_cli.system.job import Processes, join_processes
 
@@ -55,40 +53,6 @@ class SampleResult:
     threads: int
     activations: str
     weights: str
-
-
-def find_model(named: Path | None, prompt_class: str) -> Path:
-    """Return the model to use: the named one, $TERDIT_MODEL, the only .tdt here, the newest run.
-
-    Where there is none of these, the packaged model that knows the classes of the prompt.
-
-    Raises:
-        UsageError: none at all, or several .tdt files or packaged models to choose from.
-        InputFileError: nothing of that name.
-    """
-    if named is None and os.environ.get("TERDIT_MODEL"):
-        named = Path(os.environ["TERDIT_MODEL"])
-    if named is not None:
-        return catalogue.resolve(named)
-    packed = sorted(Path().glob("*.tdt"))
-    if len(packed) == 1:
-        return packed[0]
-    if packed:
-        raise UsageError(
-            "several models in this folder",
-            got=", ".join(map(str, packed)),
-            fix="choose one with --model",
-        )
-    runs = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    if runs:
-        return runs[-1]
-    if catalogue.names():
-        return model_for(prompt_class)
-    raise UsageError(
-        "no model to sample from",
-        got="no --model, no TERDIT_MODEL, no .tdt here, no finished run in runs/, none packaged",
-        fix="--model FILE, or make one with `terdit train` and `terdit pack`",
-    )
 
 
 def run(
@@ -120,9 +84,9 @@ def run(
             if value is not None and value < 1:
                 raise UsageError(f"wrong {name}", got=value, expected="a positive number")
         _check_output(output)
-        path = find_model(model, prompt_class)
-        asked = sampler_for(path, sampling)
-        generator = open_generator(path, replace(loading, device=processes.device(loading.device)))
+        file = find_model(model, prompt_class)
+        asked = sampler_for(file, sampling)
+        generator = open_generator(file, replace(loading, device=processes.device(loading.device)))
         names = generator.class_names
         classes = find_classes(prompt_class, names)
         _check_count(n * len(classes), output, generator.model.info.image_size)
@@ -137,11 +101,10 @@ def run(
             if processes.is_main:
                 make_folder(output)
             processes.require_shared(output, "-o")
-        digest = model_sha256(path)
         text = {
             "software": f"terdit {terdit_cli.__version__}",
-            "model": path.name,
-            "model_sha256": digest,
+            "model": file.path.name,
+            "model_sha256": file.sha256,
             "seed": str(sampling.seed),
             "sampler": f"{config.name} {config.steps} steps",
             "cfg_scale": f"{config.cfg_scale:g} ({config.cfg_channels} channels)",
@@ -158,13 +121,13 @@ def run(
                 how = f"{config.name} {config.steps} steps, cfg {config.cfg_scale:g}"
                 if config.eps_scale != 1:
                     how += f", eps {config.eps_scale:g}"
-                title = f"{path.name}, {how}, seed {sampling.seed}"
+                title = f"{file.path.name}, {how}, seed {sampling.seed}"
                 columns = n * max(1, round(math.sqrt(len(indices)) / n))  # a class never wraps
                 grid = draw_grid(drawn, captions, title, columns)
                 save_png(grid, output, text | {"class": ", ".join(dict.fromkeys(captions))})
             else:
-                with atomic_path(output) as temporary, temporary.open("wb") as file:
-                    np.savez(file, arr_0=drawn, labels=np.array(labels, dtype=np.int64))
+                with atomic_path(output) as temporary, temporary.open("wb") as handle:
+                    np.savez(handle, arr_0=drawn, labels=np.array(labels, dtype=np.int64))
     return SampleResult(
         output=output,
         images=len(indices),
@@ -175,8 +138,8 @@ def run(
         eps_scale=config.eps_scale,
         nfe=config.nfe,
         seconds=seconds,
-        model=path,
-        model_sha256=digest,
+        model=file.path,
+        model_sha256=file.sha256,
         **generator.model.facts(),
     )
 

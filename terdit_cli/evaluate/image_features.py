@@ -91,11 +91,10 @@ class ModelSource:
     seed: int
     labels: Labels
     batch_size: int
-    model_sha256: str
 
     @property
     def where(self) -> str:
-        return str(self.generator.path)
+        return str(self.generator.file.path)
 
     @property
     def class_names(self) -> list[list[str]]:
@@ -108,7 +107,7 @@ class ModelSource:
     def facts(self) -> dict[str, Any]:
         how = self.generator.model.facts()
         return {
-            "model_sha256": self.model_sha256,
+            "model_sha256": self.generator.file.sha256,
             "sampler": dataclasses.asdict(self.sampler),
             "seed": self.seed,
             "labels": self.labels,

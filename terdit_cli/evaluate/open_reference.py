@@ -28,7 +28,7 @@ from terdit_cli.evaluate.reference_set import (
     load_reference,
 )
 from terdit_cli.evaluate.scores import statistics_of
-from terdit_cli.generate.generator import file_sha256
+from terdit_cli.system.atomic import file_sha256
 from terdit_cli.system.job import Processes
 
 KEPT_FEATURES = 10_000  # in a reference file: for KID, precision and recall

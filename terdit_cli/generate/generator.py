@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +24,7 @@ from terdit_cli.diffusion.noise import ImageNoise
 from terdit_cli.diffusion.sampler import SamplerConfig, sample
 from terdit_cli.errors import EnvironmentProblem, InputFileError, TerditError, UsageError
 from terdit_cli.generate.options import Labels, ModelOptions, SamplingOptions
-from terdit_cli.hub import catalogue
-from terdit_cli.hub.card import read_card
-from terdit_cli.pack.read_release import is_released_folder, released_weights
-from terdit_cli.pack.sources import checkpoint_path
+from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.runtime.cpu import set_threads
 from terdit_cli.runtime.load import LoadedModel, load
 from terdit_cli.system.gpu_memory import ELSEWHERE, explained, free_bytes
@@ -55,7 +51,7 @@ def default_device() -> torch.device:
 class ImageGenerator:
     """A loaded model and, opened when first used, the space that its output lives in."""
 
-    path: Path
+    file: ModelFile
     model: LoadedModel
     device: torch.device
     vae: str | None
@@ -97,7 +93,7 @@ class ImageGenerator:
                 "this model has no null class for guidance",
                 got=f"--cfg-scale {sampler.cfg_scale:g}",
                 expected=1,
-                where=self.path,
+                where=self.file.path,
                 fix="--cfg-scale 1",
             )
         return sampler.clipped_for(pixels=info.space.kind == "pixel")
@@ -173,7 +169,7 @@ class ImageGenerator:
                 "the model's output is not finite",
                 got=f"{len(broken)} of {len(batch)} images, the first of them number "
                 f"{batch[broken[0]]}",
-                where=self.path,
+                where=self.file.path,
                 fix="take an earlier checkpoint, or another precision (--activations)",
             )
 
@@ -186,7 +182,7 @@ def _count_images(on_step: OnStep, k: int, x: torch.Tensor) -> None:
     on_step(len(x))
 
 
-def sampler_for(path: Path, asked: SamplingOptions) -> SamplerConfig:
+def sampler_for(file: ModelFile, asked: SamplingOptions) -> SamplerConfig:
     """Return the sampler that was asked for; what was not (None) is `SamplerConfig`'s default.
 
     For a packaged model it is what its card advises instead, and a line on stderr says so. The
@@ -200,9 +196,8 @@ def sampler_for(path: Path, asked: SamplingOptions) -> SamplerConfig:
         "sampler": asked.sampler, "steps": asked.steps, "cfg_scale": asked.cfg_scale,
         "eps_scale": asked.eps_scale,
     }  # fmt: skip
-    packaged = catalogue.name_of(path)
-    if packaged is not None and None in found.values():
-        advice = read_card(packaged).sampler
+    if None in found.values() and file.card is not None:
+        advice = file.card.sampler
         whole = {"sampler": advice.name, "steps": advice.steps, "cfg_scale": advice.cfg_scale}
         advised: dict[str, Any] = dict(whole)
         if asked.sampler not in (None, advice.name):
@@ -213,18 +208,15 @@ def sampler_for(path: Path, asked: SamplingOptions) -> SamplerConfig:
             found |= (taken := taken | {"eps_scale": advice.eps_scale})
         words = [f"--{field.replace('_', '-')} {taken[field]}" for field in found if field in taken]
         if words:
-            console.note(f"{packaged}: {' '.join(words)}, as its card advises")
+            console.note(f"{file.name}: {' '.join(words)}, as its card advises")
     given = {field: value for field, value in found.items() if value is not None}
     if "sampler" in given:
         given["name"] = given.pop("sampler")
     return SamplerConfig(**given, cfg_channels=asked.cfg_channels)
 
 
-def open_generator(path: Path, options: ModelOptions) -> ImageGenerator:
+def open_generator(file: ModelFile, options: ModelOptions) -> ImageGenerator:
     """Load a model; its VAE is opened later, after cheaper checks.
-
-    Args:
-        path: anything `load_model` takes.
 
     Raises:
         InputFileError, UsageError, EnvironmentProblem.
@@ -234,14 +226,17 @@ def open_generator(path: Path, options: ModelOptions) -> ImageGenerator:
     place = usable_device(options.device)
     exact_convolutions(place)
     model = load(
-        path, place, options.backend, options.weights, options.activations, options.compiled
+        file, place, options.backend, options.weights, options.activations, options.compiled
     )
     if model.info.space.kind == "pixel" and options.vae is not None:
         raise UsageError(
-            "this model generates pixels", got=f"--vae {options.vae}", expected="no VAE", where=path
+            "this model generates pixels",
+            got=f"--vae {options.vae}",
+            expected="no VAE",
+            where=file.path,
         )
-    console.note(f"{path}: {model.reason} on {place}")
-    return ImageGenerator(path, model, place, options.vae)
+    console.note(f"{file.path}: {model.reason} on {place}")
+    return ImageGenerator(file, model, place, options.vae)
 
 
 DEVICES = ("cpu", "cuda", "mps")  # their kinds, as torch calls them
@@ -303,18 +298,3 @@ def _require_gpu(device: torch.device) -> None:
             expected="cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}",
             fix="--device cuda",
         )
-
-
-def model_sha256(path: Path) -> str:
-    """Return the SHA-256 of a model's file (of a folder: of the file that holds its weights)."""
-    if is_released_folder(path):
-        path = released_weights(path)
-    else:
-        path = checkpoint_path(path) or path
-    return file_sha256(path)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

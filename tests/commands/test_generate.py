@@ -24,7 +24,7 @@ from terdit_cli.generate.generator import (
     usable_device,
 )
 from terdit_cli.generate.options import Labels, ModelOptions
-from terdit_cli.pack.sources import open_exported
+from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.runtime import cpu
 from terdit_cli.runtime.gpu.graph_step import sampling_bytes
 
@@ -77,7 +77,8 @@ def test_any_part_is_the_same_image_by_image(
 ) -> None:
     backend = "cpu" if cpu.available(torch.device("cpu")) is None else "reference"
     generator = open_generator(
-        small_tdt, ModelOptions(backend=backend, device="cpu", activations=activations)
+        ModelFile.open(small_tdt),
+        ModelOptions(backend=backend, device="cpu", activations=activations),
     )
     sampler = generator.fit(SamplerConfig("ddpm", 4, 4.0, "3"))
 
@@ -106,7 +107,7 @@ def test_any_part_is_the_same_image_by_image(
 
 def test_images_that_are_no_numbers_are_no_images(small_tdt: Path, monkeypatch: Patch) -> None:
     """As bytes they would be black, and have a distance like others."""
-    generator = open_generator(small_tdt, ModelOptions(backend="reference"))
+    generator = open_generator(ModelFile.open(small_tdt), ModelOptions(backend="reference"))
 
     def sample(network: object, config: object, z: torch.Tensor, *_: object,
                **__: object) -> torch.Tensor:  # fmt: skip
@@ -123,11 +124,11 @@ def test_the_hash_is_of_the_file_that_is_loaded(released_folder: Path, tmp_path:
     """A folder may hold the full-precision weights as well, whose name comes first."""
     folder = tmp_path / "released"
     shutil.copytree(released_folder, folder)
-    with open_exported(folder, n_heads=4) as model:
+    with ModelFile.open(folder).exported(n_heads=4) as model:
         expected = hashlib.sha256(model.path.read_bytes()).hexdigest()
     (folder / "consolidated_ema.00-of-01.pth").write_bytes(b"others")
     (folder / "consolidated.00-of-01.pth").write_bytes(b"others")
-    assert generate.model_sha256(folder) == expected
+    assert ModelFile.open(folder).sha256 == expected
 
 
 # GPUs, which are not there
@@ -136,7 +137,7 @@ def test_the_hash_is_of_the_file_that_is_loaded(released_folder: Path, tmp_path:
 @pytest.fixture
 def on_gpu(small_tdt: Path) -> ImageGenerator:
     """Return a generator that believes to be on a GPU."""
-    generator = open_generator(small_tdt, ModelOptions(backend="reference"))
+    generator = open_generator(ModelFile.open(small_tdt), ModelOptions(backend="reference"))
     cuda = torch.device("cuda:0")
     model = dataclasses.replace(generator.model, backend="gpu", precision="int8", device=cuda)
     return dataclasses.replace(generator, model=model, device=cuda)
