@@ -14,8 +14,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +24,177 @@ import torch
 
 import terdit_cli
 from terdit_cli import console
-from terdit_cli.errors import UsageError
+from terdit_cli.class_names import names_of_classes
+from terdit_cli.data.collection import ImageSet, open_image_set, unreadable_images
+from terdit_cli.data.images import BadImagePolicy
+from terdit_cli.diffusion.sampler import SamplerConfig
+from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.evaluate import outputs as eval_outputs
 from terdit_cli.evaluate.feature_shards import FeatureShards
 from terdit_cli.evaluate.features import FeatureExtractor, make_extractor
 from terdit_cli.evaluate.gate import apply_limits, check_limits, failure, make_limits
 from terdit_cli.evaluate.image_features import (
-    ModelSource,
-    SetSource,
+    LEAST_BLOCK,
+    Batch,
     Source,
     conversions,
     make_features,
-    open_set,
 )
 from terdit_cli.evaluate.open_reference import (
     KEPT_FEATURES,
     open_reference,
-    reference_images,
     reference_of,
 )
 from terdit_cli.evaluate.per_class import classes_asked_for
-from terdit_cli.evaluate.reference_set import save_reference
+from terdit_cli.evaluate.reference_set import holds_images, is_statistics_file, save_reference
 from terdit_cli.evaluate.request import EvalOptions, check_options
 from terdit_cli.evaluate.result import EvalResult
 from terdit_cli.evaluate.scores import Asked, effect_of_bf16, recognise, score, score_classes
+from terdit_cli.evaluate.statistics import spread
 from terdit_cli.evaluate.summary import write_junit, write_markdown
-from terdit_cli.generate.generator import open_generator, sampler_for, usable_device
-from terdit_cli.generate.options import ModelOptions, SamplingOptions
+from terdit_cli.generate.generator import (
+    ImageGenerator,
+    class_of,
+    open_generator,
+    sampler_for,
+    usable_device,
+)
+from terdit_cli.generate.options import Labels, ModelOptions, SamplingOptions
+from terdit_cli.generate.saved_images import SavedImages
 from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.runtime.cpu import set_threads
 from terdit_cli.system.gpu_memory import ELSEWHERE, explained
 from terdit_cli.system.job import Job, join_job
 
 DEFAULT_IMAGES = 1000  # of a model
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Images that a model draws when they are asked for."""
+
+    generator: ImageGenerator
+    sampler: SamplerConfig
+    count: int
+    seed: int
+    labels: Labels
+    batch_size: int
+    sha256: None = None
+    skipped: list[str] = field(default_factory=list)  # none
+
+    @property
+    def where(self) -> str:
+        return str(self.generator.file.path)
+
+    @property
+    def class_names(self) -> list[list[str]]:
+        return self.generator.class_names
+
+    def class_id(self, image: int) -> int:
+        classes = self.generator.model.info.config.num_classes
+        return class_of(image, classes, self.labels, self.seed)
+
+    def facts(self) -> dict[str, Any]:
+        how = self.generator.model.facts()
+        return {
+            "model_sha256": self.generator.file.sha256,
+            "sampler": dataclasses.asdict(self.sampler),
+            "seed": self.seed,
+            "labels": self.labels,
+            "batch_size": self.batch_size,
+            "vae": self.generator.vae,
+            # Not the threads: they do not change the images.
+            **{name: how[name] for name in ("backend", "isa", "activations", "weights")},
+        }
+
+    def batches(self, images: range) -> Iterator[Batch]:
+        made = self.generator.images(
+            images, self.sampler, self.seed, self.batch_size, labels=self.labels
+        )
+        for batch, _ in made:
+            yield list(batch), ["RGB"] * len(batch)
+
+
+@dataclass(frozen=True)
+class SetSource:
+    """Images that lie somewhere: the ones of a set at `indices`."""
+
+    images: ImageSet
+    indices: list[int]
+    skipped: list[str]  # why each image that was left out was
+
+    @property
+    def where(self) -> str:
+        return self.images.where
+
+    @property
+    def count(self) -> int:
+        return len(self.indices)
+
+    @property
+    def batch_size(self) -> int:
+        return LEAST_BLOCK
+
+    @cached_property
+    def class_names(self) -> list[list[str]]:
+        return names_of_classes(self.images.class_names, len(self.images.class_names))
+
+    def class_id(self, image: int) -> int:
+        assert self.images.classes is not None, "a set with class names has classes"
+        return int(self.images.classes[self.indices[image]])
+
+    def facts(self) -> dict[str, Any]:
+        return {"images_sha256": self.sha256}
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the list of images."""
+        return self.images.sha256(self.indices)
+
+    def batches(self, images: range) -> Iterator[Batch]:
+        found = [self.images.read(self.indices[image]) for image in images]
+        yield [pixels for pixels, _ in found], [mode for _, mode in found]
+
+
+def open_set(where: str, n: int | None, on_bad_image: BadImagePolicy) -> SetSource:
+    """Open a set of images, or the part of it that `n` asks for.
+
+    Raises:
+        InputFileError: fewer images than asked for, or than two.
+    """
+    images = open_image_set(where)
+    indices = list(range(images.count))
+    skipped: list[str] = []
+    if on_bad_image == "skip":
+        bad = dict(unreadable_images(images, indices))
+        skipped = list(bad.values())
+        indices = [index for index in indices if index not in bad]
+    if len(indices) < max(2, n or 0):
+        raise InputFileError(
+            "too few images",
+            got=f"{len(indices)}" + (f" ({len(skipped)} unreadable)" if skipped else ""),
+            expected=f"-n {n}" if n else "at least 2",
+            where=where,
+            fix=f"-n {len(indices)}" if len(indices) >= 2 else "give more images",
+        )
+    if n is not None:
+        indices = [indices[place] for place in spread(len(indices), n)]
+    return SetSource(images, indices, skipped)
+
+
+def reference_images(where: str, n: int | None, on_bad_image: BadImagePolicy) -> SetSource | None:
+    """Open the images of a reference, None if it is a file of statistics alone.
+
+    Args:
+        n: at most so many of images; all that a file of statistics holds.
+    """
+    path = Path(where)
+    if is_statistics_file(path):
+        return open_set(where, None, on_bad_image) if holds_images(path) else None
+    source = open_set(where, None, on_bad_image)
+    if n is not None and n < source.count:
+        source = open_set(where, n, on_bad_image)
+    return source
 
 
 class _Download:
@@ -133,11 +271,10 @@ def run(
                 provenance=provenance,
                 has_score=extractor.classes is not None,
             )
+        saved = None if options.save_images is None else SavedImages(options.save_images)
         keep = eval_outputs.pictures_to_keep(source, options)
         with fits():
-            shards = make_features(
-                source, extractor, work / "images", job, keep, options.save_images
-            )
+            shards = make_features(source, extractor, work / "images", job, keep, saved)
         if not job.is_main:
             return None
         pictures = eval_outputs.Pictures(source, shards)
@@ -267,7 +404,7 @@ def _provenance(
 def _warnings(source: Source, shards: FeatureShards) -> list[str]:
     """Return what the user should know of the images."""
     found = conversions(shards)
-    if isinstance(source, SetSource) and source.skipped:
+    if source.skipped:
         found.append(
             f"{len(source.skipped)} unreadable images were skipped, the first: {source.skipped[0]}"
         )

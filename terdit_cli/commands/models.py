@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from terdit_cli.data.classes import names_of_classes
+from terdit_cli.class_names import names_of_classes
 from terdit_cli.errors import InputFileError
 from terdit_cli.hub import catalogue
 from terdit_cli.hub.card import Card, read_card

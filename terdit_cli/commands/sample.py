@@ -14,8 +14,7 @@ from PIL import Image
 
 import terdit_cli
 from terdit_cli import console
-from terdit_cli.data.classes import find_classes
-from terdit_cli.data.grid import draw_grid, save_png
+from terdit_cli.class_names import find_classes
 from terdit_cli.diffusion.sampler import SamplerConfig, prepare
 from terdit_cli.errors import UsageError
 from terdit_cli.generate.find_model import find_model
@@ -26,6 +25,7 @@ from terdit_cli.generate.generator import (
     sampler_for,
 )
 from terdit_cli.generate.options import ModelOptions, SamplingOptions
+from terdit_cli.report.grid import draw_grid, save_png
 from terdit_cli.system.atomic import atomic_path, check_writable, make_folder
 from terdit_cli.system.job import Job, join_job
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from terdit_cli.data.classes import shown_names
-from terdit_cli.data.grid import draw_grid, save_png
+from terdit_cli.class_names import shown_names
 from terdit_cli.evaluate.feature_shards import FeatureShards
-from terdit_cli.evaluate.image_features import ModelSource, Source
+from terdit_cli.evaluate.image_features import Source
 from terdit_cli.evaluate.neighbours import NeighbourCheck, check_neighbours, cover
 from terdit_cli.evaluate.report import (
     MOST_PAIRS,
@@ -22,6 +21,7 @@ from terdit_cli.evaluate.report import (
 )
 from terdit_cli.evaluate.request import NEIGHBOURS, EvalOptions
 from terdit_cli.evaluate.result import EvalResult
+from terdit_cli.report.grid import draw_grid, save_png
 
 GRID_IMAGES = 64
 _LOOKED_THROUGH = 100_000  # images among which those of the page's classes are looked for
@@ -35,7 +35,7 @@ def pictures_to_keep(source: Source, options: EvalOptions) -> frozenset[int]:
 
     None of a set: its images can be read again.
     """
-    if not isinstance(source, ModelSource):
+    if source.sha256 is not None:
         return frozenset()
     wanted = set(range(min(source.count, GRID_IMAGES))) if options.reports(".png") else set()
     if options.reports(".html"):
@@ -52,7 +52,7 @@ class Pictures:
 
     def __getitem__(self, image: int) -> Image:
         if image not in self._kept:
-            self._kept[image] = next(self.source.batches(range(image, image + 1))).images[0]
+            self._kept[image] = next(self.source.batches(range(image, image + 1)))[0][0]
         return self._kept[image]
 
     def name(self, image: int) -> str:

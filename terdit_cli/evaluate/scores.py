@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terdit_cli import console
-from terdit_cli.data.collection import spread
 from terdit_cli.errors import UsageError
 from terdit_cli.evaluate.confidence import bootstrap_interval, frechet_infinity, frechet_over_n
 from terdit_cli.evaluate.feature_shards import FeatureShards
@@ -33,7 +32,7 @@ from terdit_cli.evaluate.metrics import (
 from terdit_cli.evaluate.probe import fit_probe
 from terdit_cli.evaluate.reference_set import Reference
 from terdit_cli.evaluate.request import NEIGHBOURS
-from terdit_cli.evaluate.statistics import FeatureStatistics
+from terdit_cli.evaluate.statistics import FeatureStatistics, spread
 
 KID_SAMPLES, KID_SUBSET = 10_000, 1000  # of each side
 LEAST_REALS = 20  # of each class, to fit a probe to and to hold some out

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from terdit_cli import console
-from terdit_cli.data.classes import find_classes, names_of_classes
+from terdit_cli.class_names import find_classes, names_of_classes
 from terdit_cli.errors import UsageError, did_you_mean
 from terdit_cli.hub import catalogue
 from terdit_cli.hub.model_file import ModelFile

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from terdit_cli import console
-from terdit_cli.data.classes import names_of_classes
+from terdit_cli.class_names import names_of_classes
 from terdit_cli.data.vae import PixelSpace, Space, VaeSpace
 from terdit_cli.diffusion.noise import ImageNoise
 from terdit_cli.diffusion.sampler import SamplerConfig, sample

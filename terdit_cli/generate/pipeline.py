@@ -15,7 +15,7 @@ from typing import Literal
 
 from PIL import Image
 
-from terdit_cli.data.classes import find_classes
+from terdit_cli.class_names import find_classes
 from terdit_cli.errors import UsageError
 from terdit_cli.generate.generator import ImageGenerator, open_generator, sampler_for
 from terdit_cli.generate.options import ModelOptions, SamplingOptions

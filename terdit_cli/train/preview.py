@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from terdit_cli.data.grid import draw_grid, save_png
 from terdit_cli.data.loader import BatchSource
 from terdit_cli.data.vae import Space
 from terdit_cli.diffusion.noise import ImageNoise
@@ -14,6 +13,7 @@ from terdit_cli.diffusion.process import Network
 from terdit_cli.diffusion.sampler import SamplerConfig, sample
 from terdit_cli.model.dit import DiTConfig
 from terdit_cli.recipe import Recipe
+from terdit_cli.report.grid import draw_grid, save_png
 from terdit_cli.system.job import Job
 
 FOLDER = "samples"

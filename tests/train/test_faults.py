@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from terdit_cli.commands import train as command
+from terdit_cli.commands import export
 from terdit_cli.data.loader import BatchLoader
 from terdit_cli.diffusion.process import Schedule
 from terdit_cli.errors import EnvironmentProblem, GateFailed
@@ -308,7 +308,7 @@ def test_resumed_by_three_processes(
 def test_the_shards_of_two_processes_as_one_file(
     tmp_path: Path, killed: tuple[Path, int], tensors_of: Callable[[Path], dict[str, Tensor]]
 ) -> None:
-    result = command.export(killed[0], tmp_path / "out.pt")
+    result = export.run(killed[0], tmp_path / "out.pt")
     assert result.step == max(complete_checkpoints(killed[0]))
     assert {"__0_0.distcp", "__1_0.distcp"} < {path.name for path in result.checkpoint.iterdir()}
     exported, stored = load_ckpt(result.out), tensors_of(result.checkpoint)

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
-from terdit_cli.data.grid import save_png
 from terdit_cli.lab.study.markup import (
     PIXEL_ART,
     Markup,
@@ -28,6 +27,7 @@ from terdit_cli.lab.study.markup import (
     whole_page,
 )
 from terdit_cli.lab.study.svg import standalone
+from terdit_cli.report.grid import save_png
 from terdit_cli.system.atomic import atomic_path
 
 _SHEETS = ("figures.css", "page.css")

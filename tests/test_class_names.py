@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from terdit_cli.data.classes import find_class, find_classes, imagenet_class_names
+from terdit_cli.class_names import find_class, find_classes, imagenet_class_names
 from terdit_cli.data.idx import FASHION_CLASSES
 from terdit_cli.errors import UsageError
 

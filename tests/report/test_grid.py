@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from terdit_cli.data.grid import draw_grid, save_png
 from terdit_cli.errors import EnvironmentProblem
+from terdit_cli.report.grid import draw_grid, save_png
 
 
 def pictures(count: int, height: int = 28, width: int = 28) -> np.ndarray:
