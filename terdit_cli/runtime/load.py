@@ -14,10 +14,7 @@ from terdit_cli.model.ckpt import Checkpoint
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.info import ModelInfo
 from terdit_cli.model.restore import restore_network
-from terdit_cli.runtime import cpu
-from terdit_cli.runtime.backends import choose_backend, resolve_activations
-from terdit_cli.runtime.gpu import backend as gpu
-from terdit_cli.runtime.gpu import graph_step as gpu_step
+from terdit_cli.runtime.backends import Backend, choose_backend, resolve_activations
 from terdit_cli.runtime.packed import packed_network
 from terdit_cli.runtime.reference import Precision
 from terdit_cli.system import gpu_memory
@@ -30,28 +27,28 @@ class LoadedModel:
     network: DiT
     info: ModelInfo
     device: torch.device
-    backend: str  # of a packed model; "torch" or "torch-compile" for a checkpoint
+    runs_on: Backend | None  # of a packed model
+    backend: str  # its name; "torch" or "torch-compile" for a checkpoint
     precision: Precision
     threads: int
-    isa: str | None  # of the cpu backend
+    isa: str | None
     reason: str  # for a line on stderr: what runs, and why
 
     @property
     def conditions(self) -> torch.device:
-        """Where y, and with it t, should lie: the GPU's step keeps modulations by their values."""
-        return torch.device("cpu") if self.backend == gpu.NAME else self.device
+        """Where y, and with it t, should lie."""
+        return self.device if self.runs_on is None else self.runs_on.condition_device(self.device)
 
     def largest_batch(self, guided: bool) -> int | None:
-        """Return how many images at once the GPU's free memory holds; None: not known.
+        """Return how many images at once the free memory holds; None: not known.
 
         Args:
-            guided: each image is two of the network's.
+            guided: each image is two of the network's rows.
         """
-        if self.backend != gpu.NAME:
+        if self.runs_on is None:
             return None
-        free = gpu_memory.free_bytes(self.device)
-        rows = gpu_step.largest_batch(self.info.config, free, self.precision)
-        return rows // 2 if guided else rows
+        rows = self.runs_on.largest_batch(self.info.config, self.device, self.precision)
+        return rows // 2 if rows is not None and guided else rows
 
     def facts(self) -> dict[str, Any]:
         """Return how it runs, for a result that is to be repeated."""
@@ -125,23 +122,18 @@ def _load(
         trained = model.info.ternary.activations
         precision = resolve_activations(activations, trained, choice.backend)
         network = packed_network(model, choice.backend, device, precision)
-    native = choice.backend is cpu
-    threads = cpu.thread_count() if native else torch.get_num_threads()
-    isa = cpu.isa() if native else None
-    gpu_name = torch.cuda.get_device_name(device) if choice.backend is gpu else ""
+    how = choice.backend.how(device)
     why = "as trained" if trained == "int8" else "as asked" if activations != "auto" else "auto"
     return LoadedModel(
         network=network,
         info=model.info,
         device=device,
+        runs_on=choice.backend,
         backend=choice.backend.NAME,
         precision=precision,
-        threads=threads,
-        isa=isa,
-        reason=f"{choice.reason}, "
-        + (f"{isa}, " if isa else "")
-        + (gpu_name if choice.backend is gpu else f"threads {threads}")
-        + f", activations {precision} ({why})",
+        threads=how.threads,
+        isa=how.isa,
+        reason=f"{choice.reason}, {how.description}, activations {precision} ({why})",
     )
 
 
@@ -172,6 +164,7 @@ def _from_checkpoint(
         network=network,
         info=info,
         device=device,
+        runs_on=None,
         backend="torch-compile" if compiled else "torch",
         precision="int8" if info.ternary.enabled and info.ternary.activations == "int8" else "fp32",
         threads=torch.get_num_threads(),

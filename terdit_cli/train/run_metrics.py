@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from terdit_cli import console
-from terdit_cli.model.flops import training_flops
+from terdit_cli.model.layout import training_flops
 from terdit_cli.system.gpus import device_peak
 from terdit_cli.train.curves import draw_run
 from terdit_cli.train.flips import FlipMeter

@@ -25,7 +25,8 @@ from terdit_cli.generate.generator import (
 )
 from terdit_cli.generate.options import Labels, ModelOptions
 from terdit_cli.hub.model_file import ModelFile
-from terdit_cli.runtime import cpu
+from terdit_cli.runtime import cpu, reference
+from terdit_cli.runtime.gpu import backend as gpu
 from terdit_cli.runtime.gpu.graph_step import sampling_bytes
 
 Patch = pytest.MonkeyPatch
@@ -139,7 +140,7 @@ def on_gpu(small_tdt: Path) -> ImageGenerator:
     """Return a generator that believes to be on a GPU."""
     generator = open_generator(ModelFile.open(small_tdt), ModelOptions(backend="reference"))
     cuda = torch.device("cuda:0")
-    model = dataclasses.replace(generator.model, backend="gpu", precision="int8", device=cuda)
+    model = dataclasses.replace(generator.model, runs_on=gpu, precision="int8", device=cuda)
     return dataclasses.replace(generator, model=model, device=cuda)
 
 
@@ -163,7 +164,7 @@ def test_the_batch_is_what_a_gpu_has_room_for(on_gpu: ImageGenerator, monkeypatc
         with pytest.raises(EnvironmentProblem, match=r"room for one image .*--device cpu") as error:
             on_gpu.batch_size(asked, guided=True)
         assert error.value.exit_code == 4
-    on_cpu = dataclasses.replace(on_gpu, model=dataclasses.replace(on_gpu.model, backend="cpu"))
+    on_cpu = dataclasses.replace(on_gpu, model=dataclasses.replace(on_gpu.model, runs_on=cpu))
     assert on_cpu.batch_size(10**9, guided=True) == 10**9
     assert on_cpu.batch_size(None, guided=True) == 8
 
@@ -199,8 +200,8 @@ def test_labels_lie_where_the_network_wants_them(
 
     monkeypatch.setattr(generate, "sample", sample)
     meta = torch.device("meta")
-    for backend in ("gpu", "reference"):
-        model = dataclasses.replace(on_gpu.model, backend=backend, device=meta)
+    for backend in (gpu, reference):
+        model = dataclasses.replace(on_gpu.model, runs_on=backend, device=meta)
         generator = dataclasses.replace(on_gpu, model=model, device=meta)
         list(generator.images([3], SamplerConfig("ddim", 2), 0, 1))
     assert seen == [("meta", "cpu"), ("meta", "meta")]

@@ -150,7 +150,7 @@ def test_packed_bytes_only_and_shared_by_modules_and_step(make, random_inputs):
     assert len(layers) == 8 * BASE.n_layers
     for layer in layers:
         assert layer.weight.dtype == torch.uint8
-        assert layer.weight.shape == gpu.slices_shape(*layer.shape)
+        assert layer.weight.shape == gpu.weight_shape(*layer.shape)
 
 
 def test_modulations_are_kept_by_values_that_the_cpu_knows(make, random_inputs, monkeypatch):

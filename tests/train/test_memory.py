@@ -14,7 +14,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from terdit_cli.errors import UsageError
-from terdit_cli.model.flops import training_flops
+from terdit_cli.model.layout import training_flops
 from terdit_cli.recipe import Recipe
 from terdit_cli.train import build
 from terdit_cli.train.planner import plan_run

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from terdit_cli.model.flops import training_flops
+from terdit_cli.model.layout import training_flops
 from terdit_cli.model.ternary import TernaryLinear, ternarize
 from terdit_cli.recipe import load_recipe
 from terdit_cli.system.job import Job

@@ -64,7 +64,7 @@ from terdit_cli.lab.study.spec import (
     words_of,
 )
 from terdit_cli.model.ckpt import CKPT, load_ckpt
-from terdit_cli.model.flops import BACKWARD_AND_FORWARD, training_flops
+from terdit_cli.model.layout import BACKWARD_AND_FORWARD, training_flops
 from terdit_cli.recipe import Recipe, load_recipe
 from terdit_cli.system.atomic import atomic_path
 from terdit_cli.train.checkpoint import complete_checkpoints, read_manifest

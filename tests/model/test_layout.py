@@ -1,4 +1,4 @@
-"""Operations against torch's own counter."""
+"""What a block is said to be made of is what the network builds; operations as torch counts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from terdit_cli.model.dit import DiT, DiTConfig, build_config
-from terdit_cli.model.flops import training_flops
+from terdit_cli.model.layout import block_layout, matrix_names, training_flops
+from terdit_cli.model.ternary import TernaryLinear
 
 CONFIGS = {
     "plain": DiTConfig(input_size=8, dim=64, n_layers=3, n_heads=4, multiple_of=32, num_classes=9),
@@ -20,6 +21,32 @@ CONFIGS = {
         ffn_dim_multiplier=1.5, num_classes=9, adaln_norm=False,
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_layout_is_what_the_network_builds(name: str) -> None:
+    config = CONFIGS[name]
+    with torch.device("meta"):
+        network = DiT(config)
+    layers = {
+        path: (layer.out_features, layer.in_features, layer.bias is not None)
+        for path, layer in network.named_modules()
+        if isinstance(layer, TernaryLinear)
+    }
+    assert sorted(layers) == sorted(matrix_names(config))
+    layout = block_layout(config)
+    for index in range(config.n_layers):
+        for matrix in layout.matrices:
+            found = layers[f"layers.{index}.{matrix.name}"]
+            assert found == (matrix.rows, matrix.columns, matrix.bias)
+    known = {norm.name: norm.width for norm in layout.norms}
+    matrices = tuple(f"{matrix.name}." for matrix in layout.matrices)
+    norms = {
+        key: len(value)
+        for key, value in network.layers[0].state_dict().items()
+        if not key.startswith(matrices)
+    }
+    assert norms.items() <= known.items()
 
 
 def counted(config: DiTConfig, images: int) -> int:
