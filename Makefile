@@ -29,12 +29,19 @@ $(NATIVE)/libterdit.so: .venv/installed terdit_cli/__init__.py \
 demo: install  ## train, pack, sample and score a small ternary DiT (minutes on a CPU)
 	$(BIN)/python -m terdit_cli.lab.demo
 
-test: install lint  ## lint, types and all tests
-	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST = $(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
+
+test: install lint  ## lint, types and the tests that find most faults (minutes)
+	$(PYTEST) -m 'not slow and not sanitizer'
+
+test-slow: install  ## the other tests
+	$(PYTEST) -m 'slow and not sanitizer'
+
+test-all: install lint  ## lint, types and all tests
+	$(PYTEST)
 
 coverage: install  ## all tests, with the share of each file's lines that they run
-	$(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile \
-		--cov=terdit_cli --cov-report=term:skip-covered
+	$(PYTEST) --cov=terdit_cli --cov-report=term:skip-covered
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -71,8 +78,8 @@ wheel: install  ## build dist/terdit-*.whl for any Linux with glibc 2.28, checke
 	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --wheel-dir dist --only-plat \
 		--plat "manylinux_2_28_$$(uname -m)" build/wheel/terdit-*.whl
 
-clean:  ## remove what the other targets made, no training of yours
+clean:  ## remove what the other targets made; your own runs stay
 	rm -rf .venv build dist demo runs/results-quick* runs/studies/quick $(NATIVE)/*.so .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test coverage lint bench bench-gpu bench-metrics add-model results results-quick native-sanitize wheel clean
+.PHONY: help install demo test test-slow test-all coverage lint bench bench-gpu bench-metrics add-model results results-quick native-sanitize wheel clean

@@ -1,70 +1,97 @@
-"""Options that several verbs share; no torch here."""
+"""From dataclasses of options to flags; and what several verbs share. No torch here."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from enum import StrEnum
-from typing import Annotated, Literal
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Collection
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from terdit_cli.errors import UsageError
-
-
-class CfgChannels(StrEnum):
-    """Which channels classifier-free guidance changes."""
-
-    three = "3"
-    all = "all"
-
+from terdit_cli.generate.options import Weights
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
-# What sample and eval-fid share.
-# No value: what the card of a packaged model advises, for others the published sampler.
-Steps = Annotated[
-    int | None, typer.Option(help="Sampling steps.  [default: 250, or a packaged model's own]")
-]
-Sampler = Annotated[
-    str | None,
-    typer.Option(help="ddpm, ddim, dpmpp-2m, unipc or euler.  [default: ddpm, or its own]"),
-]
-CfgScale = Annotated[
-    float | None, typer.Option(help="Guidance; 1 is off.  [default: 4, or its own]")
-]
-EpsScale = Annotated[
-    float | None,
-    typer.Option(help="Factor of the predicted noise; 1 is off.  [default: 1, or its own]"),
-]
-GuidedChannels = Annotated[
-    CfgChannels, typer.Option(help="Guided channels: 3 as published, or all.")
-]
-Seed = Annotated[int, typer.Option(help="Image i is a function of (seed, i).")]
-BatchSize = Annotated[int, typer.Option(help="Images drawn at once.")]
-BatchSizeThatFits = Annotated[
-    int | None,
-    typer.Option(help="Images drawn at once.  [default: 8, or fewer if a GPU's memory asks it]"),
-]
-BackendName = Annotated[str, typer.Option(help="auto, gpu, cpu or reference.")]
-Activations = Annotated[
-    str, typer.Option(help="Of packed models: auto, int8, int16, bf16, fp32; on some GPUs fp8.")
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(envvar="TERDIT_THREADS", help="CPU threads.  [default: torch's]"),
-]
-Device = Annotated[
-    str | None, typer.Option(help="auto, cpu, cuda, cuda:1.  [default: a GPU if there is one]")
-]
-Vae = Annotated[str | None, typer.Option(help="VAE folder or hub id instead of the model's.")]
-RawWeights = Annotated[
+Ema = Annotated[
     bool,
-    typer.Option("--ema/--raw", help="The averaged weights of a checkpoint, or the raw ones."),
+    typer.Option("--ema/--raw", help="EMA weights of a checkpoint, or those of the last step."),
 ]
 
 
-def chosen_weights(ema: bool) -> Literal["ema", "raw"]:
-    """Return what `RawWeights` chose, by its name in the library."""
+def weights_of(ema: bool) -> Weights:
+    """Return what `Ema` chose, by its name in the library."""
     return "ema" if ema else "raw"
+
+
+def expanded(verb: Callable[..., None]) -> Callable[..., None]:
+    """Turn each parameter whose type is a dataclass into one flag for each of its fields.
+
+    The fields are declared by `option`. Fields declared otherwise have no flag.
+    """
+    hints = get_type_hints(verb, include_extras=True)
+    groups: dict[str, Any] = {
+        name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)
+    }
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(verb).parameters.items():
+        if name in groups:
+            parameters += _parameters(groups[name])
+        else:
+            parameters.append(
+                parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+            )
+
+    @functools.wraps(verb)
+    def call(**values: Any) -> None:
+        for name, kind in groups.items():
+            fields = [item.name for item in _declared(kind)]
+            values[name] = kind(**{field: _value(values.pop(field)) for field in fields})
+        verb(**values)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {item.name: item.annotation for item in parameters} | {"return": None}
+    return call
+
+
+def _value(given: Any) -> Any:
+    return tuple(given) if isinstance(given, list) else given
+
+
+def _annotation(hint: Any) -> Any:
+    """Return the type that Typer repeats a flag for: a list where a field is a tuple."""
+    return list[get_args(hint)[0]] if get_origin(hint) is tuple else hint  # type: ignore[misc]
+
+
+def _declared(kind: Any) -> list[dataclasses.Field[Any]]:
+    return [item for item in dataclasses.fields(kind) if "help" in item.metadata]
+
+
+def _parameters(kind: Any) -> list[inspect.Parameter]:
+    """Return the keyword parameters of a verb that stand for the fields of a dataclass."""
+    hints = get_type_hints(kind)
+    return [
+        inspect.Parameter(
+            item.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=list(item.default) if isinstance(item.default, tuple) else item.default,
+            annotation=Annotated[
+                _annotation(hints[item.name]),
+                typer.Option(
+                    *item.metadata["flags"],
+                    help=item.metadata["help"],
+                    **item.metadata["settings"],
+                ),
+            ],
+        )
+        for item in _declared(kind)
+    ]
+
+
+def names_of(*kinds: Any) -> tuple[str, ...]:
+    """Return the names of the options that dataclasses declare."""
+    return tuple(item.name for kind in kinds for item in _declared(kind))
 
 
 def refuse_given(context: typer.Context, names: Collection[str], only: str) -> None:
@@ -78,3 +105,8 @@ def refuse_given(context: typer.Context, names: Collection[str], only: str) -> N
         if parameter.name in names and source is not None and source.name == "COMMANDLINE":
             flag = parameter.opts[0]
             raise UsageError(f"{flag} would do nothing here: it is {only}", fix=f"leave {flag} out")
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a verb's help."""
+    return "Examples:\n\n" + "\n\n".join(lines)

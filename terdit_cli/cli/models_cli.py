@@ -24,7 +24,7 @@ EXAMPLES = (
 
 def models(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Show the card of this one.")
+        str | None, typer.Argument(metavar="NAME", help="Show this model's card.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -80,7 +80,7 @@ def _print_card(model: PackagedModel) -> None:
         ("data", card.data),
         ("licence", card.licence),
         ("trained", f"recipe {card.recipe}, {card.steps:,} steps, seed {card.seed}"),
-        *([("began with", card.began_with)] if card.began_with else []),
+        *([("initialised from", card.began_with)] if card.began_with else []),
         *((metric, f"{value:.4g}") for metric, value in card.scores.items()),
         ("measured", card.measured),
         (

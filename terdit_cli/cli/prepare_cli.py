@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from terdit_cli import console
-from terdit_cli.cli.flags import Device, Json
+from terdit_cli.cli.flags import Json
 from terdit_cli.errors import UsageError
 
 EXAMPLES = (
@@ -25,7 +25,7 @@ def prepare(
         Path | None, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe fields to change.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys to override.")
     ] = None,
     out: Annotated[
         Path | None,
@@ -33,20 +33,23 @@ def prepare(
             "--out", "-o", help="Folder of latents.  [default: latents/<name of the recipe>]"
         ),
     ] = None,
-    shard_mb: Annotated[float, typer.Option(help="About how large a shard is.")] = 256,
+    shard_mb: Annotated[float, typer.Option(help="Target shard size (MB).")] = 256,
     batch_size: Annotated[
-        int, typer.Option(help="Images encoded at once, each with its mirror.")
+        int, typer.Option(help="Images per batch, each with its mirror image.")
     ] = 16,
-    device: Device = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="auto, cpu, cuda or cuda:1.  [default: a GPU if there is one]"),
+    ] = None,
     verify: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Only check the shards of a finished folder."),
+        typer.Option(metavar="FOLDER", help="Only verify the shards of a finished folder."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Encode a recipe's images with its VAE, once: latents on disk that any run can train on.
+    """Encode a recipe's images with its VAE into latents on disk that any run can train on.
 
-    The same command goes on after a stop, and makes shards again that were deleted.
+    Rerun to resume; missing shards are regenerated.
     """
     from terdit_cli.commands import prepare as command
 

@@ -24,30 +24,34 @@ def study(
         list[str],
         typer.Argument(
             metavar="STUDY.yaml... [KEY=VALUE...]",
-            help="Studies, and recipe fields to change in all of them.",
+            help="Studies, and recipe keys to override in all of them.",
         ),
     ],
-    only: Annotated[
-        str, typer.Option(metavar="VARIANT,...", help="Work on these variants only.")
-    ] = "",
+    only: Annotated[str, typer.Option(metavar="VARIANT,...", help="Only these variants.")] = "",
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="The study's shortened version, into a folder of its own."),
+        typer.Option("--quick", help="A shortened version of the study, in a folder of its own."),
     ] = False,
     render: Annotated[
-        bool, typer.Option("--render", help="Only write the pages from what is there.")
+        bool, typer.Option("--render", help="Only write the report from existing results.")
     ] = False,
-    runs: Annotated[Path, typer.Option(help="Where the studies' folders are.")] = Path(
-        "runs/studies"
-    ),
+    runs: Annotated[Path, typer.Option(help="Folder of the studies' runs.")] = Path("runs/studies"),
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The page, .md; .html and figures go beside it.")
+        Path,
+        typer.Option("--out", "-o", help="The report, .md; an .html and figures go beside it."),
     ] = Path("runs/results.md"),
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="<folder>",
+            help="Also write the findings of each study into FOLDER as one archive.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Train and score the variants of a study, as far as they are missing, and show them.
+    """Train and evaluate the variants of a study: run missing variants and report.
 
-    Stopped at any point, the same command goes on there.
+    Rerun to resume.
     """
     from terdit_cli.lab.study import run_study as command
 
@@ -55,7 +59,7 @@ def study(
         [Path(word) for word in words if "=" not in word],
         [word for word in words if "=" in word],
         [name.strip() for name in only.split(",") if name.strip()],
-        quick, render, runs, out,
+        quick, render, runs, out, keep,
     )  # fmt: skip
     if json:
         console.result_json(dataclasses.asdict(result))

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from terdit_cli import console
 from terdit_cli.cli import tables
-from terdit_cli.cli.flags import Json
-from terdit_cli.errors import UsageError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from terdit_cli.cli.flags import Json, refuse_given
 
 EXAMPLES = (
     "terdit train recipes/quickstart.yaml",
@@ -22,147 +18,63 @@ EXAMPLES = (
     "terdit train recipes/quickstart.yaml --resume auto",
     "torchrun --nproc-per-node 8 -m terdit_cli train recipes/600m.yaml",
     "terdit train recipes/4.2b.yaml --dry-run --gpus 64 --gpu-memory h100",
-    "terdit train --plot runs/quickstart runs/try -o curves.png",
-    "terdit train --export runs/quickstart/checkpoints/step-00000600 -o early.pt",
 )
-CURVES = Path("curves.png")
-# What may stand beside the option that says not to train, and beside none.
-_OPTIONS = {
-    "": ("--resume", "--out"),
-    "--dry-run": ("--gpus", "--gpu-memory", "--mfu"),
-    "--export": ("--out",),
-    "--plot": ("--out",),
-}
 
 
 def train(
-    recipe: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RECIPE",
-            help="The recipe, a YAML file. With --export and --plot: a run folder.",
-        ),
-    ],
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")],
     overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="Recipe fields to change. With --plot: more run folders."
-        ),
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys to override.")
     ] = None,
     resume: Annotated[
         str | None,
         typer.Option(
             metavar="auto|PATH",
-            help="Continue from the newest checkpoint of the run, or from PATH.",
+            help="Resume from the newest checkpoint of the run, or from PATH.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            help="Run folder.  [default: runs/<name of the recipe>]  With --export and --plot: "
-            "the file to write.  [default: ckpt.pt in the run folder; curves.png]",
-        ),
+        typer.Option("--out", "-o", help="Run folder.  [default: runs/<name of the recipe>]"),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print memory, work and days; train nothing.")
+        bool, typer.Option("--dry-run", help="Print memory, operations and days without training.")
     ] = False,
-    gpus: Annotated[
-        int | None, typer.Option(min=1, help="Of a dry run: how many.  [default: 1]")
-    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs to plan for (dry run).")] = 1,
     gpu_memory: Annotated[
         str | None,
         typer.Option(
             metavar="GPU|SIZE",
-            help="Of a dry run: h100, a100, ... or 80GB. Adds the largest micro-batch and, of a "
-            "GPU known by name, the days.",
+            help="GPU to plan for (dry run): h100, a100, ... or 80GB. Adds the largest "
+            "micro-batch and, for a known GPU, the days.",
         ),
     ] = None,
     mfu: Annotated[
-        float | None,
-        typer.Option(
-            help="Of a dry run: share of the GPUs' peak that training reaches.  [default: 0.4]"
-        ),
+        float | None, typer.Option(help="Assumed MFU (dry run).  [default: 0.4]")
     ] = None,
-    export: Annotated[
-        bool,
-        typer.Option(
-            "--export", help="Write ckpt.pt from a run folder, or one of its checkpoints."
-        ),
-    ] = False,
-    plot: Annotated[
-        bool,
-        typer.Option("--plot", help="Draw the curves of runs as a .png, .svg or .html."),
-    ] = False,
     json: Json = False,
 ) -> None:
-    """Train a recipe with the quantiser in the forward (QAT) into a run folder.
+    """Train a recipe using quantization-aware training, into a run folder.
 
-    Or plan it without training (--dry-run), or draw or export what runs left (--plot, --export).
+    Or plan it without training (--dry-run).
     """
-    words = overrides or []
-    modes = {"--dry-run": dry_run, "--export": export, "--plot": plot}
-    options = {"--resume": resume, "--out": out, "--gpus": gpus, "--gpu-memory": gpu_memory,
-               "--mfu": mfu}  # fmt: skip
-    _check_together(
-        [name for name, chosen in modes.items() if chosen],
-        [name for name, value in options.items() if value is not None],
-    )
-    if export and words:
-        raise UsageError(
-            "one run is exported at a time", got=" ".join(words), expected="nothing after the run",
-            fix="export them one after another",
-        )  # fmt: skip
+    if dry_run:
+        refuse_given(context, ("resume", "out"), "for training")
+    else:
+        refuse_given(context, ("gpus", "gpu_memory", "mfu"), "for a --dry-run")
     from terdit_cli.commands import train as command
 
     if dry_run:
-        resolved, plan = command.plan(recipe, words, gpus or 1, gpu_memory, mfu)
-        tables.print_plan(resolved, plan, json)
-    elif export:
-        exported = command.export(recipe, out)
-        _print(f"{exported.out}: step {exported.step}, from {exported.checkpoint}", exported, json)
-    elif plot:
-        plotted = command.plot([recipe, *map(Path, words)], out or CURVES)
-        count = "1 run" if not words else f"{1 + len(words)} runs"
-        _print(f"{plotted.out}: curves of {count}", plotted, json)
-    else:
-        result = command.run(recipe, words, resume, out)
-        losses = (
-            f"loss {result.first_loss:.4f} -> {result.last_loss:.4f}, "
-            if result.first_loss is not None and result.last_loss is not None
-            else ""
-        )
-        _print(f"trained {result.steps} steps, {losses}{result.checkpoint}", result, json)
-
-
-def _check_together(chosen: list[str], given: list[str]) -> None:
-    """Raise UsageError for options that do not go together.
-
-    Args:
-        chosen: those of --dry-run, --export and --plot that were given.
-        given: the others that were.
-    """
-    if len(chosen) > 1:
-        raise UsageError(
-            "these options do not go together", got=" and ".join(chosen), expected="one of them",
-            fix=f"leave {chosen[1]} out",
-        )  # fmt: skip
-    mode = chosen[0] if chosen else ""
-    for name in given:
-        if name in _OPTIONS[mode]:
-            continue
-        places = [other or "training" for other, names in _OPTIONS.items() if name in names]
-        raise UsageError(
-            f"{name} belongs to {' and '.join(places)}",
-            got=f"{name} with {mode}" if mode else f"{name} without --dry-run",
-            fix=f"leave {name} out" if mode else "add --dry-run",
-        )
-
-
-def _print(sentence: str, result: DataclassInstance, json: bool) -> None:
-    """Print a result, as a sentence or as JSON."""
+        tables.print_plan(*command.plan(recipe, overrides or [], gpus, gpu_memory, mfu), json)
+        return
+    result = command.run(recipe, overrides or [], resume, out)
     if json:
         console.result_json(dataclasses.asdict(result))
-    else:
-        console.result(sentence)
+        return
+    losses = (
+        f"loss {result.first_loss:.4f} -> {result.last_loss:.4f}, "
+        if result.first_loss is not None and result.last_loss is not None
+        else ""
+    )
+    console.result(f"trained {result.steps} steps, {losses}{result.checkpoint}")

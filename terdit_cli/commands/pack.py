@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from terdit_cli import console
+from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.pack.exported import count_weights
-from terdit_cli.pack.sources import open_exported, refuse_output
 from terdit_cli.pack.tdt import RestDtype, write_tdt
 from terdit_cli.pack.trits import CODECS
 
@@ -58,9 +58,10 @@ def run(
     Raises:
         InputFileError, UsageError, EnvironmentProblem.
     """
-    refuse_output(output, source)
+    file = ModelFile.open(source)
+    file.refuse_output(output)
     started = time.monotonic()
-    with open_exported(source, weights, **(overrides or {})) as model:
+    with file.exported(weights, **(overrides or {})) as model:
         steps = 2 * len(model.ternary_names()) + len(model.rest_names())
         with console.progress(f"packing {output.name}", steps) as meter:
             write_tdt(model, output, codec, rest, lambda done, total: meter.update(done))

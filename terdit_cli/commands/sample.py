@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,22 +14,20 @@ from PIL import Image
 
 import terdit_cli
 from terdit_cli import console
-from terdit_cli.commands.models import model_for
-from terdit_cli.data.classes import find_classes
-from terdit_cli.data.grid import draw_grid, save_png
+from terdit_cli.class_names import find_classes
 from terdit_cli.diffusion.sampler import SamplerConfig, prepare
 from terdit_cli.errors import UsageError
+from terdit_cli.generate.find_model import find_model
 from terdit_cli.generate.generator import (
     DEFAULT_BATCH,
     ImageGenerator,
-    model_sha256,
     open_generator,
     sampler_for,
 )
-from terdit_cli.hub import catalogue
-from terdit_cli.runtime.cpu import set_threads
+from terdit_cli.generate.options import ModelOptions, SamplingOptions
+from terdit_cli.report.grid import draw_grid, save_png
 from terdit_cli.system.atomic import atomic_path, check_writable, make_folder
-from terdit_cli.system.job import Processes, join_processes
+from terdit_cli.system.job import Job, join_job
 
 GRID_LIMIT = 256  # images in one picture
 FOLDER_LIMIT = 10_000_000
@@ -58,90 +55,38 @@ class SampleResult:
     weights: str
 
 
-def find_model(named: Path | None, prompt_class: str) -> Path:
-    """Return the model to use: the named one, $TERDIT_MODEL, the only .tdt here, the newest run.
-
-    Where there is none of these, the packaged model that knows the classes of the prompt.
-
-    Raises:
-        UsageError: none at all, or several .tdt files or packaged models to choose from.
-        InputFileError: nothing of that name.
-    """
-    if named is None and os.environ.get("TERDIT_MODEL"):
-        named = Path(os.environ["TERDIT_MODEL"])
-    if named is not None:
-        return catalogue.resolve(named)
-    packed = sorted(Path().glob("*.tdt"))
-    if len(packed) == 1:
-        return packed[0]
-    if packed:
-        raise UsageError(
-            "several models in this folder",
-            got=", ".join(map(str, packed)),
-            fix="choose one with --model",
-        )
-    runs = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    if runs:
-        return runs[-1]
-    if catalogue.names():
-        return model_for(prompt_class)
-    raise UsageError(
-        "no model to sample from",
-        got="no --model, no TERDIT_MODEL, no .tdt here, no finished run in runs/, none packaged",
-        fix="--model FILE, or make one with `terdit train` and `terdit pack`",
-    )
-
-
 def run(
     prompt_class: str,
     model: Path | None = None,
     *,
     n: int = 1,
-    steps: int | None = None,
-    sampler: str | None = None,
-    cfg_scale: float | None = None,
-    cfg_channels: str = "3",
-    seed: int = 0,
-    batch_size: int | None = None,
-    backend: str = "auto",
-    device: str | None = None,
-    vae: str | None = None,
     output: Path = Path("sample.png"),
-    activations: str = "auto",
-    threads: int | None = None,
-    weights: Literal["ema", "raw"] = "ema",
-    eps_scale: float | None = None,
+    sampling: SamplingOptions | None = None,
+    loading: ModelOptions | None = None,
 ) -> SampleResult:
-    """Draw `n` images of each class that `prompt_class` names; under torchrun together.
+    """Generate `n` images of each class that `prompt_class` names; under torchrun together.
 
-    Each process draws some of the batches, and the result is that of one process. It is returned
-    in all of them.
+    Each process generates some of the batches, and the result is that of one process. It is
+    returned in all of them.
 
     Args:
         prompt_class: an id, a name, a comma separated list of either, or "all".
         model: a path, the name of a packaged model, or None: see `find_model`.
-        steps, sampler, cfg_scale, eps_scale: None: see `sampler_for`.
-        batch_size: images drawn at once; None: see `ImageGenerator.batch_size`.
         output: .png (a labelled grid), .npz (arr_0 uint8 [N, H, W, 3], labels int64 [N]) or a
-            folder (one PNG an image).
-        activations, weights: see `open_generator`.
-        threads: of this process from now on, torch's too; None leaves them as they are.
+            folder (one PNG per image).
 
     Raises:
         UsageError, InputFileError, EnvironmentProblem.
     """
-    with join_processes() as processes:
-        for name, value in (("-n", n), ("--batch-size", batch_size)):
+    sampling, loading = sampling or SamplingOptions(), loading or ModelOptions()
+    with join_job() as job:
+        for name, value in (("-n", n), ("--batch-size", sampling.batch_size)):
             if value is not None and value < 1:
                 raise UsageError(f"wrong {name}", got=value, expected="a positive number")
         _check_output(output)
-        path = find_model(model, prompt_class)
-        asked = sampler_for(path, sampler, steps, cfg_scale, cfg_channels, eps_scale)
-        if threads is not None:
-            set_threads(threads)
-        generator = open_generator(
-            path, backend, processes.device(device), vae, activations, weights=weights
-        )
+        file = find_model(model, prompt_class)
+        asked = sampler_for(file, sampling)
+        generator = open_generator(file, replace(loading, device=job.device_named(loading.device)))
         names = generator.class_names
         classes = find_classes(prompt_class, names)
         _check_count(n * len(classes), output, generator.model.info.image_size)
@@ -149,26 +94,25 @@ def run(
         config = generator.fit(asked)
         _ = generator.space  # a VAE that cannot be opened is found before the work
         # The same in all processes, whatever else their GPUs do: images depend on it a little.
-        size = processes.least(generator.batch_size(batch_size, config.guided))
-        if size < (batch_size or DEFAULT_BATCH):
+        size = job.smallest(generator.batch_size(sampling.batch_size, config.guided))
+        if size < (sampling.batch_size or DEFAULT_BATCH):
             console.note(f"--batch-size {size}: the GPU has too little memory for {DEFAULT_BATCH}")
-        if not output.suffix and processes.size > 1:
-            if processes.is_main:
+        if not output.suffix and job.size > 1:
+            if job.is_main:
                 make_folder(output)
-            processes.require_shared(output, "-o")
-        digest = model_sha256(path)
+            job.require_shared(output, "-o")
         text = {
             "software": f"terdit {terdit_cli.__version__}",
-            "model": path.name,
-            "model_sha256": digest,
-            "seed": str(seed),
+            "model": file.path.name,
+            "model_sha256": file.sha256,
+            "seed": str(sampling.seed),
             "sampler": f"{config.name} {config.steps} steps",
             "cfg_scale": f"{config.cfg_scale:g} ({config.cfg_channels} channels)",
             "eps_scale": f"{config.eps_scale:g}",
         }
         prepare(config)
         started = time.monotonic()
-        drawn = _draw(generator, config, seed, indices, size, processes, output, text)
+        drawn = _draw(generator, config, sampling.seed, indices, size, job, output, text)
         seconds = time.monotonic() - started
         if drawn is not None:
             labels = [index % len(names) for index in indices]
@@ -177,13 +121,13 @@ def run(
                 how = f"{config.name} {config.steps} steps, cfg {config.cfg_scale:g}"
                 if config.eps_scale != 1:
                     how += f", eps {config.eps_scale:g}"
-                title = f"{path.name}, {how}, seed {seed}"
+                title = f"{file.path.name}, {how}, seed {sampling.seed}"
                 columns = n * max(1, round(math.sqrt(len(indices)) / n))  # a class never wraps
                 grid = draw_grid(drawn, captions, title, columns)
                 save_png(grid, output, text | {"class": ", ".join(dict.fromkeys(captions))})
             else:
-                with atomic_path(output) as temporary, temporary.open("wb") as file:
-                    np.savez(file, arr_0=drawn, labels=np.array(labels, dtype=np.int64))
+                with atomic_path(output) as temporary, temporary.open("wb") as handle:
+                    np.savez(handle, arr_0=drawn, labels=np.array(labels, dtype=np.int64))
     return SampleResult(
         output=output,
         images=len(indices),
@@ -194,8 +138,8 @@ def run(
         eps_scale=config.eps_scale,
         nfe=config.nfe,
         seconds=seconds,
-        model=path,
-        model_sha256=digest,
+        model=file.path,
+        model_sha256=file.sha256,
         **generator.model.facts(),
     )
 
@@ -206,7 +150,7 @@ def _draw(
     seed: int,
     indices: list[int],
     batch_size: int,
-    processes: Processes,
+    job: Job,
     output: Path,
     text: dict[str, str],
 ) -> NDArray[np.uint8] | None:
@@ -219,7 +163,7 @@ def _draw(
         there each process writes its own.
     """
     starts = range(0, len(indices), batch_size)
-    mine = starts[processes.rank :: processes.size]
+    mine = starts[job.rank :: job.size]
     whole: NDArray[np.uint8] | None = None
     parts: list[NDArray[np.uint8]] = []  # of this process, to be sent
     started = time.monotonic()
@@ -228,7 +172,7 @@ def _draw(
 
         def on_step(count: int) -> None:
             """Show what all processes have done together, in steps of an image."""
-            done = processes.add("steps", count)
+            done = job.add("steps", count)
             meter.update(done, f"{done * calls / (time.monotonic() - started):.3g} NFE/s")
 
         for start in mine:
@@ -242,22 +186,22 @@ def _draw(
                         "index": str(index),
                     }
                     save_png(Image.fromarray(image), output / name, words)
-            elif processes.is_main:
+            elif job.is_main:
                 if whole is None:  # the first batch of all is the main process's
                     whole = np.empty((len(indices), *images.shape[1:]), np.uint8)
                 whole[start : start + len(batch)] = images
             else:
                 parts.append(images)
         if not output.suffix:
-            processes.wait()
+            job.wait()
             on_step(0)
             return None
         for part in parts:
-            processes.send(part)
+            job.send(part)
         if whole is not None:
             for number, start in enumerate(starts):
-                if number % processes.size:
-                    processes.receive(whole[start : start + batch_size], number % processes.size)
+                if number % job.size:
+                    job.receive(whole[start : start + batch_size], number % job.size)
                     on_step(0)
     return whole
 

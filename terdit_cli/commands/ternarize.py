@@ -1,4 +1,4 @@
-"""`terdit ternarize`: a checkpoint becomes int8 trits, alphas and the rest, with a table."""
+"""`terdit ternarize`: a checkpoint becomes ternary weights and scales, with a table."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from terdit_cli.errors import InputFileError, UsageError
-from terdit_cli.model.ckpt import load_ckpt
+from terdit_cli.errors import UsageError
+from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.model.ternary import Granularity, absmean
 from terdit_cli.pack.read_checkpoint import CheckpointExport
-from terdit_cli.pack.sources import checkpoint_path, refuse_output
 from terdit_cli.pack.tdt import write_tdt
 
 
@@ -49,7 +48,7 @@ def run(
     """Ternarize a checkpoint into a safetensors file.
 
     Args:
-        checkpoint: ckpt.pt or run folder; full precision is fitted after training.
+        checkpoint: ckpt.pt or run folder; full precision is fitted (post-training quantisation).
         weights: the averaged or the raw weights.
         granularity: scales of a post-training fit (default "tensor"); an error for a ternary
             checkpoint, whose scales were trained.
@@ -57,23 +56,16 @@ def run(
     Raises:
         InputFileError, UsageError, EnvironmentProblem.
     """
-    path = checkpoint_path(checkpoint)
-    if path is None:
-        raise InputFileError(
-            "only a training checkpoint can be ternarized",
-            got=checkpoint.suffix or ("a folder" if checkpoint.is_dir() else "a file"),
-            expected="ckpt.pt or its run folder",
-            where=checkpoint,
-            fix="other formats are ternary already: use `terdit pack`",
-        )
-    refuse_output(output, checkpoint)
-    export = CheckpointExport(load_ckpt(path), weights, granularity or "tensor")
+    file = ModelFile.open(checkpoint)
+    found = file.checkpoint()
+    file.refuse_output(output)
+    export = CheckpointExport(found, weights, granularity or "tensor")
     if granularity is not None and not export.fitted:
         raise UsageError(
             "the scales of a ternary checkpoint are trained",
             got=f"granularity {granularity}",
             expected=f"none: this checkpoint has {export.info.ternary.granularity}",
-            where=path,
+            where=file.weights_file,
             fix="leave --granularity out",
         )
     layers = [_report(export, name) for name in export.ternary_names()]

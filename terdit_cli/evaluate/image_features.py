@@ -1,4 +1,4 @@
-"""Images of a model or of a set -> shards of features, by one process or by several.
+"""Images by number -> shards of features, by one process or by several.
 
 The blocks are dealt to the processes in turn, and what is in a block does not depend on who makes
 it. A run that finds blocks of its own in the folder goes on after them.
@@ -6,13 +6,10 @@ it. A run that finds blocks of its own in the folder goes on after them.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,16 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terdit_cli import console
-from terdit_cli.data.classes import names_of_classes
-from terdit_cli.data.collection import ImageSet, open_image_set, spread, unreadable_images
-from terdit_cli.data.images import BadImagePolicy
-from terdit_cli.diffusion.sampler import SamplerConfig
-from terdit_cli.errors import InputFileError
 from terdit_cli.evaluate.feature_shards import Arrays, Block, FeatureShards
 from terdit_cli.evaluate.features import FeatureExtractor, Features
-from terdit_cli.generate.generator import ImageGenerator, Labels, class_of
-from terdit_cli.generate.saved_images import SavedImages
-from terdit_cli.system.job import Processes
+from terdit_cli.system.job import Job
 
 LEAST_BLOCK = 64  # images
 COMPARED = 1024  # images whose features are made in both precisions, if bf16 is asked for
@@ -46,12 +36,7 @@ _CONVERTED = {
 }
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Consecutive images uint8 [H, W, 3], and the mode in which each was stored."""
-
-    images: list[Image]
-    modes: list[str]
+Batch = tuple[list[Image], list[str]]  # consecutive images, and the mode each was stored in
 
 
 class Source(Protocol):
@@ -77,120 +62,27 @@ class Source(Protocol):
     def facts(self) -> dict[str, Any]:
         """Return all that the images depend on."""
 
-    def batches(self, images: range) -> Iterator[Batch]:
-        """Iterate over images in order."""
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Images that a model draws when they are asked for."""
-
-    generator: ImageGenerator
-    sampler: SamplerConfig
-    count: int
-    seed: int
-    labels: Labels
-    batch_size: int
-    model_sha256: str
+    @property
+    def sha256(self) -> str | None:
+        """The hash of the list of images; None if a model generates them."""
 
     @property
-    def where(self) -> str:
-        return str(self.generator.path)
-
-    @property
-    def class_names(self) -> list[list[str]]:
-        return self.generator.class_names
-
-    def class_id(self, image: int) -> int:
-        classes = self.generator.model.info.config.num_classes
-        return class_of(image, classes, self.labels, self.seed)
-
-    def facts(self) -> dict[str, Any]:
-        how = self.generator.model.facts()
-        return {
-            "model_sha256": self.model_sha256,
-            "sampler": dataclasses.asdict(self.sampler),
-            "seed": self.seed,
-            "labels": self.labels,
-            "batch_size": self.batch_size,
-            "vae": self.generator.vae,
-            # Not the threads: they do not change the images.
-            **{name: how[name] for name in ("backend", "isa", "activations", "weights")},
-        }
+    def skipped(self) -> list[str]:
+        """Why each image that was left out is unreadable."""
 
     def batches(self, images: range) -> Iterator[Batch]:
-        made = self.generator.images(
-            images, self.sampler, self.seed, self.batch_size, labels=self.labels
-        )
-        for batch, _ in made:
-            yield Batch(list(batch), ["RGB"] * len(batch))
+        """Iterate over images uint8 [H, W, 3] in order."""
 
 
-@dataclass(frozen=True)
-class SetSource:
-    """Images that lie somewhere: the ones of a set at `indices`."""
+class Saved(Protocol):
+    """A folder that keeps images by number."""
 
-    images: ImageSet
-    indices: list[int]
-    skipped: list[str]  # why each image that was left out was
+    def claim(self, facts: dict[str, Any], count: int) -> None:
+        """Begin the folder, or go on with that of the same images; raises UsageError."""
 
-    @property
-    def where(self) -> str:
-        return self.images.where
+    def has(self, indices: range) -> bool: ...
 
-    @property
-    def count(self) -> int:
-        return len(self.indices)
-
-    @property
-    def batch_size(self) -> int:
-        return LEAST_BLOCK
-
-    @cached_property
-    def class_names(self) -> list[list[str]]:
-        return names_of_classes(self.images.class_names, len(self.images.class_names))
-
-    def class_id(self, image: int) -> int:
-        assert self.images.classes is not None, "a set with class names has classes"
-        return int(self.images.classes[self.indices[image]])
-
-    def facts(self) -> dict[str, Any]:
-        return {"images_sha256": self.sha256}
-
-    @cached_property
-    def sha256(self) -> str:
-        """The hash of the list of images."""
-        return self.images.sha256(self.indices)
-
-    def batches(self, images: range) -> Iterator[Batch]:
-        found = [self.images.read(self.indices[image]) for image in images]
-        yield Batch([pixels for pixels, _ in found], [mode for _, mode in found])
-
-
-def open_set(where: str, n: int | None, on_bad_image: BadImagePolicy) -> SetSource:
-    """Open a set of images, or the part of it that `n` asks for.
-
-    Raises:
-        InputFileError: fewer images than asked for, or than two.
-    """
-    images = open_image_set(where)
-    indices = list(range(images.count))
-    skipped: list[str] = []
-    if on_bad_image == "skip":
-        bad = dict(unreadable_images(images, indices))
-        skipped = list(bad.values())
-        indices = [index for index in indices if index not in bad]
-    if len(indices) < max(2, n or 0):
-        raise InputFileError(
-            "too few images",
-            got=f"{len(indices)}" + (f" ({len(skipped)} unreadable)" if skipped else ""),
-            expected=f"-n {n}" if n else "at least 2",
-            where=where,
-            fix=f"-n {len(indices)}" if len(indices) >= 2 else "give more images",
-        )
-    if n is not None:
-        indices = [indices[place] for place in spread(len(indices), n)]
-    return SetSource(images, indices, skipped)
+    def write(self, indices: range, images: list[Image]) -> None: ...
 
 
 def block_size(batch_size: int) -> int:
@@ -202,15 +94,15 @@ def make_features(
     source: Source,
     extractor: FeatureExtractor,
     folder: Path,
-    processes: Processes,
+    job: Job,
     keep: frozenset[int] = frozenset(),
-    save_images: Path | None = None,
+    saved: Saved | None = None,
 ) -> FeatureShards:
     """Return the shards of a source when all processes have made theirs.
 
     Args:
         keep: numbers of images to store beside their features, in blocks that are made now.
-        save_images: write all of them into this folder as PNG.
+        saved: keep all of them here.
 
     Raises:
         UsageError: a folder holds the features or images of another run. And whatever the source
@@ -218,15 +110,14 @@ def make_features(
     """
     shards = FeatureShards(folder, source.count, block_size(source.batch_size))
     facts = source.facts() | {"pipeline": extractor.pipeline, "precision": extractor.precision}
-    saved = None if save_images is None else SavedImages(save_images)
-    if processes.is_main:
+    if job.is_main:
         if saved is not None:
             saved.claim(source.facts(), source.count)
         done = shards.claim(facts)
         if done:
             console.note(f"{folder}: going on after {done} of {source.count} images")
-    processes.require_shared(folder)
-    mine = [block for block in shards.blocks if block.number % processes.size == processes.rank]
+    job.require_shared(folder)
+    mine = [block for block in shards.blocks if block.number % job.size == job.rank]
     missing = [
         block
         for block in mine
@@ -248,8 +139,8 @@ def make_features(
             arrays["images"] = np.stack([images[index - block.start] for index in kept])
         shards.write(block, arrays)
 
-    _run(source, missing, finish, processes)
-    processes.wait()
+    _run(source, missing, finish, job)
+    job.wait()
     return shards
 
 
@@ -257,11 +148,11 @@ def _run(
     source: Source,
     blocks: list[Block],
     finish: Callable[[Block, list[Image], list[str]], None],
-    processes: Processes,
+    job: Job,
 ) -> None:
     """Make the blocks' images here while another thread finishes the block before."""
     total = sum(block.end - block.start for block in blocks)
-    share = f" (1 of {processes.size} processes)" if processes.size > 1 else ""
+    share = f" (1 of {job.size} processes)" if job.size > 1 else ""
     started, done = time.monotonic(), 0
     with (
         console.progress(f"{source.where}{share}", total) as meter,
@@ -271,10 +162,10 @@ def _run(
         for block in blocks:
             images: list[Image] = []
             modes: list[str] = []
-            for batch in source.batches(block.images):
-                images += batch.images
-                modes += batch.modes
-                done += len(batch.images)
+            for batch, stored in source.batches(block.images):
+                images += batch
+                modes += stored
+                done += len(batch)
                 rate = done / (time.monotonic() - started)
                 left = console.duration((total - done) / rate)
                 meter.update(done, f"{rate:.1f} img/s, {left} left")

@@ -10,26 +10,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from terdit_cli.data.collection import spread
-from terdit_cli.data.images import BadImagePolicy
 from terdit_cli.evaluate.feature_shards import FeatureShards
 from terdit_cli.evaluate.features import FeatureExtractor
 from terdit_cli.evaluate.image_features import (
-    SetSource,
     Source,
     conversions,
     make_features,
-    open_set,
 )
 from terdit_cli.evaluate.reference_set import (
     Reference,
-    holds_images,
     is_statistics_file,
     load_reference,
 )
 from terdit_cli.evaluate.scores import statistics_of
-from terdit_cli.generate.generator import file_sha256
-from terdit_cli.system.job import Processes
+from terdit_cli.evaluate.statistics import spread
+from terdit_cli.system.atomic import file_sha256
+from terdit_cli.system.job import Job
 
 KEPT_FEATURES = 10_000  # in a reference file: for KID, precision and recall
 
@@ -41,7 +37,7 @@ class OpenReference:
     where: str
     sha256: str  # of the file, or of the list of images
     statistics: Reference
-    source: SetSource | None  # the images, in the order of `statistics.features`
+    source: Source | None  # the images, in the order of `statistics.features`
     shards: FeatureShards | None
 
     def facts(self) -> dict[str, Any]:
@@ -63,7 +59,7 @@ class OpenReference:
                 f"{extractor.pipeline} is assumed"
             )
         own = {self.statistics.images_sha256, self.source and self.source.sha256}
-        if isinstance(source, SetSource) and source.sha256 in own:
+        if source.sha256 is not None and source.sha256 in own:
             found.append(
                 "the reference was made from the very images that are scored: their distance "
                 "says nothing about a model"
@@ -75,32 +71,17 @@ class OpenReference:
         return found
 
 
-def reference_images(where: str, n: int | None, on_bad_image: BadImagePolicy) -> SetSource | None:
-    """Open the images of a reference, None if it is a file of statistics alone.
-
-    Args:
-        n: at most so many of images; all that a file of statistics holds.
-    """
-    path = Path(where)
-    if is_statistics_file(path):
-        return open_set(where, None, on_bad_image) if holds_images(path) else None
-    source = open_set(where, None, on_bad_image)
-    if n is not None and n < source.count:
-        source = open_set(where, n, on_bad_image)
-    return source
-
-
 def open_reference(
     where: str,
-    source: SetSource | None,
+    source: Source | None,
     extractor: FeatureExtractor,
     work: Path,
-    processes: Processes,
+    job: Job,
 ) -> OpenReference:
     """Read statistics, or make the features of images.
 
     Args:
-        source: its `reference_images`.
+        source: its images; None if it is a file of statistics alone.
 
     Raises:
         UsageError: statistics of other features. And what reading images raises.
@@ -108,9 +89,9 @@ def open_reference(
     path = Path(where)
     if not is_statistics_file(path):
         assert source is not None, "what is no file of statistics is images"
-        shards = make_features(source, extractor, work / "reference", processes)
+        shards = make_features(source, extractor, work / "reference", job)
         made = reference_of(shards, extractor, source, features=None)
-        return OpenReference(where, source.sha256, made, source, shards)
+        return OpenReference(where, str(source.sha256), made, source, shards)
     loaded = load_reference(path)
     loaded.require_pipeline(extractor.pipeline, where)
     if extractor.dim is not None:
@@ -118,7 +99,7 @@ def open_reference(
     if source is None:
         return OpenReference(where, file_sha256(path), loaded, None, None)
     # ADM's files: moments of the whole set, and some of its images for precision and recall.
-    shards = make_features(source, extractor, work / "reference", processes)
+    shards = make_features(source, extractor, work / "reference", job)
     loaded = dataclasses.replace(loaded, features=_pool(shards))
     return OpenReference(where, file_sha256(path), loaded, source, shards)
 
@@ -142,7 +123,7 @@ def reference_of(
         features=None if features == 0 else _pool(shards, features),
         count=pool.count,
         pipeline=extractor.pipeline,
-        images_sha256=source.sha256 if isinstance(source, SetSource) else None,
+        images_sha256=source.sha256,
     )
 
 

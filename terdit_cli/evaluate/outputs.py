@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from terdit_cli.data.classes import shown_names
-from terdit_cli.data.grid import draw_grid, save_png
+from terdit_cli.class_names import shown_names
 from terdit_cli.evaluate.feature_shards import FeatureShards
-from terdit_cli.evaluate.image_features import ModelSource, Source
+from terdit_cli.evaluate.image_features import Source
 from terdit_cli.evaluate.neighbours import NeighbourCheck, check_neighbours, cover
 from terdit_cli.evaluate.report import (
     MOST_PAIRS,
@@ -20,9 +19,9 @@ from terdit_cli.evaluate.report import (
     samples_of_class,
     write_report,
 )
+from terdit_cli.evaluate.request import NEIGHBOURS, EvalOptions
 from terdit_cli.evaluate.result import EvalResult
-from terdit_cli.evaluate.scores import NEIGHBOURS
-from terdit_cli.evaluate.summary import write_junit, write_markdown
+from terdit_cli.report.grid import draw_grid, save_png
 
 GRID_IMAGES = 64
 _LOOKED_THROUGH = 100_000  # images among which those of the page's classes are looked for
@@ -31,15 +30,15 @@ Image = NDArray[np.uint8]
 Samples = NDArray[np.float32]
 
 
-def pictures_to_keep(source: Source, grid: Path | None, html: Path | None) -> frozenset[int]:
+def pictures_to_keep(source: Source, options: EvalOptions) -> frozenset[int]:
     """Return the numbers of the images that the grid and the page will show.
 
     None of a set: its images can be read again.
     """
-    if not isinstance(source, ModelSource):
+    if source.sha256 is not None:
         return frozenset()
-    wanted = set(range(min(source.count, GRID_IMAGES))) if grid is not None else set()
-    if html is not None:
+    wanted = set(range(min(source.count, GRID_IMAGES))) if options.reports(".png") else set()
+    if options.reports(".html"):
         wanted |= {image for images in _by_class(source).values() for image in images}
     return frozenset(wanted)
 
@@ -53,7 +52,7 @@ class Pictures:
 
     def __getitem__(self, image: int) -> Image:
         if image not in self._kept:
-            self._kept[image] = next(self.source.batches(range(image, image + 1))).images[0]
+            self._kept[image] = next(self.source.batches(range(image, image + 1)))[0][0]
         return self._kept[image]
 
     def name(self, image: int) -> str:
@@ -90,16 +89,6 @@ def write_grid(path: Path, pictures: Pictures) -> None:
     names = shown_names(source.class_names)
     labels = [names[source.class_id(image)] for image in alike] if names else None
     save_png(draw_grid(np.stack([first[image] for image in alike]), labels), path)
-
-
-def write_summaries(
-    junit: Path | None, markdown: Path | None, result: EvalResult, baseline: EvalResult | None
-) -> None:
-    """Write the files for CI that were asked for."""
-    if junit is not None:
-        write_junit(junit, result)
-    if markdown is not None:
-        write_markdown(markdown, result, baseline)
 
 
 def write_page(

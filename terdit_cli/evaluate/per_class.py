@@ -7,9 +7,9 @@ names, and names where it has numbers too: of the folders 1, 2 and 10, the label
 
 from __future__ import annotations
 
-from terdit_cli.data.classes import find_classes, shown_names
+from terdit_cli.class_names import find_classes, shown_names
 from terdit_cli.errors import UsageError
-from terdit_cli.evaluate.image_features import ModelSource, Source
+from terdit_cli.evaluate.image_features import Source
 from terdit_cli.evaluate.scores import ClassMembers, class_members
 
 Names = list[list[str]]  # what each class can be called, the name to show first
@@ -51,7 +51,7 @@ def classes_asked_for(asked: str, ours: Source, where: str, theirs: Source | Non
     if asked.strip().lower() == "all":
         wanted = sorted(set(our_places))
     else:
-        ids = isinstance(ours, ModelSource) or not _numbers(known)
+        ids = ours.sha256 is None or not _numbers(known)  # a model knows its classes by number
         wanted = find_classes(asked, known, ids)
     shown = [*shown_names(known), ""]  # -1, the last: a class that our side does not have
     return class_members(

@@ -6,68 +6,107 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from terdit_cli.data.images import BadImagePolicy
-from terdit_cli.errors import UsageError, did_you_mean
-from terdit_cli.evaluate.features import Precision
-from terdit_cli.evaluate.scores import NEIGHBOURS
-from terdit_cli.generate.generator import Labels
+from terdit_cli.errors import UsageError
+from terdit_cli.option import option
 from terdit_cli.system.atomic import check_writable
+
+NEIGHBOURS = 3  # k of precision and recall
+REPORTS = (".html", ".md", ".xml", ".png")  # a page, a summary, JUnit, a grid of the first images
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What to score, against what, how, and what to write.
+    """What to score, against what, with which features, and what to write.
 
-    Give `model` (a path or the name of a packaged one; draws the images) or `images`: a folder,
-    zip, tar shards, .npz, or "embedded[:train|:heldout]"; and `reference`, one of these or
-    statistics (.npz). With `make_reference` alone nothing is compared.
+    Give `model` (a path or the name of a packaged one, which generates the images) or `images`; and
+    `reference`, images or statistics. With `make_reference` alone nothing is compared.
     """
 
-    model: Path | None = None
-    images: str | None = None
-    reference: str | None = None
-    n: int | None = None  # images, and at most so many of a reference of images
+    # what to score
+    model: Path | None = option(
+        None, "Generate the images with this model: a path or the name of a packaged one."
+    )
+    images: str | None = option(
+        None, "Score these: folder, zip, tars, parquet, .npz, or embedded[:train|:heldout]."
+    )
+    reference: str | None = option(
+        None, "Images as above, or an .npz of statistics (ours, ADM's, pytorch-fid's)."
+    )
+    n: int | None = option(
+        None,
+        "Number of images; also the most that are taken of a reference of images.  "
+        "[default: all; 1000 of a model]",
+        "-n",
+    )
+    labels: Literal["balanced", "uniform"] = option(
+        "balanced", "Classes of generated images: in turn, or at random as DiT's sample_ddp."
+    )
+    per_class: str | None = option(
+        None, "Distance and classifier accuracy per class: names, ids or all."
+    )
     # features
-    features: str = "adm"
-    weights: Path | None = None
-    precision: Precision = "fp32"
-    on_bad_image: BadImagePolicy = "error"
-    # metrics
-    pr_samples: int | None = 10_000  # see `Asked`
-    per_class: str | None = None  # class names or ids, comma separated, or "all"
-    bootstrap: int = 0
-    over_n: bool = False
-    # sampling
-    sampler: str | None = None  # these three and eps_scale: see `sampler_for`
-    steps: int | None = None
-    cfg_scale: float | None = None
-    cfg_channels: str = "3"
-    eps_scale: float | None = None
-    labels: Labels = "balanced"
-    seed: int = 0
-    batch_size: int = 8
-    backend: str = "auto"
-    activations: str = "auto"
-    compiled: bool = False
-    model_weights: Literal["ema", "raw"] = "ema"  # of a checkpoint
-    threads: int | None = None  # of this process from now on, torch's too
-    device: str | None = None
-    vae: str | None = None
+    features: str = option(
+        "adm", "Features: adm or clean (FID), efficientnet-lite0, or torchscript:FILE."
+    )
+    weights: Path | None = option(None, "Weights file of the feature extractor.")
+    precision: Literal["fp32", "bf16"] = option(
+        "fp32", "Precision of the feature extractor; the effect of bf16 is measured."
+    )
+    on_bad_image: Literal["error", "skip"] = option(
+        "error", "Stop at an unreadable image, or skip and count it."
+    )
+    pr_samples: str = option(
+        "10000", "Images of each side for precision and recall: a number (0 disables) or all."
+    )
+    confidence: int = option(
+        0,
+        "Bootstrap replicates for a 95 % interval, and FID versus sample count, extrapolated; "
+        "0 disables, 100 suffices.",
+    )
     # gates
-    max_distance: float | None = None
-    min_score: float | None = None
-    max_regression: Path | None = None
-    tolerance: float = 0.05
+    max_fid: float | None = option(None, "Exit with 5 if the distance is larger.")
+    min_is: float | None = option(None, "Exit with 5 if the Inception Score is smaller.")
+    max_regression: Path | None = option(
+        None, "Exit with 5 if the distance is worse than in this result (of --json)."
+    )
+    tolerance: float = option(0.05, "Allowed relative increase for --max-regression.")
     # what to write
-    work: Path | None = None  # features, to go on after a stop; None: a temporary folder
-    make_reference: Path | None = None
-    reference_features: bool = False  # in it, for KID, precision and recall
-    save_images: Path | None = None
-    grid: Path | None = None
-    junit: Path | None = None
-    markdown: Path | None = None
-    html: Path | None = None
-    command: str = "terdit eval-fid"  # how it was called, for the provenance
+    report: tuple[Path, ...] = option(
+        (),
+        "Write a report, by suffix: .html a self-contained page, .md a summary, .xml JUnit, .png a "
+        "grid of images. Repeatable.",
+        metavar="<file>",
+    )
+    work: Path | None = option(
+        None, "Keep features here; rerun to resume.  [default: a temporary folder]"
+    )
+    make_reference: Path | None = option(
+        None, "Write the statistics of the images as a reference .npz."
+    )
+    reference_features: bool = option(
+        False,
+        "Also store features in it, for KID, precision and recall.",
+        "--reference-features",
+    )
+    save_images: Path | None = option(None, "Write the images into this folder as PNG.")
+
+    @property
+    def pr_count(self) -> int | None:
+        """Images of each side for precision and recall; 0 for neither, None for all."""
+        if self.pr_samples == "all":
+            return None
+        if not self.pr_samples.isdecimal():
+            raise UsageError(
+                "wrong --pr-samples",
+                got=repr(self.pr_samples),
+                expected="a number of images, 0 for no precision and recall, or all",
+                fix="--pr-samples 10000",
+            )
+        return int(self.pr_samples)
+
+    def reports(self, suffix: str) -> list[Path]:
+        """Return the reports of a kind."""
+        return [path for path in self.report if path.suffix.lower() == suffix]
 
 
 def check_options(options: EvalOptions) -> None:
@@ -83,24 +122,21 @@ def check_options(options: EvalOptions) -> None:
             expected="one of them",
         )
     if options.reference is None:
-        if options.make_reference is None and options.save_images is None:
+        if not (options.make_reference or options.save_images or options.reports(".png")):
             raise UsageError("nothing to compare with", fix="give --reference")
         for option, value in (
-            ("--max-fid", options.max_distance),
-            ("--min-is", options.min_score),
+            ("--max-fid", options.max_fid),
+            ("--min-is", options.min_is),
             ("--max-regression", options.max_regression),
             ("--per-class", options.per_class),
-            ("--junit", options.junit),
-            ("--markdown", options.markdown),
-            ("--html", options.html),
+            ("--confidence", options.confidence or None),
+            ("--report", next((f for f in options.report if f.suffix != ".png"), None)),
         ):
             if value is not None:
                 raise UsageError(f"{option} needs a reference", fix="give --reference")
     for option, number, least in (
         ("-n", options.n, 2),
-        ("--batch-size", options.batch_size, 1),
-        ("--bootstrap", options.bootstrap, 0),
-        ("--seed", options.seed, 0),
+        ("--confidence", options.confidence, 0),
     ):
         if number is not None and number < least:
             raise UsageError(
@@ -109,14 +145,15 @@ def check_options(options: EvalOptions) -> None:
                 expected=f"at least {least}",
                 fix=f"{option} {least}",
             )
-    if options.bootstrap == 1:
+    if options.confidence == 1:
         raise UsageError(
-            "wrong --bootstrap", got=1, expected="0 for none, or at least 2", fix="--bootstrap 100"
-        )
-    if options.pr_samples is not None and 0 < options.pr_samples <= NEIGHBOURS:
+            "wrong --confidence", got=1, expected="0 for none, or at least 2",
+            fix="--confidence 100",
+        )  # fmt: skip
+    if (count := options.pr_count) is not None and 0 < count <= NEIGHBOURS:
         raise UsageError(
             "wrong --pr-samples",
-            got=options.pr_samples,
+            got=count,
             expected=f"0 for none, or more than {NEIGHBOURS}",
             fix="--pr-samples 10000",
         )
@@ -126,31 +163,22 @@ def check_options(options: EvalOptions) -> None:
             fix="give --make-reference, or leave --reference-features out",
         )
     _check_outputs(options)
-    if options.labels not in ("balanced", "uniform"):
-        raise UsageError(
-            "unknown --labels",
-            got=options.labels + did_you_mean(options.labels, ("balanced", "uniform")),
-            expected="balanced or uniform",
-        )
 
 
 def _check_outputs(options: EvalOptions) -> None:
     """Refuse names that nothing can be written to: a night of sampling would end there."""
-    for option, path, suffix in (
-        ("--make-reference", options.make_reference, ".npz"),
-        ("--grid", options.grid, ".png"),
-        ("--html", options.html, ".html"),
-        ("--junit", options.junit, None),
-        ("--markdown", options.markdown, None),
-    ):
-        if path is None:
-            continue
-        if suffix is not None and path.suffix.lower() != suffix:
+    named: list[tuple[str, Path, tuple[str, ...]]] = [
+        ("--report", path, REPORTS) for path in options.report
+    ]
+    if options.make_reference is not None:
+        named.append(("--make-reference", options.make_reference, (".npz",)))
+    for option_name, path, suffixes in named:
+        if path.suffix.lower() not in suffixes:
             raise UsageError(
-                f"wrong name for {option}",
+                f"wrong name for {option_name}",
                 got=path.name,
-                expected=f"a name that ends in {suffix}",
-                fix=f"{option} {path.with_suffix(suffix)}",
+                expected="a name that ends in " + ", ".join(suffixes),
+                fix=f"{option_name} {path.with_suffix(suffixes[0])}",
             )
         check_writable(path)
     for folder in (options.work, options.save_images):

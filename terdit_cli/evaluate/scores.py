@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terdit_cli import console
-from terdit_cli.data.collection import spread
 from terdit_cli.errors import UsageError
 from terdit_cli.evaluate.confidence import bootstrap_interval, frechet_infinity, frechet_over_n
 from terdit_cli.evaluate.feature_shards import FeatureShards
@@ -32,10 +31,10 @@ from terdit_cli.evaluate.metrics import (
 )
 from terdit_cli.evaluate.probe import fit_probe
 from terdit_cli.evaluate.reference_set import Reference
-from terdit_cli.evaluate.statistics import FeatureStatistics
+from terdit_cli.evaluate.request import NEIGHBOURS
+from terdit_cli.evaluate.statistics import FeatureStatistics, spread
 
 KID_SAMPLES, KID_SUBSET = 10_000, 1000  # of each side
-NEIGHBOURS = 3  # k of precision and recall
 LEAST_REALS = 20  # of each class, to fit a probe to and to hold some out
 
 Samples = NDArray[np.float32]
@@ -47,8 +46,7 @@ class Asked:
     """What beyond the metrics that are always computed is wanted."""
 
     pr_samples: int | None = KID_SAMPLES  # of each side; None: all; 0: no precision and recall
-    bootstrap: int = 0  # replicates
-    over_n: bool = False  # the curve over n and its limit
+    replicates: int = 0  # of the bootstrap; if there are any, the curve over n and its limit too
     seed: int = 0
 
 
@@ -108,12 +106,12 @@ def score(name: str, ours: FeatureShards, theirs: Reference, asked: Asked) -> Sc
             )
     if theirs.features is not None:
         _compare_samples(scores, ours, theirs.features, asked)
-    if asked.bootstrap:
+    if asked.replicates:
         features = _rows(ours)
         scores.intervals[name] = bootstrap_interval(
-            theirs.mean, theirs.covariance, features, asked.bootstrap, asked.seed
+            theirs.mean, theirs.covariance, features, asked.replicates, asked.seed
         )
-    if asked.over_n:
+    if asked.replicates:
         scores.curve = frechet_over_n(theirs.mean, theirs.covariance, _rows(ours), seed=asked.seed)
         try:
             scores.metrics[f"{name} infinity"] = frechet_infinity(scores.curve, pool.dim)

@@ -88,3 +88,16 @@ def _add(before: int, mean: Matrix, scatter: Matrix, block: Matrix) -> tuple[Mat
     # BLAS stores by columns: the transposed block, and the scatter in order F, are not copied.
     scatter = dsyrk(1.0, block.T, beta=1.0, c=scatter, lower=1, overwrite_c=1)
     return mean + difference * (added / total), scatter
+
+
+def spread(total: int, n: int) -> list[int]:
+    """Return `n` of `total` indices in order, one drawn from each of n equal stretches.
+
+    So a set sorted by class keeps its classes in proportion, and so does one whose classes repeat
+    with a period, where equal steps would hit one class only. Always the same for (total, n).
+    """
+    if n >= total:
+        return list(range(total))
+    bounds = [index * total // n for index in range(n + 1)]
+    draws: list[int] = np.random.RandomState(0).randint(bounds[:-1], bounds[1:]).tolist()
+    return draws

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from terdit_cli.errors import InputFileError
 from terdit_cli.evaluate.feature_network import Image, Network, Outputs, first_sentence
-from terdit_cli.evaluate.weights import SHORT, file_sha256
+from terdit_cli.evaluate.weights import SHORT, weights_sha256
 
 
 def load_torchscript(path: Path, device: torch.device, fix: str) -> Any:
@@ -75,7 +75,7 @@ def torchscript(path: Path, device: torch.device) -> Network:
     if not path.is_file():
         raise InputFileError("no such feature extractor", where=path, fix="torchscript:FILE")
     network = load_torchscript(path, device, "save the network with torch.jit.save")
-    pipeline = f"torchscript {path.name}@{file_sha256(path)[:SHORT]} native size"
+    pipeline = f"torchscript {path.name}@{weights_sha256(path)[:SHORT]} native size"
 
     def prepare(image: Image) -> Tensor:
         return torch.tensor(np.ascontiguousarray(image)).permute(2, 0, 1).float()

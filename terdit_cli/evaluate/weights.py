@@ -14,7 +14,6 @@ name, and the discoscene project pins all of it; k-diffusion pins the second.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import http.client
 import os
 import zipfile
@@ -26,7 +25,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from terdit_cli.errors import EnvironmentProblem, InputFileError
-from terdit_cli.system.atomic import sync_folder
+from terdit_cli.system.atomic import file_sha256, sync_folder
 from terdit_cli.system.cache import cache_folder
 
 Progress = Callable[[int, int], None]  # (bytes here, bytes in all)
@@ -79,11 +78,10 @@ class WeightFile:
         return self.sha256[:SHORT]
 
 
-def file_sha256(path: Path) -> str:
+def weights_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, 64 hexadecimal digits; raises InputFileError."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise InputFileError(
             "cannot read the weights",
@@ -118,7 +116,7 @@ def given_weights(path: Path, usual_sha256: str) -> WeightFile:
             where=path,
             fix="name another file with --weights FILE",
         )
-    found = file_sha256(path)
+    found = weights_sha256(path)
     warning = None
     if found != usual_sha256:
         warning = (
@@ -148,7 +146,7 @@ def pinned_weights(pinned: PinnedFile, progress: Progress | None = None) -> Weig
             if not target.exists():  # else another process has made it meanwhile
                 _download(pinned, target, progress)
                 return WeightFile(target, pinned.sha256)
-    found = file_sha256(target)
+    found = weights_sha256(target)
     if found != pinned.sha256:
         raise InputFileError(
             "the weights in the cache are damaged",
@@ -182,11 +180,11 @@ def _download(pinned: PinnedFile, target: Path, progress: Progress | None) -> No
     part = target.with_name(target.name + ".part")
     resumed = part.exists()
     _fetch(pinned, target, part, progress)
-    found = file_sha256(part)
+    found = weights_sha256(part)
     if found != pinned.sha256 and resumed:  # what was here before may be of another file
         part.unlink()
         _fetch(pinned, target, part, progress)
-        found = file_sha256(part)
+        found = weights_sha256(part)
     if found != pinned.sha256:
         part.unlink()
         raise _refused(pinned, target, f"another file, SHA-256 {found}")

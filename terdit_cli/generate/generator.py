@@ -11,30 +11,27 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from terdit_cli import console
-from terdit_cli.data.classes import names_of_classes
+from terdit_cli.class_names import names_of_classes
 from terdit_cli.data.vae import PixelSpace, Space, VaeSpace
 from terdit_cli.diffusion.noise import ImageNoise
 from terdit_cli.diffusion.sampler import SamplerConfig, sample
 from terdit_cli.errors import EnvironmentProblem, InputFileError, TerditError, UsageError
-from terdit_cli.hub import catalogue
-from terdit_cli.hub.card import read_card
-from terdit_cli.pack.read_release import is_released_folder, released_weights
-from terdit_cli.pack.sources import checkpoint_path
+from terdit_cli.generate.options import Labels, ModelOptions, SamplingOptions
+from terdit_cli.hub.model_file import ModelFile
+from terdit_cli.runtime.cpu import set_threads
 from terdit_cli.runtime.load import LoadedModel, load
 from terdit_cli.system.gpu_memory import ELSEWHERE, explained, free_bytes
 
 DEFAULT_BATCH = 8  # images drawn at once
 
 OnStep = Callable[[int], None]
-Labels = Literal["balanced", "uniform"]
 
 
 def class_of(index: int, num_classes: int, labels: Labels, seed: int) -> int:
@@ -54,7 +51,7 @@ def default_device() -> torch.device:
 class ImageGenerator:
     """A loaded model and, opened when first used, the space that its output lives in."""
 
-    path: Path
+    file: ModelFile
     model: LoadedModel
     device: torch.device
     vae: str | None
@@ -96,7 +93,7 @@ class ImageGenerator:
                 "this model has no null class for guidance",
                 got=f"--cfg-scale {sampler.cfg_scale:g}",
                 expected=1,
-                where=self.path,
+                where=self.file.path,
                 fix="--cfg-scale 1",
             )
         return sampler.clipped_for(pixels=info.space.kind == "pixel")
@@ -172,7 +169,7 @@ class ImageGenerator:
                 "the model's output is not finite",
                 got=f"{len(broken)} of {len(batch)} images, the first of them number "
                 f"{batch[broken[0]]}",
-                where=self.path,
+                where=self.file.path,
                 fix="take an earlier checkpoint, or another precision (--activations)",
             )
 
@@ -185,78 +182,61 @@ def _count_images(on_step: OnStep, k: int, x: torch.Tensor) -> None:
     on_step(len(x))
 
 
-def sampler_for(
-    path: Path,
-    name: str | None = None,
-    steps: int | None = None,
-    cfg_scale: float | None = None,
-    cfg_channels: str = "3",
-    eps_scale: float | None = None,
-) -> SamplerConfig:
+def sampler_for(file: ModelFile, asked: SamplingOptions) -> SamplerConfig:
     """Return the sampler that was asked for; what was not (None) is `SamplerConfig`'s default.
 
     For a packaged model it is what its card advises instead, and a line on stderr says so. The
-    advised steps are of the advised sampler: another sampler has its own default. The advised
-    factor of the predicted noise is of that sampler with those steps and that guidance.
+    advised steps are those of the advised sampler: another sampler has its own default. The advised
+    factor on the predicted noise is of that sampler with those steps and that guidance.
 
     Raises:
         UsageError: impossible values. InputFileError: a damaged card.
     """
     found: dict[str, Any] = {
-        "name": name, "steps": steps, "cfg_scale": cfg_scale, "eps_scale": eps_scale
+        "sampler": asked.sampler, "steps": asked.steps, "cfg_scale": asked.cfg_scale,
+        "eps_scale": asked.eps_scale,
     }  # fmt: skip
-    packaged = catalogue.name_of(path)
-    if packaged is not None and None in found.values():
-        advice = read_card(packaged).sampler
-        advised = {"name": advice.name, "cfg_scale": advice.cfg_scale}
-        if name in (None, advice.name):
-            advised["steps"] = advice.steps
+    if None in found.values() and file.card is not None:
+        advice = file.card.sampler
+        whole = {"sampler": advice.name, "steps": advice.steps, "cfg_scale": advice.cfg_scale}
+        advised: dict[str, Any] = dict(whole)
+        if asked.sampler not in (None, advice.name):
+            del advised["steps"]
         taken = {field: value for field, value in advised.items() if found[field] is None}
         found |= taken
-        whole = advice.model_dump(exclude={"eps_scale"})
-        if eps_scale is None and all(found[field] == value for field, value in whole.items()):
+        if asked.eps_scale is None and all(found[field] == whole[field] for field in whole):
             found |= (taken := taken | {"eps_scale": advice.eps_scale})
-        options = {
-            "name": "--sampler", "steps": "--steps", "cfg_scale": "--cfg-scale",
-            "eps_scale": "--eps-scale",
-        }  # fmt: skip
-        words = [f"{options[field]} {taken[field]}" for field in options if field in taken]
+        words = [f"--{field.replace('_', '-')} {taken[field]}" for field in found if field in taken]
         if words:
-            console.note(f"{packaged}: {' '.join(words)}, as its card advises")
+            console.note(f"{file.name}: {' '.join(words)}, as its card advises")
     given = {field: value for field, value in found.items() if value is not None}
-    return SamplerConfig(**given, cfg_channels=cfg_channels)  # type: ignore[arg-type]
+    if "sampler" in given:
+        given["name"] = given.pop("sampler")
+    return SamplerConfig(**given, cfg_channels=asked.cfg_channels)
 
 
-def open_generator(
-    path: Path,
-    backend: str = "auto",
-    device: str | None = None,
-    vae: str | None = None,
-    activations: str = "auto",
-    compiled: bool = False,
-    weights: Literal["ema", "raw"] = "ema",
-) -> ImageGenerator:
+def open_generator(file: ModelFile, options: ModelOptions) -> ImageGenerator:
     """Load a model; its VAE is opened later, after cheaper checks.
-
-    Args:
-        path: anything `load_model` takes.
-        vae: folder or hub id that stands in for the one the model names.
-        activations: "auto" or a precision, as `load` takes it.
-        compiled, weights: as `load` takes them.
 
     Raises:
         InputFileError, UsageError, EnvironmentProblem.
     """
-    place = usable_device(device)
+    if options.threads is not None:
+        set_threads(options.threads)
+    place = usable_device(options.device)
     exact_convolutions(place)
-    model = load(path, place, backend, weights, activations, compiled)
-    info = model.info
-    if info.space.kind == "pixel" and vae is not None:
+    model = load(
+        file, place, options.backend, options.weights, options.activations, options.compiled
+    )
+    if model.info.space.kind == "pixel" and options.vae is not None:
         raise UsageError(
-            "this model draws pixels", got=f"--vae {vae}", expected="no VAE", where=path
+            "this model generates pixels",
+            got=f"--vae {options.vae}",
+            expected="no VAE",
+            where=file.path,
         )
-    console.note(f"{path}: {model.reason} on {place}")
-    return ImageGenerator(path, model, place, vae)
+    console.note(f"{file.path}: {model.reason} on {place}")
+    return ImageGenerator(file, model, place, options.vae)
 
 
 DEVICES = ("cpu", "cuda", "mps")  # their kinds, as torch calls them
@@ -318,18 +298,3 @@ def _require_gpu(device: torch.device) -> None:
             expected="cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}",
             fix="--device cuda",
         )
-
-
-def model_sha256(path: Path) -> str:
-    """Return the SHA-256 of a model's file (of a folder: of the file that holds its weights)."""
-    if is_released_folder(path):
-        path = released_weights(path)
-    else:
-        path = checkpoint_path(path) or path
-    return file_sha256(path)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

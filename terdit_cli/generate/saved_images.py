@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from terdit_cli.data.grid import save_png
 from terdit_cli.errors import UsageError
+from terdit_cli.report.grid import save_png
 from terdit_cli.system.atomic import atomic_path
 
 FACTS_FILE = ".terdit.json"  # whose images they are

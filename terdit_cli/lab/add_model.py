@@ -27,13 +27,12 @@ from terdit_cli import console
 from terdit_cli.commands import pack
 from terdit_cli.errors import InputFileError, TerditError, UsageError
 from terdit_cli.evaluate.result import EvalResult, load_result
-from terdit_cli.generate.generator import file_sha256
 from terdit_cli.hub import catalogue
 from terdit_cli.hub.card import Card, make_card, read_card
-from terdit_cli.model.ckpt import Checkpoint, load_ckpt
-from terdit_cli.pack.sources import checkpoint_path
+from terdit_cli.hub.model_file import ModelFile
+from terdit_cli.model.ckpt import Checkpoint
 from terdit_cli.pack.tdt import RestDtype
-from terdit_cli.system.atomic import atomic_path
+from terdit_cli.system.atomic import atomic_path, file_sha256
 
 RECIPE_HEADING = "## Recipe"
 
@@ -66,12 +65,7 @@ def run(
         InputFileError, EnvironmentProblem.
         UsageError: scores of another file, too many bytes, or words that are missing.
     """
-    checkpoint = checkpoint_path(source)
-    if checkpoint is None:
-        raise InputFileError(
-            "no run to package", where=source, expected="a run folder or its ckpt.pt",
-            fix="name the run that the model comes from",
-        )  # fmt: skip
+    checkpoint = ModelFile.open(source).checkpoint()
     result = load_result(evaluation)
     target = catalogue.folder() / f"{name}.tdt"
     words = _complete(words, name)
@@ -88,7 +82,7 @@ def run(
                 fix=f"terdit pack {source} -o {name}.tdt --codec {codec} --rest {rest}, then "
                 f"terdit eval-fid --model {name}.tdt ... --json > {evaluation}",
             )
-        card = _card(name, load_ckpt(checkpoint), result, words, sha256)
+        card = _card(name, checkpoint, result, words, sha256)
         content, markdown = packed.read_bytes(), card.to_markdown().encode()
     _check_size(name, len(content) + len(markdown))
     for path, data in ((target, content), (catalogue.card_path(name), markdown)):
@@ -157,7 +151,7 @@ def _beginning(recipe: dict[str, Any]) -> str | None:
     start = recipe.get("train", {}).get("init_from")
     if start is None:
         return None
-    found = load_ckpt(checkpoint_path(Path(start)) or Path(start))
+    found = ModelFile.open(start).checkpoint()
     name = (yaml.safe_load(found.recipe) or {}).get("name")
     led = ", and learned from it" if recipe.get("distill", {}).get("teacher") == start else ""
     return f"the averaged weights of {name}, {found.info.step or 0:,} steps{led}"

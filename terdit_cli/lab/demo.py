@@ -11,6 +11,7 @@ import argparse
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from terdit_cli.commands import eval_fid, pack, sample, ternarize, train
 from terdit_cli.errors import TerditError, UsageError
 from terdit_cli.evaluate.request import EvalOptions
 from terdit_cli.evaluate.result import EvalResult
+from terdit_cli.generate.options import SamplingOptions
 from terdit_cli.hub import catalogue
 from terdit_cli.recipe import load_recipe
 from terdit_cli.train.loggers import read_metrics
@@ -28,9 +30,8 @@ from terdit_cli.train.loggers import read_metrics
 RECIPE = Path("recipes/quickstart.yaml")
 PACKAGED = "fashion-mnist"
 FEATURES = "efficientnet-lite0"
-SAMPLER, STEPS, CFG_SCALE = "dpmpp-2m", 20, 2.0
+SAMPLING = SamplingOptions(steps=20, sampler="dpmpp-2m", cfg_scale=2.0, batch_size=50)
 SCORED = 400  # images of each set
-SEED = 0
 
 
 def run(recipe: Path, folder: Path, overrides: list[str]) -> None:
@@ -54,8 +55,7 @@ def run(recipe: Path, folder: Path, overrides: list[str]) -> None:
         models["the packaged model"] = catalogue.path_of(PACKAGED)
     grids = [
         sample.run(
-            "all", model, n=4, steps=STEPS, sampler=SAMPLER, cfg_scale=CFG_SCALE, seed=SEED,
-            batch_size=40, output=folder / name,
+            "all", model, n=4, output=folder / name, sampling=replace(SAMPLING, batch_size=40)
         ).output
         for model, name in zip(models.values(), ("grid.png", "packaged.png"), strict=False)
     ]  # fmt: skip
@@ -94,7 +94,9 @@ def _distances(folder: Path, models: dict[str, Path]) -> list[tuple[str, str]]:
     reference = folder / "reference.npz"
     _score(images="embedded:train", n=SCORED, make_reference=reference)
     noise = folder / "noise.npz"
-    pixels = np.random.default_rng(SEED).integers(0, 256, (SCORED, 28, 28, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(SAMPLING.seed).integers(
+        0, 256, (SCORED, 28, 28, 3), dtype=np.uint8
+    )
     np.savez(noise, arr_0=pixels)
     against = str(reference)
     scores = [
@@ -102,10 +104,7 @@ def _distances(folder: Path, models: dict[str, Path]) -> list[tuple[str, str]]:
         *(
             (
                 name,
-                _score(
-                    reference=against, model=model, n=SCORED, sampler=SAMPLER, steps=STEPS,
-                    cfg_scale=CFG_SCALE, seed=SEED, batch_size=50,
-                ),
+                _score(reference=against, model=model, n=SCORED),
             )
             for name, model in models.items()
         ),
@@ -122,13 +121,13 @@ def _distances(folder: Path, models: dict[str, Path]) -> list[tuple[str, str]]:
 
 
 def _score(**options: Any) -> EvalResult | None:
-    return eval_fid.run(EvalOptions(features=FEATURES, **options))
+    return eval_fid.run(EvalOptions(features=FEATURES, **options), SAMPLING)
 
 
 def main() -> None:
     """Run the demo from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe fields to change")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to override")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="replaced if it exists")
     options = parser.parse_args()

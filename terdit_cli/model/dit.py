@@ -129,13 +129,6 @@ class DiTConfig:
         return (self.input_size // self.patch_size) ** 2
 
     @property
-    def block_weights(self) -> tuple[int, int]:
-        """The weights of a block's large matrices that see each token, and each image (adaLN)."""
-        attention = 2 * self.dim + 2 * self.kv_heads * self.head_dim
-        per_token = self.dim * (attention + 3 * self.ffn_width)
-        return per_token, 6 * self.dim * self.conditioning_width
-
-    @property
     def out_channels(self) -> int:
         return 2 * self.in_channels if self.learn_sigma else self.in_channels
 

@@ -17,25 +17,9 @@ from torch import Tensor
 from terdit_cli.errors import InputFileError
 from terdit_cli.model.dit import DiTConfig
 from terdit_cli.model.info import ModelInfo
+from terdit_cli.model.layout import matrix_names
 from terdit_cli.model.restore import empty_network
 from terdit_cli.model.ternary import TernaryConfig
-
-# The eight large matrices of a block, as in upstream's state dict.
-MATRICES = (
-    "attention.wq",
-    "attention.wk",
-    "attention.wv",
-    "attention.wo",
-    "feed_forward.w1",
-    "feed_forward.w2",
-    "feed_forward.w3",
-    "adaLN_modulation.1",
-)
-
-
-def matrix_names(n_layers: int) -> list[str]:
-    """Return the module paths of all ternary matrices of a network."""
-    return [f"layers.{index}.{name}" for index in range(n_layers) for name in MATRICES]
 
 
 class ExportedModel(AbstractContextManager["ExportedModel"], Protocol):
@@ -118,7 +102,7 @@ class StateDictModel(ExportedModel):
         return None
 
     def ternary_names(self) -> list[str]:
-        return matrix_names(self.info.config.n_layers)
+        return matrix_names(self.info.config)
 
     def rest_names(self) -> list[str]:
         names = self.ternary_names()

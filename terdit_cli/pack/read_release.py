@@ -21,6 +21,7 @@ from terdit_cli.errors import InputFileError, UsageError, did_you_mean
 from terdit_cli.model.ckpt import check_state_dict, load_tensors
 from terdit_cli.model.dit import SIZES, DiTConfig
 from terdit_cli.model.info import LARGEST_INTEGER, ModelInfo, SpaceInfo, check_types
+from terdit_cli.model.layout import ADALN_NORM, GATE_MATRIX, KEY_MATRIX, Q_NORM
 from terdit_cli.model.ternary import TernaryConfig
 from terdit_cli.pack.exported import StateDictModel, check_fit
 from terdit_cli.pack.trits import CODECS, released_decode
@@ -143,8 +144,8 @@ class ReleasedFolder(StateDictModel):
         """Work out the configuration: shapes first, then overrides, then the arguments."""
         dim, patch_inputs = self._shape("x_embedder.weight", 2)
         layer = "layers.0"
-        rows, _ = self._shape(f"{layer}.feed_forward.w1.weight", 2)
-        kv_rows, _ = self._shape(f"{layer}.attention.wk.weight", 2)
+        rows, _ = self._shape(f"{layer}.{GATE_MATRIX}.weight", 2)
+        kv_rows, _ = self._shape(f"{layer}.{KEY_MATRIX}.weight", 2)
         table_rows, _ = self._shape("y_embedder.embedding_table.weight", 2)
         outputs, _ = self._shape("final_layer.linear.weight", 2)
         layers = {key.split(".")[1] for key in self._state if key.startswith("layers.")}
@@ -189,8 +190,8 @@ class ReleasedFolder(StateDictModel):
             class_dropout_prob=dropout,
             num_classes=num_classes,
             learn_sigma=outputs != patch_inputs,
-            qk_norm=f"{layer}.attention.q_norm.weight" in self._state,
-            adaln_norm=f"{layer}.adaLN_modulation.2.weight" in self._state,
+            qk_norm=f"{layer}.{Q_NORM}" in self._state,
+            adaln_norm=f"{layer}.{ADALN_NORM}" in self._state,
             **_ffn_fields(dim, 4 * rows),
         )
         return self._agreed(config, overrides)

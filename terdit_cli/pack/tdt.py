@@ -39,8 +39,9 @@ from torch import Tensor
 
 from terdit_cli.errors import InputFileError
 from terdit_cli.model.info import LARGEST_INTEGER, ModelInfo
+from terdit_cli.model.layout import matrix_names
 from terdit_cli.model.ternary import GRANULARITIES, alpha_shape
-from terdit_cli.pack.exported import MATRICES, ExportedModel, check_fit
+from terdit_cli.pack.exported import ExportedModel, check_fit
 from terdit_cli.pack.trits import ALIGNMENT, CODECS
 from terdit_cli.system.atomic import atomic_path
 
@@ -267,7 +268,7 @@ class TdtFile(ExportedModel):
 
     def _check_layout(self) -> None:
         """Check that every declared matrix is there, in the shape its codec gives it."""
-        if len(self._ternary) != len(MATRICES) * self.info.config.n_layers:
+        if len(self._ternary) != len(matrix_names(self.info.config)):
             raise self._damaged(
                 f"{len(self._ternary)} ternary matrices for {self.info.config.n_layers} layers"
             )

@@ -226,8 +226,8 @@ def svg(figure: Figure, title: str) -> Markup:
 
     buffer = io.BytesIO()
     title = " ".join(clean(title).split())
-    for text in [text for axes in figure.axes for text in axes.texts]:
-        text.set_text(clean(text.get_text()))
+    for words in [words for axes in figure.axes for words in axes.texts]:
+        words.set_text(clean(words.get_text()))
     with style(), matplotlib.rc_context({"svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     root = ET.fromstring(buffer.getvalue())

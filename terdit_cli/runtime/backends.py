@@ -1,9 +1,8 @@
 """The ordered list of backends, and the choice among them with its reasons.
 
-A backend is a module with `NAME`, `PRECISIONS`, `auto_precision()`, `available(device)` (the reason
-why not, or None) and `matmul(...)` as `reference.matmul` documents it. `auto` takes the first that
-is available. A backend that the user names and that is not available is an error, never a
-silent fallback.
+A backend is a module that owns all that depends on it: see `Backend`. `auto` takes the first that
+is available. A backend that the user names and that is not available is an error, never a silent
+fallback. A new backend is one file and one entry of `BACKENDS`.
 """
 
 from __future__ import annotations
@@ -16,21 +15,53 @@ import torch
 from torch import Tensor
 
 from terdit_cli.errors import EnvironmentProblem, UsageError, did_you_mean
+from terdit_cli.model.dit import DiT, DiTConfig
 from terdit_cli.model.ternary import Activations
 from terdit_cli.runtime import cpu, reference
 from terdit_cli.runtime.gpu import backend as gpu
-from terdit_cli.runtime.reference import Precision
+from terdit_cli.runtime.reference import How, Precision
 
 
 class Backend(Protocol):
-    """One way to multiply with packed trits."""
+    """One way to run a network of packed trits."""
 
     NAME: str
     PRECISIONS: tuple[Precision, ...]
+    LARGEST_K: int  # inputs of a matrix, at most
+    # Activations whose adaLN projections run in int16: one row per image, which scales all tokens.
+    FINER_ADALN: tuple[Precision, ...]
 
-    def auto_precision(self) -> Precision: ...
+    def auto_precision(self) -> Precision:
+        """Return what models that were not trained with int8 activations run in."""
 
-    def available(self, device: torch.device) -> str | None: ...
+    def available(self, device: torch.device) -> str | None:
+        """Return the reason why this backend cannot run on a device, or None."""
+
+    def check_precision(self, precision: Precision, device: torch.device) -> None:
+        """Raise EnvironmentProblem if a device lacks the numbers of a precision."""
+
+    def network_class(self) -> type[DiT]:
+        """Return the class that runs a network of `PackedTernaryLinear`."""
+
+    def weight_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Return the shape in which a matrix [rows, columns] is kept, uint8."""
+
+    def from_t2(self, packed: Tensor, rows: int, columns: int) -> Tensor:
+        """Return the bytes of a matrix as they are kept, from the codec t2 on the same device."""
+
+    def t5_to_t2(self, blob: Tensor, rows: int, columns: int) -> Tensor:
+        """Return the t2 bytes of a matrix stored by the codec t5."""
+
+    def condition_device(self, device: torch.device) -> torch.device:
+        """Return where y, and with it t, should lie."""
+
+    def largest_batch(
+        self, config: DiTConfig, device: torch.device, precision: Precision
+    ) -> int | None:
+        """Return how many rows of a batch the free memory holds; None: not known."""
+
+    def how(self, device: torch.device) -> How:
+        """Return what runs on a device."""
 
     def matmul(
         self,

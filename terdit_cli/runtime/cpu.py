@@ -25,15 +25,17 @@ from torch import Tensor
 
 import terdit_cli
 from terdit_cli.errors import EnvironmentProblem, UsageError, did_you_mean
+from terdit_cli.model.dit import DiT, DiTConfig
 from terdit_cli.model.ternary import GRANULARITIES, alpha_shape
 from terdit_cli.pack.trits import t2_shape, t5_length
-from terdit_cli.runtime.reference import PRECISIONS, Precision
+from terdit_cli.runtime.reference import PRECISIONS, How, Precision
 
 NAME = "cpu"
 
 ABI = 1
 MAX_THREADS = 256
 LARGEST_K = 65_000  # sums of int16 activations fit int32
+FINER_ADALN: tuple[Precision, ...] = ("int8",)
 PRECISION_CODES: dict[Precision, int] = {"fp32": 0, "bf16": 1, "int16": 2, "int8": 3}
 PEAKS = ("int8", "bf16", "fp32")
 
@@ -158,6 +160,41 @@ def available(device: torch.device) -> str | None:
         return f"device {device}"
     found = _open()
     return found if isinstance(found, str) else None
+
+
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Accept every precision: each instruction set has a way to compute it."""
+
+
+def network_class() -> type[DiT]:
+    """Return the network whose blocks are one native call."""
+    from terdit_cli.runtime.fused import FusedDiT  # which calls this module
+
+    return FusedDiT
+
+
+weight_shape = t2_shape  # the bytes on disk are the bytes that the kernels read
+
+
+def from_t2(packed: Tensor, rows: int, columns: int) -> Tensor:
+    """Return t2 bytes as they are."""
+    return packed
+
+
+def condition_device(device: torch.device) -> torch.device:
+    """Return the network's own device."""
+    return device
+
+
+def largest_batch(config: DiTConfig, device: torch.device, precision: Precision) -> int | None:
+    """Return None: it is not known."""
+    return None
+
+
+def how(device: torch.device) -> How:
+    """Return the number of threads and the instruction set."""
+    threads, name = thread_count(), isa()
+    return How(threads, name, f"{name}, threads {threads}")
 
 
 def set_isa(name: str) -> None:

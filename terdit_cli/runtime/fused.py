@@ -22,28 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from terdit_cli.model.dit import DiT
-from terdit_cli.pack.exported import MATRICES
+from terdit_cli.model.layout import ADALN, block_layout
 from terdit_cli.runtime import cpu
 from terdit_cli.runtime.reference import Precision
 
 CACHE_BYTES = 8 << 20  # of modulations, for each network
 
-# terdit_block: its matrices in this order, then its norms.
-_NORMS = (
-    "attention_norm.weight",
-    "ffn_norm.weight",
-    "adaLN_modulation.2.weight",
-    "attention.q_norm.weight",
-    "attention.q_norm.bias",
-    "attention.k_norm.weight",
-    "attention.k_norm.bias",
-)
+# terdit_block of native/ternary.h: a block's matrices, then its norms, in the order of its layout.
+_MATRICES, _NORMS = 8, 7
 
 
 class _Block(ctypes.Structure):
     """terdit_block of native/ternary.h."""
 
-    _fields_ = (("matrices", cpu.Matrix * len(MATRICES)), ("norms", ctypes.c_void_p * len(_NORMS)))
+    _fields_ = (("matrices", cpu.Matrix * _MATRICES), ("norms", ctypes.c_void_p * _NORMS))
 
 
 class _Model(ctypes.Structure):
@@ -105,40 +97,29 @@ class _Native:
 
     def __init__(self, network: DiT) -> None:
         config = network.config
-        dim, kv_width = config.dim, config.kv_heads * config.head_dim
+        layout = block_layout(config)
+        assert (len(layout.matrices), len(layout.norms)) == (_MATRICES, _NORMS)
         self.slots: list[_Slot] = []
         self.kept: list[Tensor] = []
         self.cache: OrderedDict[bytes, Tensor] = OrderedDict()
         self.blocks = (_Block * config.n_layers)()
-        self.width = 6 * dim
-        shapes = dict(
-            zip(
-                MATRICES,
-                [(dim, dim), (kv_width, dim), (kv_width, dim), (dim, dim),
-                 (config.ffn_width, dim), (dim, config.ffn_width), (config.ffn_width, dim),
-                 (self.width, config.conditioning_width)],
-                strict=True,
-            )
-        )  # fmt: skip
-        widths = dict(
-            zip(_NORMS, (dim, dim, self.width, dim, dim, kv_width, kv_width), strict=True)
-        )
+        self.width = next(m.rows for m in layout.matrices if m.name == ADALN)
         precisions: dict[str, set[Precision]] = {"blocks": set(), "adaLN": set()}
         grouped: set[bool] = set()
         for index in range(config.n_layers):
-            for place, name in enumerate(MATRICES):
-                path = f"layers.{index}.{name}"
+            for place, matrix in enumerate(layout.matrices):
+                path = f"layers.{index}.{matrix.name}"
                 layer: Any = network.get_submodule(path)
                 tensors = [self._tensor(layer, key) for key in ("weight", "alphas", "bias")]
                 assert tensors[0] is not None, path
                 assert tensors[1] is not None, path
                 self.blocks[index].matrices[place] = cpu.describe_matrix(
-                    tensors[0], tensors[1], tensors[2], shapes[name]
+                    tensors[0], tensors[1], tensors[2], (matrix.rows, matrix.columns)
                 )
-                precisions["adaLN" if name == MATRICES[-1] else "blocks"].add(layer.precision)
+                precisions["adaLN" if matrix.name == ADALN else "blocks"].add(layer.precision)
                 grouped.add(tensors[1].dim() == 2)
-            for place, name in enumerate(_NORMS):
-                self.blocks[index].norms[place] = self._norm(network, index, name, widths[name])
+            for place, norm in enumerate(layout.norms):
+                self.blocks[index].norms[place] = self._norm(network, index, *norm)
         # One call runs all blocks, with one memory plan.
         if len(grouped) > 1 or any(len(each) > 1 for each in precisions.values()):
             raise ValueError("the layers have scales or precisions of several kinds")
@@ -153,7 +134,7 @@ class _Native:
         tables = [self._tensor(network, key) for key in ("rope_cos", "rope_sin")]
         q_norm = network.get_submodule("layers.0.attention.q_norm")
         self.model = _Model(
-            dim,
+            config.dim,
             config.n_heads,
             config.kv_heads,
             config.ffn_width,

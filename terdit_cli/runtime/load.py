@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from terdit_cli.errors import UsageError
-from terdit_cli.hub import catalogue
-from terdit_cli.model.ckpt import Checkpoint, load_ckpt
+from terdit_cli.hub.model_file import ModelFile
+from terdit_cli.model.ckpt import Checkpoint
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.info import ModelInfo
 from terdit_cli.model.restore import restore_network
-from terdit_cli.pack.sources import checkpoint_path, open_exported, refuse_overrides
-from terdit_cli.runtime import cpu
-from terdit_cli.runtime.backends import choose_backend, resolve_activations
-from terdit_cli.runtime.gpu import backend as gpu
-from terdit_cli.runtime.gpu import graph_step as gpu_step
+from terdit_cli.runtime.backends import Backend, choose_backend, resolve_activations
 from terdit_cli.runtime.packed import packed_network
 from terdit_cli.runtime.reference import Precision
 from terdit_cli.system import gpu_memory
@@ -32,28 +27,28 @@ class LoadedModel:
     network: DiT
     info: ModelInfo
     device: torch.device
-    backend: str  # of a packed model; "torch" or "torch-compile" for a checkpoint
+    runs_on: Backend | None  # of a packed model
+    backend: str  # its name; "torch" or "torch-compile" for a checkpoint
     precision: Precision
     threads: int
-    isa: str | None  # of the cpu backend
+    isa: str | None
     reason: str  # for a line on stderr: what runs, and why
 
     @property
     def conditions(self) -> torch.device:
-        """Where y, and with it t, should lie: the GPU's step keeps modulations by their values."""
-        return torch.device("cpu") if self.backend == gpu.NAME else self.device
+        """Where y, and with it t, should lie."""
+        return self.device if self.runs_on is None else self.runs_on.condition_device(self.device)
 
     def largest_batch(self, guided: bool) -> int | None:
-        """Return how many images at once the GPU's free memory holds; None: not known.
+        """Return how many images at once the free memory holds; None: not known.
 
         Args:
-            guided: each image is two of the network's.
+            guided: each image is two of the network's rows.
         """
-        if self.backend != gpu.NAME:
+        if self.runs_on is None:
             return None
-        free = gpu_memory.free_bytes(self.device)
-        rows = gpu_step.largest_batch(self.info.config, free, self.precision)
-        return rows // 2 if guided else rows
+        rows = self.runs_on.largest_batch(self.info.config, self.device, self.precision)
+        return rows // 2 if rows is not None and guided else rows
 
     def facts(self) -> dict[str, Any]:
         """Return how it runs, for a result that is to be repeated."""
@@ -67,7 +62,7 @@ class LoadedModel:
 
 
 def load(
-    path: str | os.PathLike[str],
+    where: str | os.PathLike[str] | ModelFile,
     device: str | torch.device = "cpu",
     backend: str = "auto",
     weights: Literal["ema", "raw"] = "ema",
@@ -78,7 +73,7 @@ def load(
     """Load a network together with its description.
 
     Args:
-        path: run folder, ckpt.pt, ternarized .safetensors, .tdt, released TerDiT folder, or the
+        where: run folder, ckpt.pt, ternarized .safetensors, .tdt, released TerDiT folder, or the
             name of a packaged model.
         device: where the network lives.
         backend: "auto" or a backend's name; packed models only.
@@ -89,16 +84,16 @@ def load(
         overrides: `DiTConfig` fields that a released folder does not show (`n_heads=32`).
 
     Raises:
-        InputFileError, UsageError, EnvironmentProblem: see `open_exported`, `choose_backend` and
+        InputFileError, UsageError, EnvironmentProblem: see `ModelFile`, `choose_backend` and
             `resolve_activations`. EnvironmentProblem: the weights do not fit the GPU's memory.
     """
-    path, device = catalogue.resolve(path), torch.device(device)
+    file, device = ModelFile.open(where), torch.device(device)
     with gpu_memory.explained("the model's weights", device, gpu_memory.ELSEWHERE):
-        return _load(path, device, backend, weights, activations, compiled, overrides)
+        return _load(file, device, backend, weights, activations, compiled, overrides)
 
 
 def _load(
-    path: Path,
+    file: ModelFile,
     device: torch.device,
     backend: str,
     weights: Literal["ema", "raw"],
@@ -106,57 +101,51 @@ def _load(
     compiled: bool,
     overrides: dict[str, Any],
 ) -> LoadedModel:
-    checkpoint = checkpoint_path(path)
-    if checkpoint is not None:
-        refuse_overrides(path, overrides)
+    if file.kind == "checkpoint":
+        file.refuse_overrides(overrides)
         for flag, asked in (("--backend", backend), ("--activations", activations)):
             if asked != "auto":
                 raise UsageError(
                     f"{flag} is for packed models",
                     got=f"{flag} {asked} for a checkpoint",
-                    where=checkpoint,
-                    fix=f"terdit pack {path} -o model.tdt, then sample from that",
+                    where=file.weights_file,
+                    fix=f"terdit pack {file.path} -o model.tdt, then sample from that",
                 )
-        return _from_checkpoint(load_ckpt(checkpoint), weights, device, compiled)
+        return _from_checkpoint(file.checkpoint(), weights, device, compiled)
     if compiled:
         raise UsageError(
-            "--compile is for checkpoints", got="a packed or ternarized model", where=path,
+            "--compile is for checkpoints", got="a packed or ternarized model", where=file.path,
             expected="a run folder or a ckpt.pt", fix="leave --compile out",
         )  # fmt: skip
     choice = choose_backend(backend, device)
-    with open_exported(path, weights, **overrides) as model:
+    with file.exported(weights, **overrides) as model:
         trained = model.info.ternary.activations
         precision = resolve_activations(activations, trained, choice.backend)
         network = packed_network(model, choice.backend, device, precision)
-    native = choice.backend is cpu
-    threads = cpu.thread_count() if native else torch.get_num_threads()
-    isa = cpu.isa() if native else None
-    gpu_name = torch.cuda.get_device_name(device) if choice.backend is gpu else ""
+    how = choice.backend.how(device)
     why = "as trained" if trained == "int8" else "as asked" if activations != "auto" else "auto"
     return LoadedModel(
         network=network,
         info=model.info,
         device=device,
+        runs_on=choice.backend,
         backend=choice.backend.NAME,
         precision=precision,
-        threads=threads,
-        isa=isa,
-        reason=f"{choice.reason}, "
-        + (f"{isa}, " if isa else "")
-        + (gpu_name if choice.backend is gpu else f"threads {threads}")
-        + f", activations {precision} ({why})",
+        threads=how.threads,
+        isa=how.isa,
+        reason=f"{choice.reason}, {how.description}, activations {precision} ({why})",
     )
 
 
 def load_model(
-    path: str | os.PathLike[str],
+    path_or_name: str | os.PathLike[str] | ModelFile,
     device: str | torch.device = "cpu",
     activations: str = "auto",
     backend: str = "auto",
     **overrides: Any,
 ) -> DiT:
     """Return the network f(x, t, y) of a model, in eval mode; see `load`."""
-    return load(path, device, backend, activations=activations, **overrides).network
+    return load(path_or_name, device, backend, activations=activations, **overrides).network
 
 
 def _from_checkpoint(
@@ -175,6 +164,7 @@ def _from_checkpoint(
         network=network,
         info=info,
         device=device,
+        runs_on=None,
         backend="torch-compile" if compiled else "torch",
         precision="int8" if info.ternary.enabled and info.ternary.activations == "int8" else "fp32",
         threads=torch.get_num_threads(),

@@ -18,26 +18,22 @@ from torch import Tensor, nn
 from terdit_cli.errors import EnvironmentProblem
 from terdit_cli.model.ckpt import release_pages
 from terdit_cli.model.dit import DiT
+from terdit_cli.model.layout import ADALN
 from terdit_cli.model.mapped import MappedFile
 from terdit_cli.model.restore import empty_network
 from terdit_cli.model.ternary import Granularity, alpha_shape
 from terdit_cli.pack.exported import ExportedModel
 from terdit_cli.pack.tdt import TdtFile
-from terdit_cli.pack.trits import t2_encode, t2_shape
-from terdit_cli.runtime import cpu
+from terdit_cli.pack.trits import t2_encode
 from terdit_cli.runtime.backends import Backend, backend_named
-from terdit_cli.runtime.fused import FusedDiT
-from terdit_cli.runtime.gpu import backend as gpu
-from terdit_cli.runtime.gpu.graph_step import GpuDiT
 from terdit_cli.runtime.reference import Precision
 
 
 class PackedTernaryLinear(nn.Module):
     """y = x @ (alpha * trits).T + bias from t2 bytes.
 
-    Buffers: `weight` uint8 [ceil(N/64), ceil(K/4), 64] (gpu: as `gpu.to_slices` gives it), `alphas`
-    float32 ([1], [N] or [N, G]),
-    `bias` float32 [N] or None.
+    Buffers: `weight` uint8 as the backend keeps it, `alphas` float32 ([1], [N] or [N, G]), `bias`
+    float32 [N] or None.
     """
 
     def __init__(
@@ -57,9 +53,9 @@ class PackedTernaryLinear(nn.Module):
         self.weight: Tensor
         self.alphas: Tensor
         self.bias: Tensor | None
-        packed_shape = gpu.slices_shape if backend is gpu else t2_shape
         self.register_buffer(
-            "weight", torch.empty(packed_shape(out_features, in_features), dtype=torch.uint8)
+            "weight",
+            torch.empty(backend.weight_shape(out_features, in_features), dtype=torch.uint8),
         )
         self.register_buffer(
             "alphas", torch.empty(alpha_shape(out_features, in_features, granularity))
@@ -93,8 +89,7 @@ def packed_network(
     """Build the network f(x, t, y) of an exported model with its weights packed as t2.
 
     A t2 blob of a .tdt stays mapped from the file on the CPU; other codecs are packed here, one
-    matrix at a time. All other tensors become float32. On the cpu backend the blocks run fused, on
-    the gpu backend the whole step.
+    matrix at a time. All other tensors become float32.
 
     Args:
         precision: as `resolve_activations` gives it for this model.
@@ -104,36 +99,32 @@ def packed_network(
             GPU lacks.
     """
     info = model.info
-    if backend is gpu:
-        gpu.check_precision(precision, device)
+    backend.check_precision(precision, device)
     factory = functools.partial(
         PackedTernaryLinear,
         backend=backend,
         granularity=info.ternary.granularity,
         precision=precision,
     )
-    kind = FusedDiT if backend is cpu else GpuDiT if backend is gpu else DiT
-    network = empty_network(info.config, factory, kind)
-    # Near exact where it costs nothing: one row an image, which sets the scale of all tokens.
+    network = empty_network(info.config, factory, backend.network_class())
     adaln: Precision = precision
-    near_exact = ("int8", "fp8", "bf16") if backend is gpu else ("int8",)
-    if precision in near_exact and info.ternary.activations == "none":
+    if precision in backend.FINER_ADALN and info.ternary.activations == "none":
         adaln = "int16"
     state: dict[str, Tensor] = {}
     for name in model.ternary_names():
         layer = network.get_submodule(name)
         assert isinstance(layer, PackedTernaryLinear)
-        if backend in (cpu, gpu) and layer.shape[1] > cpu.LARGEST_K:
+        if layer.shape[1] > backend.LARGEST_K:
             raise EnvironmentProblem(
                 f"a matrix is too wide for the {backend.NAME} backend",
                 got=f"{name} of shape {list(layer.shape)}",
-                expected=f"at most {cpu.LARGEST_K} inputs",
+                expected=f"at most {backend.LARGEST_K} inputs",
                 fix="use --backend reference",
             )
-        if name.endswith("adaLN_modulation.1"):
+        if name.endswith(ADALN):
             layer.precision = adaln
         packed = _packed(model, name, backend).to(device)
-        state[f"{name}.weight"] = gpu.to_slices(packed, *layer.shape) if backend is gpu else packed
+        state[f"{name}.weight"] = backend.from_t2(packed, *layer.shape)
         state[f"{name}.alphas"] = _aligned(model.alphas(name)).to(device)
     for name in model.rest_names():
         stored = model.rest(name)
@@ -153,8 +144,8 @@ def _packed(model: ExportedModel, name: str, backend: Backend) -> Tensor:
     codec = model.codec(name)
     if codec == "t2":
         return model.blob(name)
-    if codec == "t5" and backend is cpu:
-        packed = cpu.t5_to_t2(model.blob(name), *model.matrix_shape(name))
+    if codec == "t5":
+        packed = backend.t5_to_t2(model.blob(name), *model.matrix_shape(name))
     else:
         packed = t2_encode(model.trits(name))
     release_pages(model.blob(name))

@@ -16,13 +16,14 @@ Shapes: N out features, K in features, G = ceil(K / 128) groups.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from terdit_cli.model.dit import DiT, DiTConfig
 from terdit_cli.model.ternary import ACTIVATION_FLOOR, scaled_sums, ternary_linear
-from terdit_cli.pack.trits import t2_decode
+from terdit_cli.pack.trits import t2_decode, t2_encode, t2_shape, t5_decode
 
 # What becomes of the activations at run time: PRECISIONS in every backend, fp8 in the gpu's.
 Precision = Literal["fp32", "bf16", "int16", "int8", "fp8"]
@@ -33,9 +34,61 @@ NAME = "reference"
 INT16_LIMIT = 32512.0  # 127 * 256: u = 256 * high + low with both planes in int8
 
 
+LARGEST_K = 1 << 38  # sums of int16 activations are exact in float64
+FINER_ADALN: tuple[Precision, ...] = ("int8",)
+
+
+class How(NamedTuple):
+    """What runs a network: the number of CPU threads, the instruction set, and both in words."""
+
+    threads: int
+    isa: str | None
+    description: str
+
+
 def auto_precision() -> Precision:
     """Return what models that were not trained with int8 activations run in."""
     return "fp32"
+
+
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Accept every precision on every device."""
+
+
+def network_class() -> type[DiT]:
+    """Return the composable network."""
+    return DiT
+
+
+def weight_shape(rows: int, columns: int) -> tuple[int, ...]:
+    """Return the shape of t2 bytes."""
+    return t2_shape(rows, columns)
+
+
+def from_t2(packed: Tensor, rows: int, columns: int) -> Tensor:
+    """Return t2 bytes as they are."""
+    return packed
+
+
+def t5_to_t2(blob: Tensor, rows: int, columns: int) -> Tensor:
+    """Repack a t5 blob, uint8 [t5_length(N, K)], as t2, uint8 [ceil(N/64), ceil(K/4), 64]."""
+    return t2_encode(t5_decode(blob, rows, columns))
+
+
+def condition_device(device: torch.device) -> torch.device:
+    """Return the network's own device."""
+    return device
+
+
+def largest_batch(config: DiTConfig, device: torch.device, precision: Precision) -> int | None:
+    """Return None: it is not known."""
+    return None
+
+
+def how(device: torch.device) -> How:
+    """Return torch's number of threads."""
+    threads = torch.get_num_threads()
+    return How(threads, None, f"threads {threads}")
 
 
 def available(device: torch.device) -> str | None:

@@ -7,6 +7,7 @@ as it was. Failures of the disk become `EnvironmentProblem` with the path and th
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -56,6 +57,12 @@ def write_whole(target: str | os.PathLike[str], content: str | bytes) -> None:
     """Write text (UTF-8, lines ending in a line feed everywhere) or bytes as `atomic_path` does."""
     with atomic_path(target) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, 64 hexadecimal digits; raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_writable(target: Path) -> None:

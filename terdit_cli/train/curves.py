@@ -96,7 +96,7 @@ def plot_runs(runs: Sequence[Path], out: Path) -> Path:
         EnvironmentProblem: `out` cannot be written.
     """
     if not runs:
-        raise UsageError("there is no run to plot", fix="terdit train --plot runs/quickstart")
+        raise UsageError("there is no run to plot", fix="terdit plot runs/quickstart")
     if out.suffix not in SUFFIXES:
         raise UsageError(
             "curves can't be drawn into this kind of file", got=out.name,

@@ -16,9 +16,10 @@ from torch import Tensor
 from terdit_cli.errors import UsageError
 from terdit_cli.model.ckpt import ckpt_in, load_ckpt
 from terdit_cli.model.dit import DiT
+from terdit_cli.model.layout import ADALN_NORM
 from terdit_cli.model.ternary import TernaryLinear
 
-_ALPHAS, _ADALN_NORM = ".alphas", ".adaLN_modulation.2.weight"
+_ALPHAS = ".alphas"
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def start_from(network: DiT, path: Path) -> None:
 
 
 def _check_fit(own: dict[str, Tensor], theirs: dict[str, Tensor], path: Path) -> None:
-    made = {name for name in own if name.endswith((_ALPHAS, _ADALN_NORM))}
+    made = {name for name in own if name.endswith((_ALPHAS, f".{ADALN_NORM}"))}
     missing = sorted(own.keys() - theirs.keys() - made)
     extra = sorted(theirs.keys() - own.keys())
     other = sorted(n for n in own.keys() & theirs.keys() if own[n].shape != theirs[n].shape)

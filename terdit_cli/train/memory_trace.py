@@ -36,9 +36,10 @@ from torch.utils._pytree import tree_leaves
 
 from terdit_cli.model.ternary import TernaryLinear
 from terdit_cli.recipe import Recipe
+from terdit_cli.system.job import Job
 from terdit_cli.train import build
 from terdit_cli.train.optim import is_block_matrix
-from terdit_cli.train.parallel import World, accumulating, autocast, make_mesh, shard
+from terdit_cli.train.parallel import accumulating, autocast, make_mesh, shard
 from terdit_cli.train.ternary_cache import ternarized_once
 
 GROUPS = 5  # the outermost two on either side are special: nothing to gather ahead, no residual
@@ -88,8 +89,8 @@ class StepTracer:
             mesh = None
             if self._sharded:
                 stack.enter_context(_fake_processes(self.gpus))
-                world = World(size=self.gpus, local_size=min(GPUS_OF_A_NODE, self.gpus))
-                mesh = make_mesh(world, self._recipe.parallel)
+                job = Job(size=self.gpus, local_size=min(GPUS_OF_A_NODE, self.gpus))
+                mesh = make_mesh(job, self._recipe.parallel)
             stack.enter_context(FakeTensorMode())
             network = build.build_network(self._traced).train()
             if mesh is not None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from terdit_cli.errors import UsageError
-from terdit_cli.model.flops import BACKWARD_AND_FORWARD, training_flops
+from terdit_cli.model.layout import BACKWARD_AND_FORWARD, training_flops
 from terdit_cli.recipe import Recipe
 from terdit_cli.system.gpus import find_memory
 from terdit_cli.train import build

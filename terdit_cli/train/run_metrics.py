@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from terdit_cli import console
-from terdit_cli.model.flops import training_flops
+from terdit_cli.model.layout import training_flops
 from terdit_cli.system.gpus import device_peak
 from terdit_cli.train.curves import draw_run
 from terdit_cli.train.flips import FlipMeter
@@ -39,14 +39,14 @@ class Observer:
     def __init__(self, trainer: Trainer) -> None:
         """Open the logs, on the main process; all processes together."""
         self._trainer = trainer
-        recipe, world = trainer.recipe, trainer.world
-        self._logs = open_logs(trainer.run_folder, recipe, trainer.step) if world.is_main else []
+        recipe, job = trainer.recipe, trainer.job
+        self._logs = open_logs(trainer.run_folder, recipe, trainer.step) if job.is_main else []
         self._flips = FlipMeter(trainer.network)
-        self._stragglers = Stragglers(world)
+        self._stragglers = Stragglers(job)
         self._image_flops = training_flops(trainer.network.config)
         self._peak: float | None = None
-        if world.device.type == "cuda" and recipe.train.precision == "bf16":
-            self._peak = device_peak(torch.cuda.get_device_name(world.device))
+        if job.device.type == "cuda" and recipe.train.precision == "bf16":
+            self._peak = device_peak(torch.cuda.get_device_name(job.device))
         self.skipped = 0  # steps without finite numbers, in this process's life
         self._left_out = len(trainer.source.skipped)  # unreadable images that were told of
         self._restart()
@@ -55,8 +55,8 @@ class Observer:
         self._results: list[StepResult] = []
         self._waited = 0.0
         self._started = time.monotonic()
-        if self._trainer.world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._trainer.world.device)
+        if self._trainer.job.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._trainer.job.device)
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches, counting the time that the loop waits for each."""
@@ -94,7 +94,7 @@ class Observer:
     def log(self) -> dict[str, Any]:
         """Write the entry of the steps since the last one and return it; all processes together."""
         trainer, results = self._trainer, self._results
-        world = trainer.world
+        job = trainer.job
         seconds = time.monotonic() - self._started
         rate = len(results) * trainer.recipe.train.global_batch_size / seconds
         entry: dict[str, Any] = {
@@ -107,15 +107,15 @@ class Observer:
             "lr": float(trainer.optimizer.param_groups[0]["lr"]),
             "grad_norm": results[-1].grad_norm if results else None,
             "images_per_second": rate,
-            "data_wait": world.agree(self._waited / seconds),  # share of the time, slowest process
-            "memory_bytes": int(world.agree(peak_memory(world.device))),  # largest process
+            "data_wait": job.largest(self._waited / seconds),  # share of the time, slowest process
+            "memory_bytes": int(job.largest(peak_memory(job.device))),  # largest process
             "skipped_steps": self.skipped,
             **self._flips.look(),
         }
         steps = max(1, len(results))
         self._stragglers.compare(self._waited / steps, seconds / steps)
         if self._peak is not None:
-            entry["mfu"] = rate * self._image_flops / (world.size * self._peak)
+            entry["mfu"] = rate * self._image_flops / (job.size * self._peak)
         for log in self._logs:
             log.append(entry)
         self._tell_left_out()
@@ -140,7 +140,7 @@ class Observer:
 
     def draw(self, title: str) -> None:
         """Draw loss.png, on the main process."""
-        if self._trainer.world.is_main:
+        if self._trainer.job.is_main:
             draw_run(self._trainer.run_folder, title)
 
     def close(self) -> None:

@@ -28,9 +28,9 @@ from terdit_cli.model.ckpt import CKPT
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.ema import Ema
 from terdit_cli.recipe import Recipe
+from terdit_cli.system.job import Job
 from terdit_cli.train import build
 from terdit_cli.train.checkpoint import CheckpointWriter, folder_of, read_manifest
-from terdit_cli.train.export import export_ckpt
 from terdit_cli.train.init_from import start_from
 from terdit_cli.train.optim import (
     build_optimizer,
@@ -40,7 +40,6 @@ from terdit_cli.train.optim import (
     with_moments,
 )
 from terdit_cli.train.parallel import (
-    World,
     accumulating,
     autocast,
     grad_accum_steps,
@@ -54,6 +53,7 @@ from terdit_cli.train.rng import Draws, StepDraws
 from terdit_cli.train.ste import clip_straight_through
 from terdit_cli.train.teacher import FeatureMatch, load_teacher, teacher_weight
 from terdit_cli.train.ternary_cache import ternarized_once
+from terdit_cli.train.write_ckpt import export_ckpt
 
 QUARTERS = 4
 _NAMES = ("loss", "mse", "vb", "distill", "features")
@@ -90,7 +90,7 @@ class Trainer:
         recipe: Recipe,
         source: BatchSource,
         space: Space,
-        world: World,
+        job: Job,
         run_folder: Path,
         start: Path | None = None,
     ) -> None:
@@ -105,29 +105,29 @@ class Trainer:
         self.recipe = recipe
         self.source = source
         self.space = space
-        self.world = world
+        self.job = job
         self.run_folder = run_folder
-        self.accumulate = grad_accum_steps(recipe.train, world.size)
+        self.accumulate = grad_accum_steps(recipe.train, job.size)
         self.schedule: Schedule = make_schedule("")
         seed_weights(recipe.seed)
         self.network: DiT = build.build_network(recipe)  # owns the parameters
         if start is not None:
             start_from(self.network, start)
-        self._teacher = load_teacher(recipe, world.device)
+        self._teacher = load_teacher(recipe, job.device)
         self._features = None
         if self._teacher is not None and (weight := recipe.distill.features):
             self._features = FeatureMatch(self.network, self._teacher, weight)
-        self.model = spread(self.network, world, recipe.train, recipe.parallel)
+        self.model = spread(self.network, job, recipe.train, recipe.parallel)
         self.optimizer = build_optimizer(self.network, recipe.optim)
         self.ema = Ema(self.network, recipe.ema.decay, recipe.ema.warmup)
         self.step = 0  # steps done, skipped ones too
         info = build.model_info(recipe, source.class_names, self.step)
-        self.checkpoints = CheckpointWriter(run_folder, recipe, info, world)
+        self.checkpoints = CheckpointWriter(run_folder, recipe, info, job)
         config = self.network.config
         self._draws = StepDraws(
             recipe.seed,
             recipe.train.global_batch_size,
-            (world.rank, world.size),
+            (job.rank, job.size),
             (config.in_channels, config.input_size, config.input_size),
             self.schedule.num_steps,
             config.class_dropout_prob,
@@ -174,7 +174,7 @@ class Trainer:
         """
         path = self.run_folder / CKPT
         self.checkpoints.wait()
-        if self.world.is_main:
+        if self.job.is_main:
             export_ckpt(read_manifest(folder_of(self.run_folder, self.step)), path)
         return path
 
@@ -184,11 +184,11 @@ class Trainer:
             network = outside_training(self.network, self.recipe.train)
             path = draw_preview(
                 network, self.network.config, self.recipe, self.space, self.source,
-                self.run_folder, self.step, self.world,
+                self.run_folder, self.step, self.job,
             )  # fmt: skip
-            if self.world.device.type == "cuda":
+            if self.job.device.type == "cuda":
                 # Offloaded weights are copied from the memory that leaving this overwrites.
-                torch.cuda.synchronize(self.world.device)
+                torch.cuda.synchronize(self.job.device)
             reshard(self.network)
         return path
 
@@ -209,7 +209,7 @@ class Trainer:
             The losses of the global batch and the norm of its gradient, the same everywhere.
         """
         self.network.train()
-        sums = torch.zeros(len(_NAMES) + 2 * QUARTERS, device=self.world.device)
+        sums = torch.zeros(len(_NAMES) + 2 * QUARTERS, device=self.job.device)
         draws = self._draws.of_step(self.step).chunk(self.accumulate)
         parts = (images.chunk(self.accumulate), labels.chunk(self.accumulate), draws)
         with ternarized_once(self.network, self.recipe.train.compile):
@@ -222,8 +222,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(
             self.network.parameters(), math.inf if limit is None else limit, foreach=True
         )
-        heard = torch.tensor(notices, dtype=sums.dtype).to(self.world.device)
-        loss, mse, vb, distill, features, *quarters = self.world.mean(
+        heard = torch.tensor(notices, dtype=sums.dtype).to(self.job.device)
+        loss, mse, vb, distill, features, *quarters = self.job.mean(
             torch.cat([sums, heard])
         ).tolist()
         result = StepResult(
@@ -246,7 +246,7 @@ class Trainer:
         Returns:
             The means of `_NAMES`, and the quarters' losses and shares: one tensor of all.
         """
-        device, null = self.world.device, self.network.config.null_class
+        device, null = self.job.device, self.network.config.null_class
         x0 = self.space.encode(batch, drawn.encoding).to(device)
         y = y if null is None else torch.where(drawn.dropped, null, y)
         t, noise, y = drawn.t.to(device), drawn.noise.to(device), y.to(device)

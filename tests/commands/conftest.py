@@ -19,9 +19,11 @@ from PIL import Image
 from torch import nn
 
 from terdit_cli.cli import app
+from terdit_cli.cli.flags import names_of
 from terdit_cli.commands import eval_fid
 from terdit_cli.evaluate.request import EvalOptions
 from terdit_cli.evaluate.result import EvalResult
+from terdit_cli.generate.options import ModelOptions, SamplingOptions
 
 RECIPE = """\
 name: small
@@ -183,8 +185,13 @@ def evaluate(features: str) -> Callable[..., EvalResult]:
     """Return evaluate(**options of EvalOptions) with the quick extractor, on the CPU."""
 
     def run(**options: object) -> EvalResult:
-        given = {"features": features, "device": "cpu", **options}
-        result = eval_fid.run(EvalOptions(**given))  # type: ignore[arg-type]
+        given: dict[str, Any] = {"features": features, "device": "cpu", **options}
+        kinds = [
+            kind(**{name: given.pop(name) for name in names_of(kind) if name in given})
+            for kind in (EvalOptions, SamplingOptions, ModelOptions)
+        ]
+        assert not given
+        result = eval_fid.run(*kinds)
         assert result is not None
         return result
 

@@ -19,8 +19,10 @@ from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.errors import InputFileError, TerditError
 from terdit_cli.evaluate.result import load_result
 from terdit_cli.generate.generator import sampler_for
+from terdit_cli.generate.options import SamplingOptions
 from terdit_cli.hub import catalogue
 from terdit_cli.hub.card import Advice, read_card
+from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.lab import add_model
 from terdit_cli.lab.add_model import Words
 from terdit_cli.model.ckpt import load_ckpt
@@ -67,7 +69,9 @@ def test_a_run_becomes_a_packaged_model(measured: Path, small_run: Path, shelf: 
     assert "8 images against 8, seed 3, activations " in card.measured
     assert "terdit eval-fid --model m.tdt" in card.measured
     assert card.text.startswith("# new\n\n## Recipe\n\n```yaml\nname: small\n")
-    assert sampler_for(path) == SamplerConfig("ddim", 4, 2.0, eps_scale=0.98)
+    assert sampler_for(ModelFile.open(path), SamplingOptions()) == SamplerConfig(
+        "ddim", 4, 2.0, eps_scale=0.98
+    )
     # Again: the words of people stay, or are replaced.
     add_model.run(small_run, "new", measured, Words(text="# Better\n\nMuch."))
     add_model.run(small_run, "new", measured, Words(limits="few"))
@@ -118,7 +122,7 @@ def test_runs_that_are_not_packaged(
     assert "terdit eval-fid --model new.tdt ... --json > result.json" in message
     message = refused(small_run, "new", measured, Words("data"))
     assert "a new card needs words: expected --licence, --limits" in message
-    assert "a run folder or its ckpt.pt" in refused(Path("m.tdt"), "new", measured, WORDS)
+    assert "ckpt.pt or its run folder" in refused(Path("m.tdt"), "new", measured, WORDS)
     assert "cannot read the result" in refused(small_run, "new", Path("m.tdt"), WORDS)
     values = json.loads(measured.read_text())
     values["provenance"]["steps"] = "many"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ def test_the_demo_runs_again_over_its_own_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "SCORED", 4)
-    monkeypatch.setattr(demo, "STEPS", 2)
+    monkeypatch.setattr(demo, "SAMPLING", replace(demo.SAMPLING, steps=2))
     overrides = [
         "model.size=nano", "model.n_layers=1", "train.steps=2", "train.global_batch_size=4",
         "train.micro_batch_size=4", "logging.every=1", "sample.count=2", "sample.steps=2",

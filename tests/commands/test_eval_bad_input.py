@@ -196,12 +196,16 @@ def test_extractors_that_give_no_features(
         (["-n", 50], 3, ["too few images: got 40, expected -n 50", "Fix: -n 40"]),
         (["-n", 1], 2, ["wrong -n: got 1, expected at least 2. Fix: -n 2"]),
         (["--seed", -1], 2, ["wrong --seed: got -1", "Fix: --seed 0"]),
-        (["--batch-size", 8], 2, ["--batch-size would do nothing", "images that --model draws"]),
+        (
+            ["--batch-size", 8],
+            2,
+            ["--batch-size would do nothing", "images generated with --model"],
+        ),
         (["--steps", 20], 2, ["--steps would do nothing here"]),
         (["--raw"], 2, ["--ema would do nothing here"]),
         (["--tolerance", 0.1], 2, ["--tolerance would do nothing here: it is for --max-reg"]),
-        (["--bootstrap", 1], 2, ["wrong --bootstrap: got 1", "--bootstrap 100"]),
-        (["--bootstrap", -1], 2, ["wrong --bootstrap: got -1"]),
+        (["--confidence", 1], 2, ["wrong --confidence: got 1", "--confidence 100"]),
+        (["--confidence", -1], 2, ["wrong --confidence: got -1"]),
         (["--pr-samples", "many"], 2, ["wrong --pr-samples: got 'many'", "all"]),
         (["--pr-samples", 3], 2, ["wrong --pr-samples: got 3, expected 0 for none, or more than"]),
         (["--max-regression", "x.json", "--tolerance", -0.1], 2, ["wrong --tolerance: got -0.1"]),
@@ -219,13 +223,13 @@ def test_extractors_that_give_no_features(
         (["--model", "x.tdt"], 2, ["got both --model and --images"]),
         (["--reference-features"], 2, ["--reference-features is for --make-reference"]),
         (["--make-reference", "ref"], 2, ["got ref, expected a name that ends in .npz", "ref.npz"]),
-        (["--grid", "g.jpg"], 2, ["wrong name for --grid: got g.jpg", "--grid g.png"]),
-        (["--html", "page"], 2, ["wrong name for --html: got page", "--html page.html"]),
-        (["--html", "dir.html"], 4, ["cannot write", "(dir.html)"]),
+        (["--report", "g.jpg"], 2, ["wrong name for --report: got g.jpg", "--report g.html"]),
+        (["--report", "page"], 2, ["wrong name for --report: got page", "--report page.html"]),
+        (["--report", "dir.html"], 4, ["cannot write", "(dir.html)"]),
         (["--work", "a.txt"], 4, ["a file where a folder is needed", "a.txt"]),
         (["--save-images", "a.txt"], 4, ["a file where a folder is needed", "a.txt"]),
-        (["--junit", "a.txt/x/y.xml"], 4, ["a file where a folder is needed", "y.xml"]),
-        (["--markdown", "a.txt/y.md"], 4, ["a file where a folder is needed", "y.md"]),
+        (["--report", "a.txt/x/y.xml"], 4, ["a file where a folder is needed", "y.xml"]),
+        (["--report", "a.txt/y.md"], 4, ["a file where a folder is needed", "y.md"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
 )
@@ -272,9 +276,9 @@ def test_nothing_to_do(refused: Refused, folder: Path, features: str, tmp_path: 
     assert "neither --model nor --images" in refused(2, *words, "--reference", folder)
     assert "give --reference" in refused(2, *words, "--images", folder)
     alone = (*words, "--images", folder, "--make-reference", "r.npz")
-    for option, value in (("--max-fid", 3), ("--html", "x.html"), ("--per-class", "all")):
+    for option, value in (("--max-fid", 3), ("--report", "x.html"), ("--per-class", "all")):
         assert f"{option} needs a reference" in refused(2, *alone, option, value)
-    for option in (["--bootstrap", 50], ["--over-n"], ["--pr-samples", "all"]):
+    for option in (["--confidence", 50], ["--pr-samples", "all"]):
         assert f"{option[0]} would do nothing here" in refused(2, *alone, *option)
     assert "no such model" in refused(3, *words, "--model", "x.tdt", "--reference", folder)
 
@@ -288,6 +292,6 @@ def test_the_reference_is_checked_before_any_image_is_scored(
 
 
 def test_a_seed_of_any_size(terdit: Terdit, words: tuple[object, ...]) -> None:
-    done = terdit(*words, "--seed", 2**40, "--bootstrap", 2, "--over-n", "--json")
+    done = terdit(*words, "--seed", 2**40, "--confidence", 2, "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["provenance"]["seed"] == 2**40

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from terdit_cli.data.classes import imagenet_class_names
+from terdit_cli.class_names import imagenet_class_names
+from terdit_cli.commands.eval_fid import SetSource
 from terdit_cli.data.collection import ImageSet, Pixels
 from terdit_cli.errors import UsageError
-from terdit_cli.evaluate.image_features import SetSource
 from terdit_cli.evaluate.per_class import classes_asked_for
 from terdit_cli.evaluate.result import EvalResult
 

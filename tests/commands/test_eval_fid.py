@@ -20,6 +20,7 @@ from terdit_cli.evaluate import features as extractors
 from terdit_cli.evaluate import scores as eval_scores
 from terdit_cli.evaluate.feature_network import Network, Outputs
 from terdit_cli.evaluate.result import EvalResult
+from terdit_cli.generate.options import ModelOptions
 from terdit_cli.system.torchvision_shim import import_vision
 
 Evaluate = Callable[..., EvalResult]
@@ -110,7 +111,7 @@ def test_a_part_of_both_sides(
 
 def test_samples_for_precision_and_recall(folder: Path, evaluate: Evaluate) -> None:
     sides = {"images": str(folder), "reference": "embedded:heldout", "n": 40}
-    whole, part, none = (evaluate(**sides, pr_samples=number) for number in (None, 20, 0))
+    whole, part, none = (evaluate(**sides, pr_samples=number) for number in ("all", "20", "0"))
     assert whole.metrics["recall"] == evaluate(**sides).metrics["recall"]
     assert part.metrics["precision"] != whole.metrics["precision"]
     assert not {"precision", "recall"} & set(none.metrics)
@@ -135,10 +136,8 @@ def test_a_part_of_a_sorted_set_holds_all_classes(tmp_path: Path, kind: str, fea
                 for file in sorted(source.iterdir()):
                     archive.write(file, f"class/{file.name}")
     stats = tmp_path / "stats.npz"
-    options = eval_fid.EvalOptions(
-        images=str(path), n=10, features=features, device="cpu", make_reference=stats
-    )
-    assert eval_fid.run(options) is None
+    options = eval_fid.EvalOptions(images=str(path), n=10, features=features, make_reference=stats)
+    assert eval_fid.run(options, loading=ModelOptions(device="cpu")) is None
     with np.load(stats) as values:
         assert np.allclose(values["mu"], 90)
         assert values["n"] == 10
@@ -216,7 +215,7 @@ def test_every_metric_of_a_pipeline_that_defines_all(
     path, others = tmp_path / "ours.npz", str(tmp_path / "other.npz")
     result = evaluate(
         features="adm", images=others, reference=str(folder), make_reference=path,
-        bootstrap=2, over_n=True,
+        confidence=2,
     )  # fmt: skip
     assert set(result.metrics) == {"FID", "sFID", "IS", *OF_SAMPLES, "FID infinity"}
     real, fake = (

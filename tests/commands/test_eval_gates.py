@@ -83,8 +83,8 @@ def earlier(terdit: Terdit, good: Path, words: tuple[object, ...]) -> Path:
 
 def files(folder: Path) -> tuple[object, ...]:
     return (
-        "--junit", folder / "junit.xml", "--markdown", folder / "pr.md",
-        "--html", folder / "page.html",
+        "--report", folder / "junit.xml", "--report", folder / "pr.md",
+        "--report", folder / "page.html",
     )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def test_unlike_runs_are_not_compared(
         path = tmp_path_factory.mktemp("net") / "other.pt"
         torch.jit.script(torch.nn.Flatten()).save(str(path))
         more = ["--features", f"torchscript:{path}", "--reference", "embedded:heldout"]
-    junit = ("--junit", "junit.xml")
+    junit = ("--report", "junit.xml")
     message = refused(2, *words, "--model", good, "--max-regression", earlier, *junit, *more)
     assert "cannot compare unlike runs" in message
     assert said in message

@@ -74,9 +74,9 @@ def test_all_files_of_a_model(
     paths = {name.partition(".")[0]: tmp_path / "new" / name for name in names}
     made = paths["images"]
     result = evaluate(
-        **of_the_model, grid=paths["grid"], html=paths["page"], junit=paths["junit"],
-        markdown=paths["summary"], make_reference=paths["ref"], reference_features=True,
-        save_images=made, work=paths["work"], max_distance=1e9, over_n=True, bootstrap=5,
+        **of_the_model, report=tuple(paths[name] for name in ("grid", "page", "junit", "summary")),
+        make_reference=paths["ref"], reference_features=True,
+        save_images=made, work=paths["work"], max_fid=1e9, confidence=5,
         per_class="0,Bag",
     )  # fmt: skip
     assert result.passed
@@ -152,7 +152,7 @@ def test_pictures_of_a_set_without_classes(
 ) -> None:
     Image.new("RGB", (5, 9)).save(folder / "odd.png")
     page, grid = tmp_path / "page.html", tmp_path / "grid.png"
-    result = evaluate(images=str(folder), reference="embedded:heldout", html=page, grid=grid)
+    result = evaluate(images=str(folder), reference="embedded:heldout", report=(page, grid))
     assert result.n == 41
     assert any("2 sizes, 8 x 8 to 5 x 9 pixels" in text for text in result.warnings)
     assert Page(page.read_text()).pictures
@@ -164,7 +164,7 @@ def test_the_page_of_a_reference_without_features(
 ) -> None:
     stats, page = tmp_path / "stats.npz", tmp_path / "page.html"
     evaluate(images=str(folder), reference=str(folder), make_reference=stats)
-    evaluate(images=str(folder), reference=str(stats), html=page)
+    evaluate(images=str(folder), reference=str(stats), report=(page,))
     assert Page(page.read_text()).pictures
 
 
@@ -229,14 +229,14 @@ def test_interval_and_curve(folder: Path, evaluate: Evaluate) -> None:
     plain = evaluate(**options)
     assert plain.intervals == {}
     assert plain.curve == []
-    result = evaluate(**options, bootstrap=20, over_n=True)
+    result = evaluate(**options, confidence=20)
     low, high = result.intervals["fd-grid"]
     assert low < result.distance < high
     assert result.curve[-1] == (40, pytest.approx(result.distance, rel=1e-9))
     # 40 images are too few for the law b / n of 12 features: said, and the rest is there.
     assert "fd-grid infinity" not in result.metrics
     assert any("no fd-grid infinity" in text for text in result.warnings)
-    larger = evaluate(images="embedded:train", reference="embedded:heldout", n=200, over_n=True)
+    larger = evaluate(images="embedded:train", reference="embedded:heldout", n=200, confidence=2)
     assert larger.metrics["fd-grid infinity"] < larger.distance
 
 
@@ -254,13 +254,13 @@ def test_the_effect_of_bf16_is_measured(evaluate: Evaluate, of_the_model: dict[s
 
 def test_the_table(terdit: Terdit, folder: Path, features: str) -> None:
     words = ("--images", folder, "--reference", folder, "--features", features)
-    done = terdit("eval-fid", *words, "--bootstrap", 5, "--max-fid", 1)
+    done = terdit("eval-fid", *words, "--confidence", 5, "--max-fid", 1)
     assert done.code == 0, done.err
     for part in ("40 images, reference 40; torchscript grid.pt", "95 %", "fd-grid", "precision"):
         assert part in done.out
     assert "passed --max-fid: fd-grid" in done.out
     assert "FID " not in done.out
-    assert done.err.count("warning:") == 1
+    assert done.err.count("warning:") == 2  # of the reference, and too few images to extrapolate
     as_json = json.loads(terdit("eval-fid", *words, "--json").out)
     assert as_json["passed"]
     assert as_json["gates"] == []

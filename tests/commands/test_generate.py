@@ -19,13 +19,14 @@ from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.generate import generator as generate
 from terdit_cli.generate.generator import (
     ImageGenerator,
-    Labels,
     class_of,
     open_generator,
     usable_device,
 )
-from terdit_cli.pack.sources import open_exported
-from terdit_cli.runtime import cpu
+from terdit_cli.generate.options import Labels, ModelOptions
+from terdit_cli.hub.model_file import ModelFile
+from terdit_cli.runtime import cpu, reference
+from terdit_cli.runtime.gpu import backend as gpu
 from terdit_cli.runtime.gpu.graph_step import sampling_bytes
 
 Patch = pytest.MonkeyPatch
@@ -76,7 +77,10 @@ def test_any_part_is_the_same_image_by_image(
     small_tdt: Path, activations: str, labels: Labels
 ) -> None:
     backend = "cpu" if cpu.available(torch.device("cpu")) is None else "reference"
-    generator = open_generator(small_tdt, backend, "cpu", activations=activations)
+    generator = open_generator(
+        ModelFile.open(small_tdt),
+        ModelOptions(backend=backend, device="cpu", activations=activations),
+    )
     sampler = generator.fit(SamplerConfig("ddpm", 4, 4.0, "3"))
 
     def draw(start: int, end: int, batch_size: int) -> tuple[NDArray[np.uint8], list[int]]:
@@ -104,7 +108,7 @@ def test_any_part_is_the_same_image_by_image(
 
 def test_images_that_are_no_numbers_are_no_images(small_tdt: Path, monkeypatch: Patch) -> None:
     """As bytes they would be black, and have a distance like others."""
-    generator = open_generator(small_tdt, "reference")
+    generator = open_generator(ModelFile.open(small_tdt), ModelOptions(backend="reference"))
 
     def sample(network: object, config: object, z: torch.Tensor, *_: object,
                **__: object) -> torch.Tensor:  # fmt: skip
@@ -121,11 +125,11 @@ def test_the_hash_is_of_the_file_that_is_loaded(released_folder: Path, tmp_path:
     """A folder may hold the full-precision weights as well, whose name comes first."""
     folder = tmp_path / "released"
     shutil.copytree(released_folder, folder)
-    with open_exported(folder, n_heads=4) as model:
+    with ModelFile.open(folder).exported(n_heads=4) as model:
         expected = hashlib.sha256(model.path.read_bytes()).hexdigest()
     (folder / "consolidated_ema.00-of-01.pth").write_bytes(b"others")
     (folder / "consolidated.00-of-01.pth").write_bytes(b"others")
-    assert generate.model_sha256(folder) == expected
+    assert ModelFile.open(folder).sha256 == expected
 
 
 # GPUs, which are not there
@@ -134,9 +138,9 @@ def test_the_hash_is_of_the_file_that_is_loaded(released_folder: Path, tmp_path:
 @pytest.fixture
 def on_gpu(small_tdt: Path) -> ImageGenerator:
     """Return a generator that believes to be on a GPU."""
-    generator = open_generator(small_tdt, "reference")
+    generator = open_generator(ModelFile.open(small_tdt), ModelOptions(backend="reference"))
     cuda = torch.device("cuda:0")
-    model = dataclasses.replace(generator.model, backend="gpu", precision="int8", device=cuda)
+    model = dataclasses.replace(generator.model, runs_on=gpu, precision="int8", device=cuda)
     return dataclasses.replace(generator, model=model, device=cuda)
 
 
@@ -160,7 +164,7 @@ def test_the_batch_is_what_a_gpu_has_room_for(on_gpu: ImageGenerator, monkeypatc
         with pytest.raises(EnvironmentProblem, match=r"room for one image .*--device cpu") as error:
             on_gpu.batch_size(asked, guided=True)
         assert error.value.exit_code == 4
-    on_cpu = dataclasses.replace(on_gpu, model=dataclasses.replace(on_gpu.model, backend="cpu"))
+    on_cpu = dataclasses.replace(on_gpu, model=dataclasses.replace(on_gpu.model, runs_on=cpu))
     assert on_cpu.batch_size(10**9, guided=True) == 10**9
     assert on_cpu.batch_size(None, guided=True) == 8
 
@@ -196,8 +200,8 @@ def test_labels_lie_where_the_network_wants_them(
 
     monkeypatch.setattr(generate, "sample", sample)
     meta = torch.device("meta")
-    for backend in ("gpu", "reference"):
-        model = dataclasses.replace(on_gpu.model, backend=backend, device=meta)
+    for backend in (gpu, reference):
+        model = dataclasses.replace(on_gpu.model, runs_on=backend, device=meta)
         generator = dataclasses.replace(on_gpu, model=model, device=meta)
         list(generator.images([3], SamplerConfig("ddim", 2), 0, 1))
     assert seen == [("meta", "cpu"), ("meta", "meta")]

@@ -25,9 +25,12 @@ from terdit_cli.commands import models as command
 from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.evaluate.request import EvalOptions
+from terdit_cli.generate.find_model import find_model
 from terdit_cli.generate.generator import sampler_for
+from terdit_cli.generate.options import SamplingOptions
 from terdit_cli.hub import catalogue
 from terdit_cli.hub.card import Advice, Card, parse_card, read_card
+from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.pack.tdt import TdtFile
 from tests.ckpt_file import save_ckpt
@@ -268,10 +271,10 @@ def test_the_model_that_knows_the_class(
     package: Make, animals: Path, small_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def chosen(prompt: str) -> str:
-        path, out, err = said(lambda: sample.find_model(None, prompt))
+        file, out, err = said(lambda: find_model(None, prompt))
         assert out == ""
-        assert f"no --model, none here: the packaged model {path.stem} (`terdit models`)" in err
-        return str(path.stem)
+        assert f"No model given; using the packaged model {file.name} (`terdit models`)" in err
+        return str(file.name)
 
     clothes = package("clothes")
     for prompt in ("sneaker", "SNEAKER, 3", "all", "no such class"):  # the only one, whatever
@@ -280,28 +283,28 @@ def test_the_model_that_knows_the_class(
     assert chosen("sneaker") == "clothes"
     assert chosen("fox, bag") == "animals"
     with pytest.raises(UsageError) as caught:
-        sample.find_model(None, "bag")
+        find_model(None, "bag")
     assert "several packaged models know this class: got 'bag'" in str(caught.value)
     assert "one of animals, clothes. Fix: choose one: --model animals" in str(caught.value)
     for prompt in ("sneeker", "fox, sneaker"):
         with pytest.raises(UsageError) as caught:
-            sample.find_model(None, prompt)
+            find_model(None, prompt)
         message = str(caught.value)
         assert f"no packaged model knows this class: got {prompt!r}" in message
         assert "of animals: cat, dog, fox" in message
         assert "of clothes: T-shirt/top, Trouser" in message
     with pytest.raises(UsageError, match=r"did you mean 'sneaker'\?"):
-        sample.find_model(None, "sneeker")
+        find_model(None, "sneeker")
     # Everything of the user's own comes first.
-    assert sample.find_model(Path("animals"), "sneaker").stem == "animals"
+    assert find_model(Path("animals"), "sneaker").name == "animals"
     run = Path("runs/mine")
     run.mkdir(parents=True)
     shutil.copy(small_run / "ckpt.pt", run / "ckpt.pt")
-    assert sample.find_model(None, "sneaker") == run / "ckpt.pt"
+    assert find_model(None, "sneaker").path == run / "ckpt.pt"
     shutil.copy(clothes, "mine.tdt")
-    assert sample.find_model(None, "sneaker") == Path("mine.tdt")
+    assert find_model(None, "sneaker").path == Path("mine.tdt")
     monkeypatch.setenv("TERDIT_MODEL", "animals")
-    assert sample.find_model(None, "sneaker").stem == "animals"
+    assert find_model(None, "sneaker").name == "animals"
 
 
 ADVISED = SamplerConfig("dpmpp-2m", 3, 1.5, eps_scale=0.99)
@@ -313,13 +316,17 @@ _WORDS = "--sampler dpmpp-2m --steps 3 --cfg-scale 1.5 --eps-scale 0.99, as its 
     [
         ({}, ADVISED, f"clothes: {_WORDS}"),
         ({"eps_scale": 1.0}, replace(ADVISED, eps_scale=1.0), "--steps 3 --cfg-scale 1.5, as"),
-        ({"name": "dpmpp-2m", "steps": 3, "cfg_scale": 1.5}, ADVISED, "clothes: --eps-scale 0.99,"),
+        (
+            {"sampler": "dpmpp-2m", "steps": 3, "cfg_scale": 1.5},
+            ADVISED,
+            "clothes: --eps-scale 0.99,",
+        ),
         ({"steps": 9}, SamplerConfig("dpmpp-2m", 9, 1.5), "--sampler dpmpp-2m --cfg-scale 1.5,"),
-        ({"name": "dpmpp-2m"}, ADVISED, "clothes: --steps 3 --cfg-scale 1.5 --eps-scale 0.99,"),
-        ({"name": "ddpm"}, SamplerConfig("ddpm", 250, 1.5), "clothes: --cfg-scale 1.5,"),
+        ({"sampler": "dpmpp-2m"}, ADVISED, "clothes: --steps 3 --cfg-scale 1.5 --eps-scale 0.99,"),
+        ({"sampler": "ddpm"}, SamplerConfig("ddpm", 250, 1.5), "clothes: --cfg-scale 1.5,"),
         ({"cfg_scale": 1.0}, SamplerConfig("dpmpp-2m", 3, 1.0), "--sampler dpmpp-2m --steps 3,"),
-        ({"name": "ddim", "cfg_scale": 1.0}, SamplerConfig("ddim", 250, 1.0), ""),
-        ({"name": "euler", "steps": 7, "cfg_scale": 0.0}, SamplerConfig("euler", 7, 0.0), ""),
+        ({"sampler": "ddim", "cfg_scale": 1.0}, SamplerConfig("ddim", 250, 1.0), ""),
+        ({"sampler": "euler", "steps": 7, "cfg_scale": 0.0}, SamplerConfig("euler", 7, 0.0), ""),
         ({"steps": 9, "eps_scale": 0.5}, SamplerConfig("dpmpp-2m", 9, 1.5, eps_scale=0.5), "dpmpp"),
     ],
     ids=str,
@@ -327,14 +334,18 @@ _WORDS = "--sampler dpmpp-2m --steps 3 --cfg-scale 1.5 --eps-scale 0.99, as its 
 def test_the_advice_of_a_card(
     package: Make, small_tdt: Path, given: dict[str, Any], wanted: SamplerConfig, line: str
 ) -> None:
-    config, _, err = said(lambda: sampler_for(package("clothes"), **given))
+    config, _, err = said(
+        lambda: sampler_for(ModelFile.open(package("clothes")), SamplingOptions(**given))
+    )
     assert config == wanted
     assert line in err
     assert (err == "") == (line == "")
-    other, _, err = said(lambda: sampler_for(small_tdt, **given))  # no packaged model
+    other, _, err = said(
+        lambda: sampler_for(ModelFile.open(small_tdt), SamplingOptions(**given))
+    )  # no packaged model
     default = SamplerConfig()
     assert (other.name, other.steps, other.cfg_scale) == (
-        given.get("name", default.name),
+        given.get("sampler", default.name),
         given.get("steps", default.steps),
         given.get("cfg_scale", default.cfg_scale),
     )
@@ -350,7 +361,12 @@ def test_sample_with_no_other_argument(package: Make) -> None:
     assert "the packaged model clothes" in err
     assert "as its card advises" in err
     again, _, _ = said(
-        lambda: sample.run("7", path, steps=3, sampler="dpmpp-2m", cfg_scale=1.5, output=Path("b"))
+        lambda: sample.run(
+            "7",
+            path,
+            output=Path("b"),
+            sampling=SamplingOptions(steps=3, sampler="dpmpp-2m", cfg_scale=1.5),
+        )
     )
     assert again.model_sha256 == result.model_sha256
 

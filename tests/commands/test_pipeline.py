@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors import safe_open
 
 import terdit_cli
-from terdit_cli.commands.sample import find_model
 from terdit_cli.errors import InputFileError, UsageError
+from terdit_cli.generate.find_model import find_model
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.ternary import TernaryLinear, ternarize
 from terdit_cli.pack.tdt import TdtFile
@@ -401,14 +401,14 @@ def test_which_model_is_meant(
         (folder / "ckpt.pt").touch()
         os.utime(folder / "ckpt.pt", (1e9 - age, 1e9 - age))
     Path("runs/unfinished").mkdir()
-    assert find_model(None, "1") == Path("runs/new/ckpt.pt")
+    assert find_model(None, "1").path == Path("runs/new/ckpt.pt")
     Path("b.tdt").touch()
-    assert find_model(None, "1") == Path("b.tdt")
+    assert find_model(None, "1").path == Path("b.tdt")
     Path("a.tdt").touch()
     with pytest.raises(UsageError, match=r"got a\.tdt, b\.tdt.*--model"):
         find_model(None, "1")
     monkeypatch.setenv("TERDIT_MODEL", "elsewhere.tdt")
     with pytest.raises(InputFileError, match=r"no such model: got 'elsewhere\.tdt'"):
         find_model(None, "1")
-    assert find_model(Path("b.tdt"), "1") == Path("b.tdt")
+    assert find_model(Path("b.tdt"), "1").path == Path("b.tdt")
     assert terdit("sample", "--prompt-class", 1).code == 3  # there is no elsewhere.tdt

@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 
+from terdit_cli.errors import EnvironmentProblem
 from terdit_cli.evaluate.feature_shards import FACTS_FILE
-from terdit_cli.system.job import Processes
+from terdit_cli.system.job import Job, own_device
+from terdit_cli.system.launcher import Launched
 
 Terdit = Callable[..., Any]
 Blocks = dict[str, dict[str, np.ndarray]]
@@ -74,7 +76,7 @@ def words(small_tdt: Path, features: str) -> tuple[object, ...]:
     return (
         "eval-fid", "--model", small_tdt, "--reference", "embedded:heldout", "-n", COUNT,
         "--features", features, "--steps", 2, "--labels", "uniform", "--device", "cpu",
-        "--bootstrap", 5, "--over-n", "--per-class", "1,8", "--json", "--work",
+        "--confidence", 5, "--per-class", "1,8", "--json", "--work",
     )  # fmt: skip
 
 
@@ -105,7 +107,7 @@ def test_more_processes_than_blocks_and_a_temporary_folder(
     """40 images are one block: two of three processes have nothing to do."""
     grid = tmp_path / "grid.png"
     words = ("eval-fid", "--images", folder, "--reference", folder, "--features", features)
-    words += ("--json", "--grid", str(grid))
+    words += ("--json", "--report", str(grid))
     code, out, err = run_together(words, 3)
     assert code == 0, err
     assert repeatable(out) == repeatable(terdit(*words).out)
@@ -235,7 +237,7 @@ def test_the_work_folder_of_another_run(
     require_same(blocks(tmp_path), before)
     # Pictures change no features: they can be asked for afterwards.
     grid = tmp_path / "grid.png"
-    assert terdit(*words, tmp_path, "--grid", grid).code == 0
+    assert terdit(*words, tmp_path, "--report", grid).code == 0
     assert grid.exists()
     (tmp_path / "images" / FACTS_FILE).write_text("{")
     done = terdit(*words, tmp_path)
@@ -399,13 +401,19 @@ def test_a_signal_to_torchrun_is_told_once(small_tdt: Path, tmp_path: Path) -> N
 
 
 def test_devices_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    third = Processes(6, 8, 2)
+    place = Launched(6, 8, 2, 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert third.device(None) == third.device("auto") == third.device("cpu") == "cpu"
-    assert third.device("cuda") == "cuda"  # which is refused when it is used
+    third = Job(device=own_device(place))
+    for name in (None, "auto", "cpu"):
+        assert third.device_named(name) == "cpu"
+    assert third.device_named("cuda") == "cuda"  # which is refused when it is used
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert third.device(None) == third.device("auto") == third.device("cuda") == "cuda:2"
-    assert (third.device("cpu"), third.device("cuda:3")) == ("cpu", "cuda:3")
+    third = Job(device=own_device(place))
+    for name in (None, "auto", "cuda"):
+        assert third.device_named(name) == "cuda:2"
+    assert [third.device_named(name) for name in ("cpu", "cuda:3")] == ["cpu", "cuda:3"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert third.device(None) == "cuda:0"
+    assert str(own_device(place)) == "cuda:0"  # shared
+    with pytest.raises(EnvironmentProblem, match="more processes on this machine than GPUs"):
+        own_device(place, a_gpu_each=True)

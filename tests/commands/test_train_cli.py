@@ -1,4 +1,4 @@
-"""`terdit train` without training: --dry-run, --plot, --export, and what they refuse."""
+"""`terdit train` without training: --dry-run; `plot`, `export`; and what they refuse."""
 
 from __future__ import annotations
 
@@ -81,26 +81,26 @@ def test_the_large_recipes_have_plans() -> None:
 def test_plot(terdit: Terdit, small_run: Path, parent_run: Path, tmp_path: Path,
               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    done = terdit("train", "--plot", small_run, parent_run)
+    done = terdit("plot", small_run, parent_run)
     assert (done.code, done.out) == (0, "curves.png: curves of 2 runs\n")
     with Image.open("curves.png") as picture:
         assert picture.format == "PNG"
-    done = terdit("train", small_run, "--plot", "-o", tmp_path / "one.html", "--json")
+    done = terdit("plot", small_run, "-o", tmp_path / "one.html", "--json")
     assert json.loads(done.out) == {"runs": [str(small_run)], "out": str(tmp_path / "one.html")}
     assert "<svg" in (tmp_path / "one.html").read_text(encoding="utf-8")
-    assert terdit("train", "--plot", small_run).out == "curves.png: curves of 1 run\n"
+    assert terdit("plot", small_run).out == "curves.png: curves of 1 run\n"
 
 
 def test_export(terdit: Terdit, small_run: Path, tmp_path: Path) -> None:
     checkpoint = small_run / "checkpoints" / "step-00000030"
     for source in (small_run, checkpoint):
         out = tmp_path / source.name / "model.pt"
-        done = terdit("train", "--export", source, "-o", out)
+        done = terdit("export", source, "-o", out)
         assert (done.code, done.out) == (0, f"{out}: step 30, from {checkpoint}\n"), done.err
         values = torch.load(out, weights_only=True)
         expected = torch.load(small_run / "ckpt.pt", weights_only=True)
         assert values.keys() == expected.keys()
-    done = terdit("train", "--export", checkpoint, "--json", "--out", tmp_path / "other.pt")
+    done = terdit("export", checkpoint, "--json", "--out", tmp_path / "other.pt")
     assert json.loads(done.out) == {
         "checkpoint": str(checkpoint), "out": str(tmp_path / "other.pt"), "step": 30,
     }  # fmt: skip
@@ -109,17 +109,13 @@ def test_export(terdit: Terdit, small_run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message", "fix"),
     [
-        (["--dry-run", "--plot"], "got --dry-run and --plot, expected one", "leave --plot out"),
-        (["--export", "--plot"], "got --export and --plot, expected one", "leave --plot out"),
-        (["--gpus", "8"], "--gpus belongs to --dry-run: got --gpus without", "add --dry-run"),
-        (["--gpu-memory", "h100"], "--gpu-memory belongs to --dry-run", "add --dry-run"),
-        (["--mfu", "0.4"], "--mfu belongs to --dry-run", "add --dry-run"),
-        (["--plot", "--mfu", "0.4"], "got --mfu with --plot", "leave --mfu out"),
-        (["--dry-run", "--resume", "auto"], "--resume belongs to training", "leave --resume out"),
-        (["--export", "--resume", "auto"], "--resume belongs to training", "leave --resume out"),
-        (["--dry-run", "-o", "runs/a"], "--out belongs to training and --export and --plot",
-         "leave --out out"),
-        (["seed=1", "--export"], "one run is exported at a time: got seed=1", "one after another"),
+        (["--plot"], "terdit train has no --plot", "use terdit plot RUN"),
+        (["--export"], "terdit train has no --export", "use terdit export RUN"),
+        (["--gpus", "8"], "--gpus would do nothing here", "leave --gpus out"),
+        (["--gpu-memory", "h100"], "it is for a --dry-run", "leave --gpu-memory out"),
+        (["--mfu", "0.4"], "it is for a --dry-run", "leave --mfu out"),
+        (["--dry-run", "--resume", "auto"], "it is for training", "leave --resume out"),
+        (["--dry-run", "-o", "runs/a"], "it is for training", "leave --out out"),
         (["--dry-run", "--gpu-memory", "big"], "got 'big', expected a size such as 80GB", ""),
         (["--dry-run", "--gpu-memory", "h10"], "did you mean 'h100'?", ""),
         (["--dry-run", "--gpu-memory", "h100", "--mfu", "40"], "got --mfu 40.0", "for 0.4"),
@@ -136,9 +132,12 @@ def test_options_that_do_not_go_together(
 
 
 def test_bad_sources(refused: Callable[..., str], terdit: Terdit, small_recipe: Path) -> None:
-    assert "there is no complete checkpoint" in refused(3, "train", "--export", "nothing")
-    assert "there is nothing to plot" in refused(3, "train", "--plot", "nothing")
-    text = refused(2, "train", "--plot", "nothing", "-o", "curves.jpg")
+    assert "there is no complete checkpoint" in refused(3, "export", "nothing")
+    assert "there is nothing to plot" in refused(3, "plot", "nothing")
+    assert "got early.bin, expected a name that ends in .pt" in refused(
+        2, "export", "nothing", "-o", "early.bin"
+    )
+    text = refused(2, "plot", "nothing", "-o", "curves.jpg")
     assert "got curves.jpg, expected .png, .svg or .html" in text
     done = terdit("train", small_recipe, "--dry-run", "--gpus", "0")
     assert (done.code, done.out) == (2, "")

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from terdit_cli.data.collection import ImageSet, open_image_set, spread, unreadable_images
+from terdit_cli.data.collection import ImageSet, open_image_set, unreadable_images
 from terdit_cli.errors import InputFileError, UsageError
+from terdit_cli.evaluate.statistics import spread
 
 NAMES = ["a.png", "deep/c.png", "deep/er/b.png", "z.png"]
 HIDDEN = [".hidden/x.png", "__MACOSX/a.png", "notes.txt", "deep/._c.png"]

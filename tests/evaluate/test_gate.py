@@ -124,7 +124,7 @@ def test_several_gates_in_order(tmp_path: Path) -> None:
     assert str(error) == (
         "2 of 3 quality gates failed: got IS 100 and FID 11, expected >= 120 (--min-is) and "
         "<= 10.5 (--max-regression) (model.tdt). Fix: compare the images with those of an "
-        "earlier model (--html), or set another limit."
+        "earlier model (--report page.html), or set another limit."
     )
 
 

@@ -21,7 +21,7 @@ from terdit_cli.evaluate import inception
 from terdit_cli.evaluate.feature_network import Outputs
 from terdit_cli.evaluate.features import FeatureExtractor, Features, _Workers, make_extractor
 from terdit_cli.evaluate.metrics import inception_score, kernel_inception_distance
-from terdit_cli.evaluate.weights import ADM, CLEAN, file_sha256
+from terdit_cli.evaluate.weights import ADM, CLEAN, weights_sha256
 from terdit_cli.system.torchvision_shim import import_vision
 
 SIZES = [(1, 1), (28, 28), (256, 256), (40, 28), (1, 300), (310, 300)]  # [H, W]
@@ -459,7 +459,7 @@ def test_found_in_the_cache(
     monkeypatch.setenv("TERDIT_CACHE", str(files[name].parent))
     with pytest.raises(InputFileError, match="in the cache are damaged"):
         make_extractor(name)
-    pinned = replace(getattr(inception, name.upper()), sha256=file_sha256(files[name]))
+    pinned = replace(getattr(inception, name.upper()), sha256=weights_sha256(files[name]))
     monkeypatch.setattr(inception, name.upper(), pinned)
     extractor = make_extractor(name)
     assert extractor.warnings == ()

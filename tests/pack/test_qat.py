@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from terdit_cli.errors import InputFileError
 from terdit_cli.model.ckpt import Checkpoint, load_ckpt
 from terdit_cli.model.dit import DiT
+from terdit_cli.model.layout import matrix_names
 from terdit_cli.model.ternary import TernaryConfig, TernaryLinear, expand_alphas
-from terdit_cli.pack.exported import count_weights, matrix_names
+from terdit_cli.pack.exported import count_weights
 from terdit_cli.pack.read_checkpoint import CheckpointExport, fit_trits
 from terdit_cli.pack.tdt import write_tdt
 
@@ -87,7 +88,7 @@ def test_trained_checkpoints_export_exactly(
     with CheckpointExport(load_ckpt(path), weights) as model:
         assert not model.fitted
         assert model.info.weights == weights
-        assert model.ternary_names() == matrix_names(tiny_config.n_layers)
+        assert model.ternary_names() == matrix_names(tiny_config)
         matrices = {n: m for n, m in network.named_modules() if isinstance(m, TernaryLinear)}
         assert set(model.ternary_names()) == set(matrices)
         for name, layer in matrices.items():
@@ -194,4 +195,4 @@ def test_values_that_do_not_fit(tmp_path, tiny_config, make_ckpt, part, value, r
 def test_names_are_those_of_the_network(tiny_config):
     network = DiT(tiny_config)
     ternary = [n for n, m in network.named_modules() if isinstance(m, TernaryLinear)]
-    assert sorted(ternary) == sorted(matrix_names(tiny_config.n_layers))
+    assert sorted(ternary) == sorted(matrix_names(tiny_config))

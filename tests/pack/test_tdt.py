@@ -21,8 +21,9 @@ from terdit_cli.errors import EnvironmentProblem, InputFileError
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.info import ModelInfo, SpaceInfo
+from terdit_cli.model.layout import matrix_names
 from terdit_cli.model.ternary import TernaryConfig
-from terdit_cli.pack.exported import ExportedModel, matrix_names
+from terdit_cli.pack.exported import ExportedModel
 from terdit_cli.pack.read_checkpoint import CheckpointExport
 from terdit_cli.pack.tdt import TdtFile, write_tdt
 from terdit_cli.pack.trits import CODECS
@@ -141,7 +142,7 @@ class Fake(ExportedModel):
         return value
 
     def ternary_names(self) -> list[str]:
-        return matrix_names(self.info.config.n_layers)
+        return matrix_names(self.info.config)
 
     def matrix_shape(self, name: str) -> tuple[int, int]:
         return self.shapes[f"{name}.weight"]

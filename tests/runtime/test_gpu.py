@@ -44,7 +44,7 @@ def run(
     device: torch.device, x: Tensor, trits: Tensor, alphas: Tensor, bias: Tensor | None,
     precision: Any,
 ) -> Tensor:  # fmt: skip
-    packed = gpu.to_slices(t2_encode(trits), *trits.shape).to(device)
+    packed = gpu.from_t2(t2_encode(trits), *trits.shape).to(device)
     if precision == "fp8" and device.type == "cpu":
         # The interpreter's conversion to e4m3 is wrong just below powers of two: 31.99 gives 16.
         rows = torch_fp8(x)
@@ -189,21 +189,21 @@ def test_layouts_of_x_and_no_rows(kernels_on):
 def test_t2_bytes_are_taken_as_they_are(kernels_on):
     x, trits, alphas, bias = (each.to(kernels_on) for each in problem(3, 70, 130))
     got = gpu.matmul(x, t2_encode(trits), alphas, bias, (70, 130), "int8")
-    packed = gpu.to_slices(t2_encode(trits), 70, 130)
-    assert packed.shape == gpu.slices_shape(70, 130) == (70, 128)
+    packed = gpu.from_t2(t2_encode(trits), 70, 130)
+    assert packed.shape == gpu.weight_shape(70, 130) == (70, 128)
     assert torch.equal(got, gpu.matmul(x, packed, alphas, bias, (70, 130), "int8"))
 
 
 def test_the_order_on_the_device():
     trits = torch.randint(-1, 2, (5, 1030), dtype=torch.int8)
-    packed = gpu.to_slices(t2_encode(trits), 5, 1030)
+    packed = gpu.from_t2(t2_encode(trits), 5, 1030)
     assert packed.shape == (5, 384)
     for n, k in ((0, 0), (1, 127), (2, 128), (3, 511), (4, 512), (0, 1029)):
         start, rest = divmod(k, 512)
         field = int(packed[n, start * 128 + rest % 128]) >> 2 * (rest // 128) & 3
         assert {0: 0, 1: 1, 3: -1}[field] == trits[n, k]
     assert not packed[:, 256 + 6 :].any()  # k beyond K: trit 0
-    assert gpu.to_slices(t2_encode(trits[:, :512]), 5, 512).numel() == 5 * 512 // 4
+    assert gpu.from_t2(t2_encode(trits[:, :512]), 5, 512).numel() == 5 * 512 // 4
 
 
 # Epilogues, by every tile of the lists that the interpreter can afford.
@@ -214,7 +214,7 @@ def test_the_order_on_the_device():
 def test_epilogues(kernels_on, granularity, precision):
     m, n, k, tokens = 18, 66, 140, 6
     x, trits, alphas, _ = problem(m, 2 * n, k, granularity)
-    packed = gpu.to_slices(t2_encode(trits), 2 * n, k).to(kernels_on)
+    packed = gpu.from_t2(t2_encode(trits), 2 * n, k).to(kernels_on)
     both = defined(x, trits, alphas, None, precision).double()
     rows = gpu.make_rows(x.to(kernels_on), precision)
     alphas = alphas.to(kernels_on)
@@ -236,7 +236,7 @@ def test_epilogues(kernels_on, granularity, precision):
 def test_every_tile_gives_the_same_integers(kernels_on):
     values = problem(33, 130, 530)
     x, trits, alphas, bias = (each.to(kernels_on) for each in values)
-    packed = gpu.to_slices(t2_encode(trits), 130, 530)
+    packed = gpu.from_t2(t2_encode(trits), 130, 530)
     rows = gpu.make_rows(x, "int8")
     expected = defined(*values, "int8")
     tiles = {
@@ -290,7 +290,7 @@ def test_rows_normed_and_modulated(kernels_on, precision):
 
 def test_opcheck(kernels_on):
     x, trits, alphas, bias = problem(3, 5, 7)
-    packed = gpu.to_slices(t2_encode(trits), 5, 7)
+    packed = gpu.from_t2(t2_encode(trits), 5, 7)
     for offset in (bias, None):
         values = (x, packed, alphas, offset)
         arguments = [None if each is None else each.to(kernels_on) for each in values]
@@ -300,7 +300,7 @@ def test_opcheck(kernels_on):
 def test_compiles_as_one_graph(kernels_on):
     torch._dynamo.reset()
     x, trits, alphas, bias = (each.to(kernels_on) for each in problem(3, 5, 7))
-    packed = gpu.to_slices(t2_encode(trits), 5, 7)
+    packed = gpu.from_t2(t2_encode(trits), 5, 7)
 
     def function(x: Tensor) -> Tensor:
         return gpu.matmul(x * 2, packed, alphas, bias, (5, 7), "int8") + 1
@@ -319,7 +319,7 @@ def test_a_gradient_is_refused(kernels_on):
 
 def test_wrong_tensors_are_refused(kernels_on):
     x, trits, alphas, bias = (each.to(kernels_on) for each in problem(3, 5, 7))
-    packed = gpu.to_slices(t2_encode(trits), 5, 7)
+    packed = gpu.from_t2(t2_encode(trits), 5, 7)
     for change, message in (
         ({"x": x[:, :6]}, r"x has shape \[3, 6\], expected \[..., 7\]"),
         ({"x": x.double()}, "x is torch.float64, expected float32"),

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from terdit_cli.errors import EnvironmentProblem
+from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.dit import DiT, DiTConfig
 from terdit_cli.model.ternary import TernaryConfig
 from terdit_cli.pack.read_checkpoint import CheckpointExport
-from terdit_cli.pack.sources import open_exported
 from terdit_cli.runtime import reference
 from terdit_cli.runtime.gpu import backend as gpu
 from terdit_cli.runtime.gpu import graph_step as gpu_step
@@ -82,7 +82,7 @@ ALLOWED = {"fp32": 1e-5, "int16": 0.03, "bf16": 0.05, "int8": 0.15, "fp8": 0.5}
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_the_recorded_outputs_of_the_original(released_folder, golden_case, kernels_on, precision):
     tensors = golden_case("public_a").tensors
-    with open_exported(released_folder, "ema", n_heads=4) as model:
+    with ModelFile.open(released_folder).exported("ema", n_heads=4) as model:
         network = packed_network(model, gpu, kernels_on, precision)
     out = run(network, tuple(tensors[f"in.{name}"] for name in "xty"))
     error = (out - tensors["out.packed"]).abs().max()
@@ -150,7 +150,7 @@ def test_packed_bytes_only_and_shared_by_modules_and_step(make, random_inputs):
     assert len(layers) == 8 * BASE.n_layers
     for layer in layers:
         assert layer.weight.dtype == torch.uint8
-        assert layer.weight.shape == gpu.slices_shape(*layer.shape)
+        assert layer.weight.shape == gpu.weight_shape(*layer.shape)
 
 
 def test_modulations_are_kept_by_values_that_the_cpu_knows(make, random_inputs, monkeypatch):

@@ -20,6 +20,7 @@ from terdit_cli.pack.read_checkpoint import CheckpointExport
 from terdit_cli.pack.tdt import write_tdt
 from terdit_cli.runtime import load as load_module
 from terdit_cli.runtime.fused import FusedDiT
+from terdit_cli.runtime.gpu import backend as gpu
 from terdit_cli.runtime.load import load
 
 
@@ -184,7 +185,7 @@ def test_the_native_backend_is_told_with_its_isa(packed, isa):
 def test_where_conditions_lie(packed):
     loaded = load(packed(), device="meta", backend="reference")
     assert loaded.conditions == torch.device("meta")
-    assert dataclasses.replace(loaded, backend="gpu").conditions == torch.device("cpu")
+    assert dataclasses.replace(loaded, runs_on=gpu).conditions == torch.device("cpu")
 
 
 @pytest.mark.parametrize("kind", ["packed", "checkpoint"])

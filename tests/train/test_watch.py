@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from terdit_cli.data import loader
+from terdit_cli.system.job import Job
 from terdit_cli.train import watchdog as watch
-from terdit_cli.train.parallel import World
 from terdit_cli.train.watchdog import (
     Stragglers,
     Watchdog,
@@ -98,7 +98,7 @@ def wait_until(condition: Any) -> None:
 def test_steps_and_pauses_keep_the_process_alive(
     store: dist.TCPStore, ends: list[tuple[int, str]]
 ) -> None:
-    with Watchdog(World(0, 2), 0.5, "") as dog:
+    with Watchdog(Job(0, 2), 0.5, "") as dog:
         for _ in range(20):
             time.sleep(0.05)
             dog.beat()
@@ -110,14 +110,14 @@ def test_steps_and_pauses_keep_the_process_alive(
 
 
 def test_a_process_alone_is_not_watched(ends: list[tuple[int, str]]) -> None:
-    with Watchdog(World(), 0.05, ""):
+    with Watchdog(Job(), 0.05, ""):
         time.sleep(0.3)
     assert ends == []
 
 
 def test_the_others_place_is_told(store: dist.TCPStore, ends: list[tuple[int, str]]) -> None:
-    store.set("terdit-hang/0/2", '"elsewhere"')
-    with Watchdog(World(0, 3), 0.3, "run it again"):
+    store.set("terdit/0/hang/2", '"elsewhere"')
+    with Watchdog(Job(0, 3), 0.3, "run it again"):
         wait_until(lambda: ends)
     [(code, text)] = ends
     assert code == 4
@@ -126,12 +126,12 @@ def test_the_others_place_is_told(store: dist.TCPStore, ends: list[tuple[int, st
     )
     assert "rank 2 at elsewhere" in text
     assert text.endswith("Fix: look at that process and its machine, then run it again.\n")
-    assert b"wait_until" in store.get("terdit-hang/0/0") or b"sleep" in store.get("terdit-hang/0/0")
+    assert b"wait_until" in store.get("terdit/0/hang/0") or b"sleep" in store.get("terdit/0/hang/0")
 
 
 def test_one_process_speaks_for_all(store: dist.TCPStore, ends: list[tuple[int, str]]) -> None:
-    store.set("terdit-hang/0/0", '"elsewhere"')
-    with Watchdog(World(1, 2), 0.3, "run it again"):
+    store.set("terdit/0/hang/0", '"elsewhere"')
+    with Watchdog(Job(1, 2), 0.3, "run it again"):
         wait_until(lambda: ends)
     assert ends == [(4, "")]
 
@@ -139,9 +139,9 @@ def test_one_process_speaks_for_all(store: dist.TCPStore, ends: list[tuple[int, 
 def test_what_a_job_that_was_started_again_left_does_not_count(
     store: dist.TCPStore, ends: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.set("terdit-hang/0/1", '"elsewhere"')
+    store.set("terdit/0/hang/1", '"elsewhere"')
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with Watchdog(World(0, 2), 0.3, ""):
+    with Watchdog(Job(0, 2), 0.3, ""):
         wait_until(lambda: ends)
     assert "no sign of life from rank 1" in ends[0][1]
 
@@ -152,7 +152,7 @@ def test_a_store_that_is_gone(
     def gone(*arguments: Any) -> None:
         raise dist.DistNetworkError("Broken pipe\nand so on")
 
-    with Watchdog(World(0, 2), 0.3, "run it again") as dog:
+    with Watchdog(Job(0, 2), 0.3, "run it again") as dog:
         monkeypatch.setattr(dog, "_store", type("Gone", (), {"set": gone})())
         wait_until(lambda: ends)
     [(code, text)] = ends
@@ -176,17 +176,17 @@ def test_waits_for_data_and_slow_products() -> None:
 def test_the_slow_are_named_once_until_they_are_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Two(World):
+    class Two(Job):
         waited = 0.0
 
         def mean(self, values: Tensor) -> Tensor:
             return torch.tensor([[0.0, self.waited], [1.0, 1.0]]) / 2
 
-    world = Two(size=2)
-    stragglers = Stragglers(world)
+    job = Two(size=2)
+    stragglers = Stragglers(job)
     told = []
     for waited in (0, 5, 0, 5, 5, 5, 0, 5, 5):
-        object.__setattr__(world, "waited", waited)
+        object.__setattr__(job, "waited", waited)
         stragglers.compare(0.0, 1.0)
         told.append("rank 1 waits 5 s a step" in capsys.readouterr().err)
     assert told == [False, False, False, False, True, False, False, False, True]

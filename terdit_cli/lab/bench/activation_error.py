@@ -6,6 +6,7 @@ Rounding to uint8 alone, where the two disagree by at most 1 in every value, wou
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import numpy as np
 from terdit_cli import console
 from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.generate.generator import ImageGenerator, open_generator
+from terdit_cli.generate.options import ModelOptions
+from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.lab.bench.results import ImagesRow
 from terdit_cli.pack.tdt import TdtFile
 
@@ -31,15 +34,17 @@ def compare(
     Raises:
         UsageError, InputFileError: as `open_generator` and its VAE.
     """
-    with TdtFile(model) as file:
-        if file.info.ternary.activations == "int8" or set(activations) <= {"fp32"}:
+    with TdtFile(model) as packed:
+        if packed.info.ternary.activations == "int8" or set(activations) <= {"fp32"}:
             return []
-    drawn = _draw(open_generator(model, backend, device, activations="fp32"), "fp32", seed)
+    file = ModelFile.open(model)
+    asked = ModelOptions(backend=backend, device=device)
+    drawn = _draw(open_generator(file, replace(asked, activations="fp32")), "fp32", seed)
     rows = []
     for name in activations:
         if name == "fp32":
             continue
-        images = _draw(open_generator(model, backend, device, activations=name), name, seed)
+        images = _draw(open_generator(file, replace(asked, activations=name)), name, seed)
         difference = np.abs(images.astype(np.int16) - drawn.astype(np.int16))
         each = np.square(difference, dtype=np.float64).reshape(len(images), -1).mean(1)
         rows.append(

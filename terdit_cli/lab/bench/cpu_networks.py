@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from terdit_cli import console
 from terdit_cli.errors import EnvironmentProblem
 from terdit_cli.lab.bench import results, rivals
 from terdit_cli.lab.bench.goals import INT8_RIVALS
-from terdit_cli.lab.bench.random_model import forward_operations
 from terdit_cli.lab.bench.results import OURS, Figure, ForwardRow, PeakRow, SampleRow
 from terdit_cli.lab.bench.settings import DOWNSAMPLE, Options
 from terdit_cli.lab.bench.worker import (
@@ -35,8 +35,10 @@ from terdit_cli.lab.bench.worker import (
     with_input_size,
 )
 from terdit_cli.model.info import ModelInfo
+from terdit_cli.model.layout import forward_operations
 from terdit_cli.pack.exported import count_weights
 from terdit_cli.pack.tdt import TdtFile, write_tdt
+from terdit_cli.runtime.backends import choose_backend
 
 # At image sizes after the first, only these rivals run.
 FASTEST_RIVALS = ("bf16-compiled", *INT8_RIVALS)
@@ -255,7 +257,8 @@ def sample(options: Options, model: Path, folder: Path) -> list[SampleRow]:
     runs = [(folder / "t5.tdt", "t5", options.backend, results.SAMPLE_STEPS)]
     if t2:
         runs.insert(0, (model, "t2", options.backend, results.SAMPLE_STEPS))
-        if options.backend != "reference":
+        how = choose_backend(options.backend, torch.device("cpu")).backend.how(torch.device("cpu"))
+        if how.isa is not None:  # else it is the reference that ran
             runs.append((model, "t2", "reference", REFERENCE_STEPS))
     rows = []
     for path, codec, backend, steps in runs:

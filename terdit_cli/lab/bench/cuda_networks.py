@@ -24,9 +24,10 @@ from torch import Tensor
 from terdit_cli import console
 from terdit_cli.errors import EnvironmentProblem
 from terdit_cli.lab.bench import rivals
-from terdit_cli.lab.bench.random_model import RandomModel, forward_operations
+from terdit_cli.lab.bench.random_model import RandomModel
 from terdit_cli.lab.bench.results import OURS, Figure
 from terdit_cli.lab.bench.settings import DOWNSAMPLE
+from terdit_cli.model.layout import forward_operations
 from terdit_cli.runtime.gpu import backend as gpu
 from terdit_cli.runtime.gpu import tiles as gpu_config
 from terdit_cli.runtime.gpu.graph_step import GpuDiT, Step

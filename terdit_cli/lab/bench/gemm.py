@@ -9,6 +9,8 @@ import os
 import statistics
 from collections.abc import Sequence
 
+import torch
+
 from terdit_cli import console
 from terdit_cli.errors import EnvironmentProblem
 from terdit_cli.lab.bench import results, rivals
@@ -16,6 +18,7 @@ from terdit_cli.lab.bench.results import OURS, Figure, GemmRow, PeakRow
 from terdit_cli.lab.bench.settings import Options
 from terdit_cli.lab.bench.worker import Process
 from terdit_cli.runtime import cpu
+from terdit_cli.runtime.backends import choose_backend
 
 # What keeps torch's libraries on AVX2 when terdit is told to use no more than that.
 TORCH_AVX2 = {
@@ -45,7 +48,8 @@ def measure(options: Options, peaks: list[PeakRow]) -> list[GemmRow]:
             others = options.gemm_rivals if threads == most else ()
             for shape in (*results.GEMM_SHAPES, results.SMALL_SHAPE):
                 rows += _one_shape(options, process, threads, shape, ours, others, peaks)
-    if options.backend != cpu.NAME or "TERDIT_ISA" in os.environ:
+    how = choose_backend(options.backend, torch.device("cpu")).backend.how(torch.device("cpu"))
+    if how.isa is None or "TERDIT_ISA" in os.environ:
         return rows
     m, k, n = results.GEMM_SHAPES[1]
     plain = tuple(name for name in ("fp32", "fp32-medium") if name in options.rivals)

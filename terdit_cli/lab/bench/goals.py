@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from terdit_cli.lab.bench import results
 from terdit_cli.lab.bench.results import (
     OURS,
+    SAMPLE_STEPS,
     BenchResult,
     ForwardRow,
     GemmRow,
@@ -164,7 +165,7 @@ def _memory_goals(result: BenchResult) -> list[Goal]:
         peaks = [
             row.peak_resident / mib
             for row in result.sample
-            if row.codec == codec and row.backend != "reference" and row.peak_resident is not None
+            if row.codec == codec and row.steps == SAMPLE_STEPS and row.peak_resident is not None
         ]
         measured = certain(peaks[0]) if peaks else None
         text = f"`terdit sample`, {codec}: peak resident memory"

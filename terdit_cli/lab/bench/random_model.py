@@ -7,8 +7,9 @@ import zlib
 import torch
 from torch import Tensor
 
-from terdit_cli.model.dit import DiT, DiTConfig, build_config
+from terdit_cli.model.dit import DiT, build_config
 from terdit_cli.model.info import ModelInfo, SpaceInfo
+from terdit_cli.model.layout import ADALN_NORM
 from terdit_cli.model.ternary import TernaryConfig
 from terdit_cli.pack.exported import StateDictModel
 
@@ -55,14 +56,8 @@ class RandomModel(StateDictModel):
         noise = torch.randn(shape, device=self._device, generator=self._generator(name))
         if len(shape) > 1:
             return noise / shape[-1] ** 0.5
-        gate = name.endswith("adaLN_modulation.2.weight")  # small gates, as trained models have
+        gate = name.endswith(ADALN_NORM)  # small gates, as trained models have
         return 0.1 * noise + (0.2 if gate else 0.0 if name.endswith("bias") else 1.0)
 
     def _generator(self, name: str) -> torch.Generator:
         return torch.Generator(self._device).manual_seed(self._seed + zlib.crc32(name.encode()))
-
-
-def forward_operations(config: DiTConfig, batch: int) -> float:
-    """Return the operations of a forward's large matrices: 2 M K N each."""
-    per_token, per_image = config.block_weights
-    return 2.0 * batch * config.n_layers * (config.tokens * per_token + per_image)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from terdit_cli.errors import UsageError
 from terdit_cli.model.dit import DiTConfig
+from terdit_cli.model.layout import ADALN, GATE_MATRIX, block_layout
 from terdit_cli.system.gpus import Gpu
 
 TRIT_BITS = 2
@@ -45,17 +46,18 @@ class Product:
 
 def products(config: DiTConfig, images: int) -> list[Product]:
     """Return the products of a forward of so many guided images."""
-    rows, dim = 2 * images, config.dim
-    tokens, layers = rows * config.tokens, config.n_layers
-    qkv = dim + 2 * config.kv_heads * config.head_dim
-    width, adaln = config.ffn_width, 6 * dim * layers
-    return [
-        Product("wq wk wv", tokens, qkv, dim, layers, qkv),
-        Product("wo", tokens, dim, dim, layers, dim),
-        Product("w1 w3", tokens, 2 * width, dim, layers, width),
-        Product("w2", tokens, dim, width, layers, dim),
-        Product("adaLN, all blocks", rows, adaln, config.conditioning_width, 1, adaln),
-    ]
+    rows, layers = 2 * images, config.n_layers
+    layout = block_layout(config)
+    found = []
+    for group in layout.groups:
+        name = " ".join(matrix.name.rpartition(".")[2] for matrix in group)
+        width = sum(matrix.rows for matrix in group)
+        # SwiGLU is part of the launch of its two matrices.
+        written = width // 2 if group[0].name == GATE_MATRIX else width
+        found.append(Product(name, rows * config.tokens, width, group[0].columns, layers, written))
+    adaln = next(matrix for matrix in layout.matrices if matrix.name == ADALN)
+    width = layers * adaln.rows
+    return [*found, Product("adaLN, all blocks", rows, width, adaln.columns, 1, width)]
 
 
 @dataclass(frozen=True)

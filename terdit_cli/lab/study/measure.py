@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from terdit_cli.data.collection import spread
 from terdit_cli.data.images import open_images
 from terdit_cli.data.npz_images import NpzImages
 from terdit_cli.diffusion.process import make_schedule
@@ -30,6 +29,7 @@ from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.evaluate.feature_shards import FACTS_FILE, FeatureShards
 from terdit_cli.evaluate.neighbours import check_neighbours
 from terdit_cli.evaluate.probe import LinearProbe, accuracy_by_class
+from terdit_cli.evaluate.statistics import spread
 from terdit_cli.lab.study.records import Accuracy, Nearest
 from terdit_cli.recipe import Recipe
 from terdit_cli.runtime.load import load

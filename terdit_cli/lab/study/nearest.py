@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from terdit_cli.data.collection import spread
 from terdit_cli.data.images import open_images
+from terdit_cli.evaluate.statistics import spread
 from terdit_cli.lab.study.measure import HELD_OUT, has_held_out
 from terdit_cli.recipe import Recipe
 

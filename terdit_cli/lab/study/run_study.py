@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from terdit_cli import console
 from terdit_cli.errors import UsageError
+from terdit_cli.lab.study.archive import RESOLVED, archive_of, keep, opened, unpack
 from terdit_cli.lab.study.children import lock, run_terdit
 from terdit_cli.lab.study.collect import Findings, collect
 from terdit_cli.lab.study.records import Folder
@@ -20,7 +23,6 @@ from terdit_cli.system.atomic import atomic_path, check_writable
 
 DEFAULT_RUNS = Path("runs/studies")
 DEFAULT_PAGE = Path("runs/results.md")
-RESOLVED = "study.yaml"  # in a study's folder: what was asked for there last
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def run(
     render: bool = False,
     runs: Path = DEFAULT_RUNS,
     out: Path = DEFAULT_PAGE,
+    keep_in: Path | None = None,
 ) -> StudyResult:
     """Do what the studies lack, and write the pages.
 
@@ -51,8 +54,9 @@ def run(
         only: names of variants to work on; the pages show all that is there.
         quick: the shortened versions.
         render: only write the pages; without overrides, of the words that a study was run with.
-        runs: where each study has a folder of its own.
+        runs: where each study has a folder of its own, or an archive.
         out: the .md page; the .html page and the figures lie beside it.
+        keep_in: write the findings of each study into this folder as an archive.
 
     Raises:
         UsageError, InputFileError, EnvironmentProblem; Interrupted after saving.
@@ -68,16 +72,44 @@ def run(
         raise UsageError("--only is for one study", got=f"{len(paths)} studies", fix="name one")
     check_writable(out)
     studies = [load_study(path, overrides, quick) for path in paths]
-    if render and not overrides:
-        words = [_words_before(runs / study.name / RESOLVED) for study in studies]
-        pairs = zip(paths, words, strict=True)
-        studies = [load_study(path, before, quick) for path, before in pairs]
     names = [study.name for study in studies]
     if len(set(names)) < len(names):
         raise UsageError("two studies of one name", got=", ".join(names), fix="rename one")
+    with ExitStack() as stack:
+        if not render:
+            for name in names:
+                _unpack_kept(runs, name)
+        folders = [stack.enter_context(opened(runs, name)) for name in names]
+        if render and not overrides:
+            words = [_words_before(folder / RESOLVED) for folder in folders]
+            pairs = zip(paths, words, strict=True)
+            studies = [load_study(path, before, quick) for path, before in pairs]
+        return _run(studies, folders, only, render, runs, out, keep_in)
+
+
+def _unpack_kept(runs: Path, name: str) -> None:
+    """Unpack a study that is to go on where only its archive is there."""
+    if archive_of(runs, name).exists() and not (runs / name).exists():
+        with tempfile.TemporaryDirectory(dir=runs, prefix=f".{name}-") as temporary:
+            unpack(archive_of(runs, name), Path(temporary) / name)
+            (Path(temporary) / name).rename(runs / name)
+
+
+def _run(
+    studies: Sequence[Study],
+    folders: Sequence[Path],
+    only: Sequence[str],
+    render: bool,
+    runs: Path,
+    out: Path,
+    keep_in: Path | None,
+) -> StudyResult:
+    """Work in the studies' folders; see `run`."""
 
     def pages() -> list[Findings]:
-        found = [collect(study, Folder(runs / study.name)) for study in studies]
+        found = [
+            collect(study, Folder(folder)) for study, folder in zip(studies, folders, strict=True)
+        ]
         if render and not any(model.scores for one in found for model in one.models):
             raise UsageError(
                 "there is nothing to show yet", got="--render", expected="a study that has scores",
@@ -90,10 +122,13 @@ def run(
         for study in studies:
             _work(study, runs, only, pages)
     found = pages()
+    if keep_in is not None:
+        for study, folder in zip(studies, folders, strict=True):
+            keep(folder, study, archive_of(keep_in, study.name))
     return StudyResult(
         page=out,
         html=out.with_suffix(".html"),
-        studies=names,
+        studies=[study.name for study in studies],
         verdicts=[findings.verdict for findings in found],
         missing=sum(findings.missing for findings in found),
     )

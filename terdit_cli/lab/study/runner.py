@@ -64,13 +64,13 @@ from terdit_cli.lab.study.spec import (
     words_of,
 )
 from terdit_cli.model.ckpt import CKPT, load_ckpt
-from terdit_cli.model.flops import BACKWARD_AND_FORWARD, training_flops
+from terdit_cli.model.layout import BACKWARD_AND_FORWARD, training_flops
 from terdit_cli.recipe import Recipe, load_recipe
 from terdit_cli.system.atomic import atomic_path
 from terdit_cli.train.checkpoint import complete_checkpoints, read_manifest
-from terdit_cli.train.export import export_ckpt
 from terdit_cli.train.loggers import FILE as METRICS
 from terdit_cli.train.loggers import logged_seconds, read_metrics
+from terdit_cli.train.write_ckpt import export_ckpt
 
 LATENCY_REPEATS = 3
 DIVERGED = 5  # exit code of a training that could not go on

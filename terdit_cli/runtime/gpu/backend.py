@@ -5,7 +5,7 @@
 
 Products are summed in float32 (fp32, bf16, fp8; in fp8 with the fewer bits that Hopper's tensor
 cores keep) or int32. The codes lie on the device in another
-order than t2 (`to_slices`; gpu_kernels.py says why), of as many bytes: nothing larger is ever in
+order than t2 (`from_t2`; gpu_kernels.py says why), of as many bytes: nothing larger is ever in
 global memory. Triton is imported when first used, never when this module is.
 
 Shapes: M rows, N out features, K in features, G = ceil(K / 128) groups, S = ceil(K / 512).
@@ -24,17 +24,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from terdit_cli.errors import EnvironmentProblem
+from terdit_cli.model.dit import DiT, DiTConfig
 from terdit_cli.model.ternary import ACTIVATION_FLOOR
 from terdit_cli.pack.trits import t2_decode, t2_shape
 from terdit_cli.runtime import reference
 from terdit_cli.runtime.gpu import tiles as gpu_config
 from terdit_cli.runtime.gpu.tiles import SLICE, Device, Epilogue, Problem, Tile
-from terdit_cli.runtime.reference import INT16_LIMIT, Precision
+from terdit_cli.runtime.reference import INT16_LIMIT, How, Precision
+from terdit_cli.system.gpu_memory import free_bytes
 
 NAME = "gpu"
 PRECISIONS: tuple[Precision, ...] = (*reference.PRECISIONS, "fp8")
 
 LARGEST_K = 65_000  # sums of int16 activations fit int32
+FINER_ADALN: tuple[Precision, ...] = ("int8", "fp8", "bf16")
 OLDEST = (8, 0)  # compute capability with bfloat16
 OLDEST_FP8 = (8, 9)
 OLDEST_TRITON = (3, 6)
@@ -102,23 +105,50 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         )
 
 
+def network_class() -> type[DiT]:
+    """Return the network whose whole step is a graph of launches."""
+    from terdit_cli.runtime.gpu.graph_step import GpuDiT  # which calls this module
+
+    return GpuDiT
+
+
+t5_to_t2 = reference.t5_to_t2
+
+
+def condition_device(device: torch.device) -> torch.device:
+    """Return the CPU: the step keeps modulations by the values of t and y."""
+    return torch.device("cpu")
+
+
+def largest_batch(config: DiTConfig, device: torch.device, precision: Precision) -> int | None:
+    """Return how many rows of a batch the free memory of the GPU holds."""
+    from terdit_cli.runtime.gpu import graph_step
+
+    return graph_step.largest_batch(config, free_bytes(device), precision)
+
+
+def how(device: torch.device) -> How:
+    """Return torch's number of threads, and the GPU by name."""
+    return How(torch.get_num_threads(), None, torch.cuda.get_device_name(device))
+
+
 def _dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def slices_shape(rows: int, columns: int) -> tuple[int, int]:
+def weight_shape(rows: int, columns: int) -> tuple[int, int]:
     """Return the shape of the codes of a matrix [rows, columns] on the device."""
     return rows, -(-columns // (4 * SLICE)) * SLICE
 
 
-def to_slices(packed: Tensor, rows: int, columns: int) -> Tensor:
+def from_t2(packed: Tensor, rows: int, columns: int) -> Tensor:
     """Reorder t2 bytes, uint8 [ceil(N/64), ceil(K/4), 64], as the kernels read them.
 
     Returns uint8 [N, 128 S]: byte (n, 128 s + i) holds the trits of row n at k = 512 s + 128 j + i
     in bits 2j and 2j+1 as two's complement. Temporary memory: 3 bytes a weight of this matrix.
     """
     trits = t2_decode(packed, rows, columns)
-    width = slices_shape(rows, columns)[1]
+    width = weight_shape(rows, columns)[1]
     fields = F.pad(trits, (0, 4 * width - columns)).view(torch.uint8) & 3
     first, second, third, fourth = fields.view(rows, -1, 4, SLICE).unbind(2)
     return (first | second << 2 | third << 4 | fourth << 6).reshape(rows, width)
@@ -318,7 +348,7 @@ def _check(
         raise ValueError(f"x is on {x.device}, expected a CUDA device")
     allowed = ((1,), (rows,), (rows, -(-columns // SLICE)))
     tensors = [
-        ("packed", packed, torch.uint8, (slices_shape(rows, columns),)),
+        ("packed", packed, torch.uint8, (weight_shape(rows, columns),)),
         ("alphas", alphas, torch.float32, allowed),
     ]
     if bias is not None:
@@ -375,11 +405,11 @@ def matmul(
     """Compute x [..., K] @ (alpha * trits).T + bias -> [..., N]; see `reference.matmul`.
 
     Args:
-        packed: as `to_slices` gives it; t2 bytes are taken too, and reordered at each call.
+        packed: as `from_t2` gives it; t2 bytes are taken too, and reordered at each call.
 
     Raises:
         ValueError: tensors of other shapes, types or places than documented.
     """
     if packed.dim() == 3 and tuple(packed.shape) == t2_shape(*shape):
-        packed = to_slices(packed, *shape)
+        packed = from_t2(packed, *shape)
     return torch.ops.terdit.gpu_linear(x, packed, alphas, bias, *shape, precision)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from terdit_cli.model.dit import DiT, DiTConfig
-from terdit_cli.pack.exported import MATRICES
+from terdit_cli.model.layout import ADALN, ADALN_NORM, block_layout
 from terdit_cli.runtime.gpu import backend as gpu
 from terdit_cli.runtime.gpu.backend import make_rows, multiply
 from terdit_cli.runtime.reference import Precision
@@ -96,21 +96,25 @@ class Step:
         self.network = weakref.proxy(network)  # which owns this step
         config = self.config = network.config
         layers: Any = network.layers
-        paths = [(index, path) for index in range(config.n_layers) for path in MATRICES]
-        found = [(path, layers[index].get_submodule(path).precision) for index, path in paths]
-        kinds = {precision for path, precision in found if path != MATRICES[-1]}
-        adaln = {precision for path, precision in found if path == MATRICES[-1]}
+        self.layout = block_layout(config)
+        found = [
+            (matrix.name, layer.get_submodule(matrix.name).precision)
+            for layer in layers
+            for matrix in self.layout.matrices
+        ]
+        kinds = {precision for name, precision in found if name != ADALN}
+        adaln = {precision for name, precision in found if name == ADALN}
         if len(kinds) > 1 or len(adaln) > 1:
             raise ValueError("the layers have precisions of several kinds")
         self.precision: Precision = kinds.pop()
         self.adaln_precision: Precision = adaln.pop()
         self.layers = [self._layer(layer) for layer in layers]
-        projections = [layer.adaLN_modulation[1] for layer in layers]
+        projections = [layer.get_submodule(ADALN) for layer in layers]
         self.adaln = _joined(projections)
         self.adaln_bias = torch.cat([layer.bias for layer in projections])
         self.adaln_norm: Tensor | None = None
         if config.adaln_norm:
-            self.adaln_norm = torch.stack([layer.adaLN_modulation[2].weight for layer in layers])
+            self.adaln_norm = torch.stack([layer.get_parameter(ADALN_NORM) for layer in layers])
         self.slots = [
             (owner, key, _state(owner, key))
             for module in network.modules()
@@ -127,16 +131,20 @@ class Step:
         return all(_state(owner, key) == state for owner, key, state in self.slots)
 
     def _layer(self, block: Any) -> Layer:
-        attention, feed_forward = block.attention, block.feed_forward
+        attention = block.attention
         norms = [
             (norm.weight, norm.bias) if isinstance(norm, nn.LayerNorm) else None
             for norm in (attention.q_norm, attention.k_norm)
         ]
+        qkv, wo, w13, w2 = (
+            _joined([block.get_submodule(matrix.name) for matrix in group])
+            for group in self.layout.groups
+        )
         return Layer(
-            _joined([attention.wq, attention.wk, attention.wv]),
-            _joined([attention.wo]),
-            _joined([feed_forward.w1, feed_forward.w3]),
-            _joined([feed_forward.w2]),
+            qkv,
+            wo,
+            w13,
+            w2,
             block.attention_norm.weight[None],
             block.ffn_norm.weight[None],
             norms[0],

@@ -2,7 +2,7 @@
 # ruff: noqa: RET505  what follows a return is compiled, unless it is in an else
 """The Triton kernels: products with packed trits, and the row operations between them.
 
-The packed operand ("slices", made by `gpu.to_slices` from t2 once at load, 2 bits a weight too):
+The packed operand ("slices", made by `gpu.from_t2` from t2 once at load, 2 bits a weight too):
 uint8 [N, 128 S], S = ceil(K / 512). Byte (n, 128 s + i) holds the trits of row n at
 k = 512 s + 128 j + i, j = 0..3, as two's complement in bits 2j and 2j+1: 00, 01, 11 = 0, 1, -1.
 

@@ -240,7 +240,7 @@ def test_everything_is_measured_in_the_interpreter(
     assert 0 < bf16 < 0.1
     assert chosen
     assert found.peaks.bf16 == 2 * 32**3 / 0.25
-    assert found.adaln[0].packed_bytes == gpu.slices_shape(4 * 6 * 64, 64)[1] * 4 * 6 * 64
+    assert found.adaln[0].packed_bytes == gpu.weight_shape(4 * 6 * 64, 64)[1] * 4 * 6 * 64
     tuned = json.loads((tmp_path / gpu_config.GPU_CACHE).read_text())
     assert {key.split("-")[1] for tiles in tuned.values() for key in tiles} == {
         "plain", "gated", "swiglu"

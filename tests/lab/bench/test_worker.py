@@ -13,8 +13,9 @@ import torch
 
 from terdit_cli.errors import TerditError
 from terdit_cli.lab.bench import rivals, worker
-from terdit_cli.lab.bench.random_model import RandomModel, forward_operations
+from terdit_cli.lab.bench.random_model import RandomModel
 from terdit_cli.lab.bench.worker import Process, Worker, resident_bytes
+from terdit_cli.model.layout import block_weights, forward_operations
 from terdit_cli.pack.exported import count_weights
 from terdit_cli.pack.tdt import write_tdt
 
@@ -53,7 +54,9 @@ def test_work_is_counted_from_the_matrices() -> None:
         rows = 3 if "adaLN" in name else 3 * tokens
         expected += 2.0 * rows * k * n
     assert forward_operations(model.info.config, batch=3) == expected
-    assert model.info.config.n_layers * sum(model.info.config.block_weights) == count_weights(model)
+    assert model.info.config.n_layers * sum(block_weights(model.info.config)) == count_weights(
+        model
+    )
 
 
 def test_networks_run_at_another_resolution_and_agree(nano: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from terdit_cli.cli import study_cli as app_study
 from terdit_cli.errors import EnvironmentProblem, UsageError
 from terdit_cli.lab.study import run_study as command
+from terdit_cli.lab.study.archive import opened
 from terdit_cli.lab.study.records import Folder, differences, essence
 from terdit_cli.lab.study.spec import Study, load_study
 from terdit_cli.recipe import load_recipe
@@ -151,6 +152,7 @@ def test_the_training_commands_of_the_page_train_what_was_trained(name: str) -> 
     assert made
     for (run, seed), values in made.items():
         variant = run.removeprefix(f"name={name}-")
-        record = ROOT / "docs/studies" / name / variant / seed.replace("=", "-") / "train.json"
-        asked = json.loads(record.read_text(encoding="utf-8"))["asked"]
+        with opened(ROOT / "docs/studies", name) as folder:
+            record = folder / variant / seed.replace("=", "-") / "train.json"
+            asked = json.loads(record.read_text(encoding="utf-8"))["asked"]
         assert not differences(asked, json.loads(json.dumps({"recipe": values}))), (variant, seed)

@@ -1,0 +1,43 @@
+"""The command line of `terdit ternarize`; no torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from terdit_cli import console
+from terdit_cli.cli import tables
+from terdit_cli.cli.flags import Ema, Json, weights_of
+
+EXAMPLES = (
+    "terdit ternarize runs/quickstart -o quickstart.safetensors",
+    "terdit ternarize runs/baseline/ckpt.pt -o baseline.safetensors --granularity row",
+)
+
+
+def ternarize(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="ckpt.pt, or its run folder.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
+    ema: Ema = True,
+    granularity: Annotated[
+        Literal["tensor", "row", "group128"] | None,
+        typer.Option(
+            help="Granularity of the fitted scales, for a full-precision checkpoint.  "
+            "[default: tensor]"
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Freeze a checkpoint into ternary weights and scales, with a table of every layer."""
+    from terdit_cli.commands import ternarize as command
+
+    result = command.run(checkpoint, out, weights_of(ema), granularity)
+    if json:
+        console.result_json(dataclasses.asdict(result))
+    else:
+        tables.print_ternarized(result)

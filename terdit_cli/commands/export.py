@@ -1,0 +1,79 @@
+"""`terdit export`: a checkpoint of a run becomes one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from terdit_cli.errors import InputFileError, UsageError
+from terdit_cli.model.ckpt import CKPT, load_ckpt
+from terdit_cli.system.job import Job
+from terdit_cli.train.checkpoint import (
+    FOLDER,
+    MANIFEST,
+    Saved,
+    check_checkpoint,
+    latest_checkpoint,
+)
+from terdit_cli.train.write_ckpt import export_ckpt
+
+# By suffix: what writes the file.
+FORMATS: dict[str, Callable[[Saved, Path], None]] = {".pt": export_ckpt}
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was made of which checkpoint."""
+
+    checkpoint: Path
+    out: Path
+    step: int
+
+
+def run(source: Path, out: Path | None = None) -> ExportResult:
+    """Write a checkpoint as one file, in one process and little memory.
+
+    Args:
+        source: a run folder, whose newest undamaged checkpoint is taken, or a checkpoint folder.
+        out: the file to write, of a suffix in `FORMATS`; default ckpt.pt in the run folder.
+
+    Raises:
+        InputFileError: no checkpoint there, or a damaged one.
+        UsageError: ckpt.pt would take the place of that of another step, or an unknown suffix.
+        EnvironmentProblem: disk full or not writable.
+    """
+    if out is not None and out.suffix not in FORMATS:
+        raise UsageError(
+            "unknown kind of export", got=out.name,
+            expected="a name that ends in " + ", ".join(FORMATS), fix="-o ckpt.pt",
+        )  # fmt: skip
+    job = Job()
+    if (source / MANIFEST).exists():
+        saved, folder = check_checkpoint(source, job), source.resolve().parent
+        run_folder = folder.parent if folder.name == FOLDER else source
+    else:
+        newest, run_folder = latest_checkpoint(source, job), source
+        if newest is None:
+            raise InputFileError(
+                "there is no complete checkpoint", where=source,
+                fix="name a run folder or one of its checkpoints/step-* folders",
+            )  # fmt: skip
+        saved = newest
+    path = out or run_folder / CKPT
+    if out is None and _step_of(path) not in (None, saved.step):
+        raise UsageError(
+            "the run's ckpt.pt is of another step", got=f"step {_step_of(path)}",
+            expected=f"step {saved.step}, as the checkpoint", where=path,
+            fix="name another file: -o early.pt",
+        )  # fmt: skip
+    FORMATS[path.suffix](saved, path)
+    return ExportResult(saved.path, path, saved.step)
+
+
+def _step_of(path: Path) -> int | None:
+    """Return the step of a ckpt.pt; None where there is none, or a damaged one to be made again."""
+    try:
+        return load_ckpt(path).info.step
+    except InputFileError:
+        return None

@@ -1,0 +1,67 @@
+"""What can be asked for of a model and of sampling, each option declared once; no torch here.
+
+The command line makes its flags from these fields (`cli/flags.py`), the verbs pass the objects on,
+and the generator reads them. A new option is a field here and its use in the generator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from terdit_cli.option import option
+
+Labels = Literal["balanced", "uniform"]
+Weights = Literal["ema", "raw"]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How images are sampled. None is what the card of a packaged model advises, else a default."""
+
+    steps: int | None = option(None, "Sampling steps.  [default: 250, or as the card advises]")
+    sampler: str | None = option(
+        None,
+        "ddpm, ddim, dpmpp-2m, unipc or euler.  [default: ddpm, or as the card advises]",
+    )
+    cfg_scale: float | None = option(
+        None,
+        "Scale of classifier-free guidance; 1 turns it off.  [default: 4, or as the card advises]",
+    )
+    cfg_channels: Literal["3", "all"] = option(
+        "3", "Channels that guidance changes: 3 as published, or all."
+    )
+    eps_scale: float | None = option(
+        None, "Factor on the predicted noise.  [default: 1, or as the card advises]"
+    )
+    seed: int = option(0, "Random seed.")
+    batch_size: int | None = option(
+        None,
+        "Images per batch; CFG uses two rows per image.  [default: 8, or what fits the GPU]",
+    )
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is loaded and run."""
+
+    backend: str = option("auto", "auto, gpu, cpu or reference.")
+    activations: str = option(
+        "auto",
+        "Precision of activations in packed models: auto, int8, int16, bf16, fp32 or fp8.",
+    )
+    compiled: bool = option(
+        False, "Compile the network of a checkpoint: pays for thousands of images.", "--compile"
+    )
+    ema: bool = option(
+        True, "EMA weights of a checkpoint, or those of the last step.", "--ema/--raw"
+    )
+    threads: int | None = option(None, "CPU threads.  [default: torch's]", envvar="TERDIT_THREADS")
+    device: str | None = option(
+        None, "auto, cpu, cuda or cuda:1.  [default: a GPU if there is one]"
+    )
+    vae: str | None = option(None, "VAE folder or hub id in place of the model's.")
+
+    @property
+    def weights(self) -> Weights:
+        return "ema" if self.ema else "raw"

@@ -1,0 +1,82 @@
+"""Class queries: ids, names, lists, all; and what is said when nothing fits."""
+
+from __future__ import annotations
+
+import pytest
+
+from terdit_cli.class_names import find_class, find_classes, imagenet_class_names
+from terdit_cli.data.idx import FASHION_CLASSES
+from terdit_cli.errors import UsageError
+
+IMAGENET = imagenet_class_names()
+FASHION = [[name] for name in FASHION_CLASSES]
+
+
+def test_packaged_list() -> None:
+    assert len(IMAGENET) == 1000
+    assert IMAGENET[0] == ["tench", "Tinca tinca", "n01440764"]
+    assert IMAGENET[207] == ["golden retriever", "n02099601"]
+    assert IMAGENET[999][0] == "toilet tissue"
+    assert all(names and all(names) for names in IMAGENET)
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("207", [207]),
+        (" 207 ", [207]),
+        ("golden retriever", [207]),
+        ("GOLDEN Retriever", [207]),
+        ("man-eating shark", [2]),
+        ("3,7,9", [3, 7, 9]),
+        ("9, 3 ,9", [9, 3, 9]),
+        ("golden retriever,tench", [207, 0]),
+        ("golden retriever, 3", [207, 3]),
+        ("lion, king of beasts, Panthera leo", [291]),
+        ("all", list(range(1000))),
+        ("ALL", list(range(1000))),
+    ],
+)
+def test_imagenet(query: str, expected: list[int]) -> None:
+    assert find_classes(query, IMAGENET) == expected
+
+
+def test_every_name_that_is_not_shared_finds_its_class() -> None:
+    owners: dict[str, set[int]] = {}
+    for index, names in enumerate(IMAGENET):
+        for name in names:
+            owners.setdefault(name.lower(), set()).add(index)
+    for name in list(owners)[::9]:
+        if len(owners[name]) == 1:
+            assert {find_class(name, IMAGENET)} == owners[name]
+
+
+def test_other_class_lists() -> None:
+    assert find_classes("Sandal,Bag", FASHION) == [5, 8]
+    assert find_class("t-shirt/TOP", FASHION) == 0
+    assert find_classes("all", FASHION) == list(range(10))
+    assert find_classes("a,b", [["a"], ["b"], ["a,b"]]) == [2]
+
+
+@pytest.mark.parametrize(
+    ("query", "parts"),
+    [
+        ("goldn retriever", ["'goldn retriever'", "did you mean 'golden retriever'?", "0 to 999"]),
+        ("xqzzk", ["'xqzzk'", "0 to 999", "Fix: give ids"]),
+        ("1000", ["got 1000", "0 to 999", "Fix: give ids"]),
+        ("-1", ["got -1", "0 to 999"]),
+        ("3,1000", ["got 1000"]),
+        ("3,,4", ["got ''"]),
+        ("", ["got ''"]),
+        ("tench,goldn retriever", ["'goldn retriever'"]),
+        ("crane", ["'crane'", "134, 517", "Fix: name the class by its id"]),
+        ("Maillot", ["'Maillot'", "638, 639"]),
+        ("tench,crane", ["134, 517"]),
+    ],
+)
+def test_queries_that_fit_nothing_or_too_much(query: str, parts: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        find_classes(query, IMAGENET)
+    for part in parts:
+        assert part in str(caught.value)
+    assert caught.value.exit_code == 2
