@@ -61,7 +61,7 @@ bench-metrics: install  ## docs/metrics.md: eval-fid's scores and times beside r
 add-model: install  ## package a run: make add-model RUN=runs/x NAME=x EVAL=result.json WORDS='--data ...'
 	$(BIN)/python -m terdit_cli.lab.add_model $(RUN) $(NAME) --eval $(EVAL) $(WORDS)
 
-results: install  ## docs/results.md and .html from what the studies found, in docs/studies
+results: install  ## docs/results.md, -tables.md and .html from what the studies found, in docs/studies
 	$(BIN)/terdit study recipes/studies/fashion-mnist.yaml recipes/studies/cifar10.yaml \
 		recipes/studies/ablations.yaml --render --runs docs/studies --out docs/results.md
 

@@ -55,7 +55,7 @@ def run(
         quick: the shortened versions.
         render: only write the pages; without overrides, of the words that a study was run with.
         runs: where each study has a folder of its own, or an archive.
-        out: the .md page; the .html page and the figures lie beside it.
+        out: the .md page; that of all tables, the .html and the figures lie beside it.
         keep_in: write the findings of each study into this folder as an archive.
 
     Raises:

@@ -69,7 +69,7 @@ def write_pages(path: Path, studies: Sequence[Findings]) -> None:
         ),
     ]
     whole = list(first)
-    where = f"All tables, all variants and every command are in {tables.name}."
+    where = f"All tables, variants and commands: [{tables.name}]({tables.name})."
     short: list[Block] = [*first, Text(where)]
     rest: list[Block] = [Heading(1, f"{TITLE}: all tables")]
     for findings in studies:
