@@ -81,7 +81,8 @@ def test_pages_are_made_again_of_the_words_that_a_study_was_run_with(
     (runs / study.name / command.RESOLVED).write_text(study.to_yaml())
     command.run([study_file], render=True, runs=runs, out=out)
     assert "other settings" not in out.read_text()
-    assert f"terdit study {study_file} optim.lr=1e-5)" in out.read_text()
+    tables = out.with_name(f"{out.stem}-tables.md").read_text()
+    assert f"terdit study {study_file} optim.lr=1e-5)" in tables
     command.run([study_file], ["optim.lr=1e-4"], render=True, runs=runs, out=out)
     assert "other settings" in out.read_text()
 
