@@ -201,9 +201,15 @@ def join_job(
         ) from error
     job = Job(place.rank, place.size, place.local_rank, place.local_size, device, store)
     job._enter()
-    with _one_message(job), others_alive(job, retry):
-        yield job
-    distributed.destroy_process_group()  # after a failure it might wait for what is gone
+    failed = True
+    try:
+        with _one_message(job), others_alive(job, retry):
+            yield job
+        failed = False
+    finally:
+        # After a failed training a collective of another thread may wait for what is gone.
+        if not (failed and a_gpu_each):
+            distributed.destroy_process_group()
 
 
 def own_device(place: Launched, a_gpu_each: bool = False) -> torch.device:
