@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from terdit_cli.commands import train as command
+from terdit_cli.commands import export
 from terdit_cli.data.loader import BatchLoader
 from terdit_cli.diffusion.process import Schedule
 from terdit_cli.errors import EnvironmentProblem, GateFailed
@@ -57,14 +57,15 @@ WORDS = (
 WORKER = """
 import json, os, pathlib, resource, signal, sys, time
 from terdit_cli.cli import app
-from terdit_cli.train import loop, trainer, watch
+from terdit_cli.diffusion import process
+from terdit_cli.train import loop, trainer, watchdog
 
 rank, folder = int(os.environ["RANK"]), pathlib.Path(os.environ["NOTES"])
 faults = {(step, kind) for who, step, kind in json.loads(os.environ["FAULTS"]) if who == rank}
-watch.TELL_SECONDS = 1.0
+watchdog.TELL_SECONDS = 1.0
 (folder / f"pid-{rank}").write_text(str(os.getpid()))
 now = [0]
-plain_step, plain_losses = trainer.Trainer.train_step, trainer.Schedule.training_losses
+plain_step, plain_losses = trainer.Trainer.train_step, process.Schedule.training_losses
 
 
 def step(self, images, labels, notices=()):
@@ -104,7 +105,7 @@ def leave(code, plain=os._exit):
 
 
 os._exit = leave
-trainer.Trainer.train_step, trainer.Schedule.training_losses = step, losses
+trainer.Trainer.train_step, process.Schedule.training_losses = step, losses
 loop.BatchLoader = SlowDisk
 
 
@@ -309,7 +310,7 @@ def test_resumed_by_three_processes(
 def test_the_shards_of_two_processes_as_one_file(
     tmp_path: Path, killed: tuple[Path, int], tensors_of: Callable[[Path], dict[str, Tensor]]
 ) -> None:
-    result = command.export(killed[0], tmp_path / "out.pt")
+    result = export.run(killed[0], tmp_path / "out.pt")
     assert result.step == max(complete_checkpoints(killed[0]))
     assert {"__0_0.distcp", "__1_0.distcp"} < {path.name for path in result.checkpoint.iterdir()}
     exported, stored = load_ckpt(result.out), tensors_of(result.checkpoint)
