@@ -7,7 +7,6 @@ process of a job (rank 0) writes.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from rich.progress import (
 from rich.table import Table
 
 from terdit_cli.errors import EnvironmentProblem
+from terdit_cli.system.launcher import is_main
 
 PLAIN_SECONDS = 10.0  # without a terminal: one line at most this often, unless told otherwise
 PIPE_WIDTH = 160  # columns of a table that no terminal shows
@@ -36,11 +36,6 @@ PIPE_WIDTH = 160  # columns of a table that no terminal shows
 # Piped output is for programs and logs: never wrap a line there.
 _out = Console(soft_wrap=True, highlight=False, emoji=False)
 _err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
-
-
-def is_main() -> bool:
-    """Return whether this process is the one that talks (rank 0)."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def note(text: str) -> None:

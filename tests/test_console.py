@@ -12,6 +12,7 @@ from rich.console import Console
 
 from terdit_cli import console
 from terdit_cli.errors import EnvironmentProblem
+from terdit_cli.system.launcher import NEEDED
 
 
 def test_results_and_notes_go_apart(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,7 +28,8 @@ def test_results_and_notes_go_apart(capsys: pytest.CaptureFixture[str]) -> None:
 def test_only_the_main_process_talks_but_all_fail_aloud(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    for name, value in zip(NEEDED, ("1", "2", "1", "localhost", "1"), strict=True):
+        monkeypatch.setenv(name, value)
     console.result("x")
     console.result_json({"a": 1})
     console.result_table("x", ("a",), [(1,)])
@@ -37,6 +39,21 @@ def test_only_the_main_process_talks_but_all_fail_aloud(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "error: rank 1 fails\n"
+
+
+@pytest.mark.parametrize(
+    ("rank", "size"), [("1", None), ("1", "1"), ("1", ""), ("", "1"), ("", None), ("1", "x")]
+)
+def test_a_rank_left_in_the_environment_silences_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: str, size: str | None
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    console.result("x")
+    console.note("y")
+    assert capsys.readouterr() == ("x\n", "y\n")
 
 
 def test_lines_and_tables_are_not_folded(capsys: pytest.CaptureFixture[str]) -> None:

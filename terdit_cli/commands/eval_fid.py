@@ -64,7 +64,7 @@ from terdit_cli.generate.saved_images import SavedImages
 from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.runtime.cpu import set_threads
 from terdit_cli.system.gpu_memory import ELSEWHERE, explained
-from terdit_cli.system.job import Processes, join_processes
+from terdit_cli.system.job import Job, join_job
 
 DEFAULT_IMAGES = 1000  # of a model
 
@@ -243,15 +243,15 @@ def run(
     if loading.threads is not None:
         set_threads(loading.threads)
     started = time.monotonic()
-    with join_processes() as processes, _work_folder(options.work, processes) as work:
-        place = usable_device(processes.device(loading.device))
+    with join_job() as job, _work_folder(options.work, job) as work:
+        place = usable_device(job.device_named(loading.device))
         device = str(place)
         fits = partial(explained, "the network of features", place, ELSEWHERE)
         with fits():
             extractor = make_extractor(
                 options.features, options.weights, device, options.precision, _Download()
             )
-        source = _open(options, sampling, replace(loading, device=device), processes)
+        source = _open(options, sampling, replace(loading, device=device), job)
         provenance = _provenance(source, extractor, sampling.seed, command)
         warnings = list(extractor.warnings)
         reference, members = None, {}
@@ -261,7 +261,7 @@ def run(
             if options.per_class is not None:
                 members = classes_asked_for(options.per_class, source, where, compared)
             with fits():
-                reference = open_reference(where, compared, extractor, work, processes)
+                reference = open_reference(where, compared, extractor, work, job)
             provenance |= reference.facts()
             warnings += check_limits(
                 limits,
@@ -274,8 +274,8 @@ def run(
         saved = None if options.save_images is None else SavedImages(options.save_images)
         keep = eval_outputs.pictures_to_keep(source, options)
         with fits():
-            shards = make_features(source, extractor, work / "images", processes, keep, saved)
-        if not processes.is_main:
+            shards = make_features(source, extractor, work / "images", job, keep, saved)
+        if not job.is_main:
             return None
         pictures = eval_outputs.Pictures(source, shards)
         if options.make_reference is not None:
@@ -331,21 +331,21 @@ def require_passed(result: EvalResult) -> None:
 
 
 @contextmanager
-def _work_folder(named: Path | None, processes: Processes) -> Iterator[Path]:
+def _work_folder(named: Path | None, job: Job) -> Iterator[Path]:
     """Yield the folder of features: the user's, which stays, or a temporary one."""
     if named is not None:
         yield named
-    elif processes.is_main:
+    elif job.is_main:
         with tempfile.TemporaryDirectory(prefix="terdit-") as folder:
-            yield Path(processes.tell(folder))
-            processes.wait()
+            yield Path(job.broadcast(folder))
+            job.wait()
     else:
-        yield Path(processes.tell(None))
-        processes.wait()
+        yield Path(job.broadcast(None))
+        job.wait()
 
 
 def _open(
-    options: EvalOptions, sampling: SamplingOptions, loading: ModelOptions, processes: Processes
+    options: EvalOptions, sampling: SamplingOptions, loading: ModelOptions, job: Job
 ) -> Source:
     """Open what is scored."""
     if options.model is None:
@@ -359,7 +359,7 @@ def _open(
         options.n or DEFAULT_IMAGES,
         sampling.seed,
         options.labels,
-        processes.least(generator.batch_size(sampling.batch_size, asked.guided)),
+        job.smallest(generator.batch_size(sampling.batch_size, asked.guided)),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.ckpt import CKPT, load_ckpt
+from terdit_cli.system.job import Job
 from terdit_cli.train.checkpoint import (
     FOLDER,
     MANIFEST,
@@ -15,11 +16,10 @@ from terdit_cli.train.checkpoint import (
     check_checkpoint,
     latest_checkpoint,
 )
-from terdit_cli.train.parallel import World
-from terdit_cli.train.write_ckpt import export_ckpt
+from terdit_cli.train.write_ckpt import write_ckpt
 
 # By suffix: what writes the file.
-FORMATS: dict[str, Callable[[Saved, Path], None]] = {".pt": export_ckpt}
+FORMATS: dict[str, Callable[[Saved, Path], None]] = {".pt": write_ckpt}
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ def run(source: Path, out: Path | None = None) -> ExportResult:
             "unknown kind of export", got=out.name,
             expected="a name that ends in " + ", ".join(FORMATS), fix="-o ckpt.pt",
         )  # fmt: skip
-    world = World()
+    job = Job()
     if (source / MANIFEST).exists():
-        saved, folder = check_checkpoint(source, world), source.resolve().parent
+        saved, folder = check_checkpoint(source, job), source.resolve().parent
         run_folder = folder.parent if folder.name == FOLDER else source
     else:
-        newest, run_folder = latest_checkpoint(source, world), source
+        newest, run_folder = latest_checkpoint(source, job), source
         if newest is None:
             raise InputFileError(
                 "there is no complete checkpoint", where=source,

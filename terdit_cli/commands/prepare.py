@@ -25,7 +25,7 @@ from terdit_cli.generate.generator import usable_device
 from terdit_cli.recipe import Recipe, load_recipe
 from terdit_cli.system.atomic import check_writable
 from terdit_cli.system.gpu_memory import ELSEWHERE, explained
-from terdit_cli.system.job import Processes, join_processes
+from terdit_cli.system.job import Job, join_job
 from terdit_cli.train import build
 
 FOLDER = "latents"
@@ -91,11 +91,11 @@ def run(
     _check_recipe(recipe)
     folder = out or Path(FOLDER) / recipe.name
     check_writable(folder / INDEX)
-    with join_processes() as processes:
+    with join_job() as job:
         data = recipe.data
         listing = list_images(data.source, data.path, data.split)
         build.check_classes(recipe, len(listing.class_names))
-        place = usable_device(processes.device(device))
+        place = usable_device(job.device_named(device))
         fix = f"--batch-size {batch_size // 2}" if batch_size > 1 else ELSEWHERE
         fits = partial(explained, f"the VAE and {batch_size} images at once", place, fix)
         with fits():
@@ -109,24 +109,24 @@ def run(
             )
         plan = make_plan(data, listing, space, round(shard_mb * 1e6), batch_size)
         work = LatentWork(folder, plan)
-        if processes.tell(work.is_complete() if processes.is_main else None):
+        if job.broadcast(work.is_complete() if job.is_main else None):
             console.note(f"{folder}: all {plan.num_shards} shards are there already")
             return _result(folder, read_index(folder), 0, None)
-        if processes.is_main:
+        if job.is_main:
             _announce(work)
             work.claim()
             _check_disk(work)
-        processes.wait()
+        job.wait()
         work.join()
         done = work.finished()
         missing = [number for number in range(plan.num_shards) if number not in done]
-        processes.wait()  # all have seen the same shards before the first one is added
+        job.wait()  # all have seen the same shards before the first one is added
         with fits():
-            rate = _make_shards(work, missing, processes, listing, space, recipe)
-        processes.wait()
-        if processes.is_main:
+            rate = _make_shards(work, missing, job, listing, space, recipe)
+        job.wait()
+        if job.is_main:
             work.finish()
-        processes.wait()
+        job.wait()
         return _result(folder, read_index(folder), len(missing), rate)
 
 
@@ -178,7 +178,7 @@ def _check_disk(work: LatentWork) -> None:
 def _make_shards(
     work: LatentWork,
     missing: list[int],
-    processes: Processes,
+    job: Job,
     listing: Listing,
     space: VaeSpace,
     recipe: Recipe,
@@ -190,9 +190,7 @@ def _make_shards(
     began = time.monotonic()
     pool_context = ThreadPoolExecutor(max(1, data.workers), thread_name_prefix="terdit-decode")
     meter_context = (
-        console.progress(f"preparing {recipe.name}", plan.listed)
-        if processes.is_main
-        else nullcontext()
+        console.progress(f"preparing {recipe.name}", plan.listed) if job.is_main else nullcontext()
     )
     with pool_context as pool, meter_context as meter:
         if meter is not None:
@@ -208,14 +206,14 @@ def _make_shards(
             meter.update(before + done, f"{rate:.1f} img/s  {left} left")
 
         skip_bad = data.on_bad_image == "skip"
-        for number in missing[processes.rank :: processes.size]:
+        for number in missing[job.rank :: job.size]:
             record = work.make(number, listing, space, pool, skip_bad, report)
             if record.skipped:
                 console.warn(
                     f"{record.file}: {len(record.skipped)} unreadable images left out, "
                     f"first: {record.skipped[0]}"
                 )
-    processes.wait()
+    job.wait()
     seconds = time.monotonic() - began
     return pending / seconds if pending else None
 

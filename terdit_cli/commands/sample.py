@@ -27,7 +27,7 @@ from terdit_cli.generate.generator import (
 from terdit_cli.generate.options import ModelOptions, SamplingOptions
 from terdit_cli.report.grid import draw_grid, save_png
 from terdit_cli.system.atomic import atomic_path, check_writable, make_folder
-from terdit_cli.system.job import Processes, join_processes
+from terdit_cli.system.job import Job, join_job
 
 GRID_LIMIT = 256  # images in one picture
 FOLDER_LIMIT = 10_000_000
@@ -79,14 +79,14 @@ def run(
         UsageError, InputFileError, EnvironmentProblem.
     """
     sampling, loading = sampling or SamplingOptions(), loading or ModelOptions()
-    with join_processes() as processes:
+    with join_job() as job:
         for name, value in (("-n", n), ("--batch-size", sampling.batch_size)):
             if value is not None and value < 1:
                 raise UsageError(f"wrong {name}", got=value, expected="a positive number")
         _check_output(output)
         file = find_model(model, prompt_class)
         asked = sampler_for(file, sampling)
-        generator = open_generator(file, replace(loading, device=processes.device(loading.device)))
+        generator = open_generator(file, replace(loading, device=job.device_named(loading.device)))
         names = generator.class_names
         classes = find_classes(prompt_class, names)
         _check_count(n * len(classes), output, generator.model.info.image_size)
@@ -94,13 +94,13 @@ def run(
         config = generator.fit(asked)
         _ = generator.space  # a VAE that cannot be opened is found before the work
         # The same in all processes, whatever else their GPUs do: images depend on it a little.
-        size = processes.least(generator.batch_size(sampling.batch_size, config.guided))
+        size = job.smallest(generator.batch_size(sampling.batch_size, config.guided))
         if size < (sampling.batch_size or DEFAULT_BATCH):
             console.note(f"--batch-size {size}: the GPU has too little memory for {DEFAULT_BATCH}")
-        if not output.suffix and processes.size > 1:
-            if processes.is_main:
+        if not output.suffix and job.size > 1:
+            if job.is_main:
                 make_folder(output)
-            processes.require_shared(output, "-o")
+            job.require_shared(output, "-o")
         text = {
             "software": f"terdit {terdit_cli.__version__}",
             "model": file.path.name,
@@ -112,7 +112,7 @@ def run(
         }
         prepare(config)
         started = time.monotonic()
-        drawn = _draw(generator, config, sampling.seed, indices, size, processes, output, text)
+        drawn = _draw(generator, config, sampling.seed, indices, size, job, output, text)
         seconds = time.monotonic() - started
         if drawn is not None:
             labels = [index % len(names) for index in indices]
@@ -150,7 +150,7 @@ def _draw(
     seed: int,
     indices: list[int],
     batch_size: int,
-    processes: Processes,
+    job: Job,
     output: Path,
     text: dict[str, str],
 ) -> NDArray[np.uint8] | None:
@@ -163,7 +163,7 @@ def _draw(
         there each process writes its own.
     """
     starts = range(0, len(indices), batch_size)
-    mine = starts[processes.rank :: processes.size]
+    mine = starts[job.rank :: job.size]
     whole: NDArray[np.uint8] | None = None
     parts: list[NDArray[np.uint8]] = []  # of this process, to be sent
     started = time.monotonic()
@@ -172,7 +172,7 @@ def _draw(
 
         def on_step(count: int) -> None:
             """Show what all processes have done together, in steps of an image."""
-            done = processes.add("steps", count)
+            done = job.add("steps", count)
             meter.update(done, f"{done * calls / (time.monotonic() - started):.3g} NFE/s")
 
         for start in mine:
@@ -186,22 +186,22 @@ def _draw(
                         "index": str(index),
                     }
                     save_png(Image.fromarray(image), output / name, words)
-            elif processes.is_main:
+            elif job.is_main:
                 if whole is None:  # the first batch of all is the main process's
                     whole = np.empty((len(indices), *images.shape[1:]), np.uint8)
                 whole[start : start + len(batch)] = images
             else:
                 parts.append(images)
         if not output.suffix:
-            processes.wait()
+            job.wait()
             on_step(0)
             return None
         for part in parts:
-            processes.send(part)
+            job.send(part)
         if whole is not None:
             for number, start in enumerate(starts):
-                if number % processes.size:
-                    processes.receive(whole[start : start + batch_size], number % processes.size)
+                if number % job.size:
+                    job.receive(whole[start : start + batch_size], number % job.size)
                     on_step(0)
     return whole
 

@@ -14,6 +14,7 @@ from terdit_cli.model.ckpt import CKPT
 from terdit_cli.recipe import Recipe, load_recipe
 from terdit_cli.system.atomic import atomic_path
 from terdit_cli.system.gpu_memory import explained
+from terdit_cli.system.job import Job, join_job
 from terdit_cli.train import build
 from terdit_cli.train.checkpoint import (
     FOLDER,
@@ -25,11 +26,10 @@ from terdit_cli.train.checkpoint import (
     latest_checkpoint,
     load_state,
 )
-from terdit_cli.train.loop import loss_summary, lost_process, run_training
-from terdit_cli.train.parallel import World, join_world, leave_world
+from terdit_cli.train.loop import loss_summary, resume_command, run_training
 from terdit_cli.train.planner import Plan, plan_run
 from terdit_cli.train.preview import preview_sampler
-from terdit_cli.train.run_lock import alone_in
+from terdit_cli.train.run_lock import locked_run
 from terdit_cli.train.trainer import Trainer
 
 # Changing these on resume would give another network than the one that was saved, or moments that
@@ -92,32 +92,32 @@ def run(
     recipe = load_recipe(recipe_path, overrides)
     preview_sampler(recipe)
     run_folder = out or build.default_run_folder(recipe)
-    world = join_world(2 * recipe.parallel.hang_seconds)  # the watchdog speaks first
     micro = recipe.train.micro_batch_size
     fix = f"train.micro_batch_size={micro // 2}" if micro > 1 else "parallel.mode=fsdp"
     fix += ", or see what fits: --dry-run"
     with (
-        lost_process(world, run_folder),
-        explained(f"a micro-batch of {micro} images", world.device, fix),
+        join_job(
+            a_gpu_each=True,
+            timeout_seconds=2 * recipe.parallel.hang_seconds,  # the watchdog speaks first
+            retry=f"continue with: {resume_command(run_folder)}",
+        ) as job,
+        explained(f"a micro-batch of {micro} images", job.device, fix),
     ):
-        trainer, checkpoint = _train(recipe, resume, run_folder, world)
-    leave_world()
+        trainer, checkpoint = _train(recipe, resume, run_folder, job)
     first, last = loss_summary(run_folder) or (None, None)
     return TrainResult(run_folder, checkpoint, trainer.step, first, last)
 
 
-def _train(
-    recipe: Recipe, resume: str | None, run_folder: Path, world: World
-) -> tuple[Trainer, Path]:
+def _train(recipe: Recipe, resume: str | None, run_folder: Path, job: Job) -> tuple[Trainer, Path]:
     """Build or restore what is trained, train it, and return it with the path of ckpt.pt."""
-    saved = _find_checkpoint(resume, run_folder, world)
+    saved = _find_checkpoint(resume, run_folder, job)
     if saved is not None:
         _check_same_network(recipe, saved)
     build.model_config(recipe)  # a network that cannot be is found before any data is read
     source = build.open_data(recipe)
-    space = build.open_space(recipe, world.device)
-    with alone_in(run_folder, world):
-        return _run(recipe, saved, source, space, run_folder, world)
+    space = build.open_space(recipe, job.device)
+    with locked_run(run_folder, job):
+        return _run(recipe, saved, source, space, run_folder, job)
 
 
 def _run(
@@ -126,29 +126,29 @@ def _run(
     source: BatchSource,
     space: Space,
     run_folder: Path,
-    world: World,
+    job: Job,
 ) -> tuple[Trainer, Path]:
     """Train in a folder that is held; see `_train`."""
     start = recipe.train.init_from if saved is None else None
-    trainer = Trainer(recipe, source, space, world, run_folder, start)
+    trainer = Trainer(recipe, source, space, job, run_folder, start)
     if saved is not None:
         trainer.restore(load_state(saved, trainer.state()), saved.step)
         console.note(f"resuming {recipe.name} after step {saved.step} from {saved.path}")
-    if world.is_main:
+    if job.is_main:
         with atomic_path(run_folder / RECIPE) as temporary:
             temporary.write_text(recipe.to_yaml(), encoding="utf-8")
     parameters = sum(p.numel() for p in trainer.network.parameters())
     console.note(
         f"training {recipe.name}: {parameters:,} parameters, {len(source):,} images, "
-        f"{recipe.train.steps:,} steps of {recipe.train.global_batch_size} on {world.device}, "
+        f"{recipe.train.steps:,} steps of {recipe.train.global_batch_size} on {job.device}, "
         f"into {run_folder}"
     )
     return trainer, run_training(trainer, _saved_here(saved, run_folder))
 
 
-def _find_checkpoint(resume: str | None, run_folder: Path, world: World) -> Saved | None:
+def _find_checkpoint(resume: str | None, run_folder: Path, job: Job) -> Saved | None:
     """Return the checkpoint to continue from, or None for a new run."""
-    newest = world.agree(max(complete_checkpoints(run_folder), default=-1))
+    newest = job.largest(max(complete_checkpoints(run_folder), default=-1))
     if resume is None:
         used = newest >= 0 or (run_folder / CKPT).exists()
         if used:
@@ -159,11 +159,11 @@ def _find_checkpoint(resume: str | None, run_folder: Path, world: World) -> Save
             )
         return None
     if resume == "auto":
-        saved = latest_checkpoint(run_folder, world)
+        saved = latest_checkpoint(run_folder, job)
         if saved is not None:
             return saved
         finished = (run_folder / CKPT).exists()
-        if world.agree(max(newest, 0 if finished else -1)) >= 0:
+        if job.largest(max(newest, 0 if finished else -1)) >= 0:
             raise InputFileError(
                 "no checkpoint to continue from",
                 got="a finished run without checkpoints" if finished else "damaged ones only",
@@ -177,7 +177,7 @@ def _find_checkpoint(resume: str | None, run_folder: Path, world: World) -> Save
             "--resume takes a checkpoint, not a run folder", where=resume,
             fix=f"--resume auto --out {resume}, or one of {Path(resume) / FOLDER}/step-*",
         )  # fmt: skip
-    saved = check_checkpoint(Path(resume), world)
+    saved = check_checkpoint(Path(resume), job)
     here = _saved_here(saved, run_folder)
     if newest > here:
         raise UsageError(

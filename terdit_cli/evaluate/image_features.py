@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from terdit_cli import console
 from terdit_cli.evaluate.feature_shards import Arrays, Block, FeatureShards
 from terdit_cli.evaluate.features import FeatureExtractor, Features
-from terdit_cli.system.job import Processes
+from terdit_cli.system.job import Job
 
 LEAST_BLOCK = 64  # images
 COMPARED = 1024  # images whose features are made in both precisions, if bf16 is asked for
@@ -94,7 +94,7 @@ def make_features(
     source: Source,
     extractor: FeatureExtractor,
     folder: Path,
-    processes: Processes,
+    job: Job,
     keep: frozenset[int] = frozenset(),
     saved: Saved | None = None,
 ) -> FeatureShards:
@@ -110,14 +110,14 @@ def make_features(
     """
     shards = FeatureShards(folder, source.count, block_size(source.batch_size))
     facts = source.facts() | {"pipeline": extractor.pipeline, "precision": extractor.precision}
-    if processes.is_main:
+    if job.is_main:
         if saved is not None:
             saved.claim(source.facts(), source.count)
         done = shards.claim(facts)
         if done:
             console.note(f"{folder}: going on after {done} of {source.count} images")
-    processes.require_shared(folder)
-    mine = [block for block in shards.blocks if block.number % processes.size == processes.rank]
+    job.require_shared(folder)
+    mine = [block for block in shards.blocks if block.number % job.size == job.rank]
     missing = [
         block
         for block in mine
@@ -139,8 +139,8 @@ def make_features(
             arrays["images"] = np.stack([images[index - block.start] for index in kept])
         shards.write(block, arrays)
 
-    _run(source, missing, finish, processes)
-    processes.wait()
+    _run(source, missing, finish, job)
+    job.wait()
     return shards
 
 
@@ -148,11 +148,11 @@ def _run(
     source: Source,
     blocks: list[Block],
     finish: Callable[[Block, list[Image], list[str]], None],
-    processes: Processes,
+    job: Job,
 ) -> None:
     """Make the blocks' images here while another thread finishes the block before."""
     total = sum(block.end - block.start for block in blocks)
-    share = f" (1 of {processes.size} processes)" if processes.size > 1 else ""
+    share = f" (1 of {job.size} processes)" if job.size > 1 else ""
     started, done = time.monotonic(), 0
     with (
         console.progress(f"{source.where}{share}", total) as meter,

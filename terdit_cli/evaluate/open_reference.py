@@ -25,7 +25,7 @@ from terdit_cli.evaluate.reference_set import (
 from terdit_cli.evaluate.scores import statistics_of
 from terdit_cli.evaluate.statistics import spread
 from terdit_cli.system.atomic import file_sha256
-from terdit_cli.system.job import Processes
+from terdit_cli.system.job import Job
 
 KEPT_FEATURES = 10_000  # in a reference file: for KID, precision and recall
 
@@ -76,7 +76,7 @@ def open_reference(
     source: Source | None,
     extractor: FeatureExtractor,
     work: Path,
-    processes: Processes,
+    job: Job,
 ) -> OpenReference:
     """Read statistics, or make the features of images.
 
@@ -89,7 +89,7 @@ def open_reference(
     path = Path(where)
     if not is_statistics_file(path):
         assert source is not None, "what is no file of statistics is images"
-        shards = make_features(source, extractor, work / "reference", processes)
+        shards = make_features(source, extractor, work / "reference", job)
         made = reference_of(shards, extractor, source, features=None)
         return OpenReference(where, str(source.sha256), made, source, shards)
     loaded = load_reference(path)
@@ -99,7 +99,7 @@ def open_reference(
     if source is None:
         return OpenReference(where, file_sha256(path), loaded, None, None)
     # ADM's files: moments of the whole set, and some of its images for precision and recall.
-    shards = make_features(source, extractor, work / "reference", processes)
+    shards = make_features(source, extractor, work / "reference", job)
     loaded = dataclasses.replace(loaded, features=_pool(shards))
     return OpenReference(where, file_sha256(path), loaded, source, shards)
 

@@ -1,8 +1,11 @@
-"""The processes of one job that makes or reads images: alone, or started together by torchrun.
+"""The process group of a job: one process, or several that torchrun has started.
 
-The job ends as the first process that fails does: with its message and its exit code. The others
-fail because of it, by what gloo says of a closed connection or by torchrun's SIGTERM, and are
-silent. One that was killed says nothing; then one of those who miss it speaks.
+    torchrun --nproc-per-node 8 -m terdit_cli train RECIPE    (or what else sets its variables)
+
+Training, sampling and scoring join it alike. The job ends as the first process that fails does:
+with its message and its exit code. The others fail because of it, by what torch says of a closed
+connection or by torchrun's SIGTERM, and are silent. One that was killed says nothing; then one of
+those who miss it speaks.
 """
 
 from __future__ import annotations
@@ -20,77 +23,87 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import distributed
+from torch import Tensor, distributed
 
 from terdit_cli.errors import EnvironmentProblem, Interrupted, TerditError
+from terdit_cli.system.launcher import Launched, read_launcher
 from terdit_cli.system.signals import StopSignal, ignore_stops
 
 # One may finish its images long before another. A process that dies takes the job down at once:
 # that is torchrun's work.
-_PATIENCE = datetime.timedelta(days=2)
-_CONNECT = datetime.timedelta(minutes=5)
+_TWO_DAYS = 2 * 24 * 3600.0
+_CONNECT_SECONDS = 300.0  # that the store may take to answer hundreds of processes at once
 _SIGTERM_CODE = 128 + signal.SIGTERM
+_COLLECTIVE_FAILED = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|gloo|nccl|timed out|process group", re.I
+)
 
 
 @dataclass(frozen=True)
-class Processes:
-    """This process among those of the job."""
+class Job:
+    """This process among those of the job; by default the only one, on the CPU."""
 
-    rank: int
-    size: int
-    local_rank: int
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # among the processes of this machine
+    local_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # its own
     store: distributed.Store = field(default_factory=distributed.HashStore)  # of the whole job
 
     @property
     def is_main(self) -> bool:
+        """Say whether this is the process that writes what there is one of."""
         return self.rank == 0
 
     def wait(self) -> None:
         """Return when all have come here."""
         if self.size > 1:
-            with _all_alive():
-                distributed.barrier()
+            distributed.barrier()
 
-    def tell(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return the main process's value in all of them; a str, number or None."""
         if self.size == 1:
             return value
         values = [value]
-        with _all_alive():
-            distributed.broadcast_object_list(values, src=0)
+        distributed.broadcast_object_list(values, src=0)
         return values[0]
 
-    def least(self, number: int) -> int:
-        """Return the least of all processes' numbers."""
+    def largest(self, number: float) -> float:
+        """Return the largest of all processes' numbers; all must call."""
         if self.size == 1:
             return number
-        value = torch.tensor(number)
-        with _all_alive():
-            distributed.all_reduce(value, distributed.ReduceOp.MIN)
-        return int(value)
+        value = torch.tensor(number, dtype=torch.float64)  # on the CPU: needs no GPU to be alive
+        distributed.all_reduce(value, distributed.ReduceOp.MAX)
+        return float(value)
+
+    def smallest(self, number: int) -> int:
+        """Return the smallest of all processes' numbers; all must call."""
+        return int(-self.largest(-number))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean of `values` over the processes, in place; all must call."""
+        if self.size > 1:
+            distributed.all_reduce(values)
+            values /= self.size
+        return values
 
     def add(self, name: str, amount: int) -> int:
         """Add to a number that all processes share, without waiting for them, and return it."""
-        with _all_alive():
-            return self.store.add(name, amount)
+        return self.store.add(name, amount)
 
     def send(self, values: NDArray[np.uint8]) -> None:
         """Send an array to the main process, which must `receive` it."""
-        with _all_alive():
-            distributed.send(torch.from_numpy(np.ascontiguousarray(values)), dst=0)
+        distributed.send(torch.from_numpy(np.ascontiguousarray(values)), dst=0)
 
     def receive(self, values: NDArray[np.uint8], rank: int) -> None:
         """Fill a contiguous array with what a process sends next, of the same shape."""
-        with _all_alive():
-            distributed.recv(torch.from_numpy(values), src=rank)
+        distributed.recv(torch.from_numpy(values), src=rank)
 
-    def device(self, name: str | None) -> str:
-        """Return a device by name, or this process's own GPU, or the CPU."""
-        if name == "auto":
-            name = None
-        if name not in (None, "cuda") or not torch.cuda.is_available():
-            return name or "cpu"
-        return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+    def device_named(self, name: str | None) -> str:
+        """Return a device by name; None, "auto" and "cuda" are this process's own."""
+        if name not in (None, "auto", "cuda") or (name == "cuda" and self.device.type == "cpu"):
+            return name or "cpu"  # a GPU that is not there is refused when it is used
+        return str(self.device)
 
     def require_shared(self, folder: Path, option: str = "--work") -> None:
         """Check that all processes see the main one's folder, which `option` names.
@@ -108,18 +121,6 @@ class Processes:
                 fix=f"name one with {option}",
             )
 
-    def leave(self, code: int = 0) -> int | None:
-        """Say that this process ends, and return another's exit code if that failed before."""
-        self.store.set(f"left/{self.rank}", "")
-        if not code:
-            return None
-        first = self.store.compare_set("failed", "", f"{self.rank} {code}").decode().split()
-        return None if int(first[0]) == self.rank else int(first[1])
-
-    def enter(self) -> None:
-        """Say which process of which machine this is."""
-        self.store.set(f"process/{self.rank}", f"{os.getpid()} {os.uname().nodename}")
-
     def killed(self) -> list[int]:
         """Return the ranks of the processes of this machine that have ended without leaving."""
         ranks = []
@@ -131,6 +132,21 @@ class Processes:
                     ranks.append(rank)
         return ranks
 
+    def _enter(self) -> None:
+        """Say which process of which machine this is."""
+        self.store.set(f"process/{self.rank}", f"{os.getpid()} {os.uname().nodename}")
+
+    def _leave(self, code: int) -> int | None:
+        """Say that this process ends, and return another's exit code if that failed before."""
+        try:
+            self.store.set(f"left/{self.rank}", "")
+            if not code:
+                return None
+            first = self.store.compare_set("failed", "", f"{self.rank} {code}").decode().split()
+        except RuntimeError:
+            return None  # the main process, whose store it was, has ended
+        return None if int(first[0]) == self.rank else int(first[1])
+
 
 def _is_alive(process: int) -> bool:
     try:
@@ -141,55 +157,87 @@ def _is_alive(process: int) -> bool:
 
 
 @contextmanager
-def _all_alive() -> Iterator[None]:
-    """Explain what gloo says when a process of the job has ended."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise EnvironmentProblem(
-            "another process of this job has ended",
-            got=re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0],
-            fix="see its own message, then run the same command again",
-        ) from error
-
-
-@contextmanager
-def join_processes() -> Iterator[Processes]:
+def join_job(
+    *,
+    a_gpu_each: bool = False,
+    timeout_seconds: float = _TWO_DAYS,
+    retry: str = "run the same command again",
+) -> Iterator[Job]:
     """Join the job that torchrun describes in the environment, for as long as the block lasts.
 
-    The processes exchange small objects and images, on the CPU; features go through files.
+    Args:
+        a_gpu_each: GPUs, where there are any, take part in the collectives, and no two processes
+            share one. Otherwise the processes exchange small objects and images on the CPU.
+        timeout_seconds: for the processes to meet, and of each collective.
+        retry: what to do after another process has ended.
 
     Raises:
-        EnvironmentProblem: the environment names no whole job, or it does not come together.
+        EnvironmentProblem: the environment names no whole job, it does not come together, or
+            another process has ended.
         SystemExit: without a message, where another process failed first.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield Processes(0, 1, 0)
+    place = read_launcher()
+    device = own_device(place, a_gpu_each)
+    if place.size == 1:
+        yield Job(device=device)
         return
+    gpus = a_gpu_each and device.type == "cuda"
+    if gpus:
+        torch.cuda.set_device(device)
     try:
-        distributed.init_process_group("gloo", timeout=_PATIENCE)
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        processes = Processes(distributed.get_rank(), size, local_rank, _open_store())
-    except (ValueError, RuntimeError) as error:
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpus else "gloo",
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+            device_id=device if gpus else None,
+        )
+        store = open_store()
+    except (RuntimeError, ValueError) as error:
         raise EnvironmentProblem(
-            "cannot join the processes of this job",
-            got=f"WORLD_SIZE={size}; {error}",
-            expected="what torchrun sets",
-            fix="start it with torchrun, or unset WORLD_SIZE",
+            "the processes of this job did not meet",
+            got=str(error).split("\n")[0][:200],
+            expected=f"{place.size} processes within {timeout_seconds:.0f} s",
+            where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+            fix="check that torchrun was started on every machine with the same address",
         ) from error
-    processes.enter()
+    job = Job(place.rank, place.size, place.local_rank, place.local_size, device, store)
+    job._enter()
+    failed = True
     try:
-        with _one_message(processes):
-            yield processes
+        with _one_message(job), others_alive(job, retry):
+            yield job
+        failed = False
     finally:
-        distributed.destroy_process_group()
+        # After a failed training a collective of another thread may wait for what is gone.
+        if not (failed and a_gpu_each):
+            distributed.destroy_process_group()
 
 
-def _open_store() -> distributed.Store:
+def own_device(place: Launched, a_gpu_each: bool = False) -> torch.device:
+    """Return the device of a process: a GPU by its number on this machine, or the CPU.
+
+    Raises:
+        EnvironmentProblem: `a_gpu_each`, and there are fewer.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if a_gpu_each and place.local_rank >= count:
+        raise EnvironmentProblem(
+            "there are more processes on this machine than GPUs",
+            got=f"local rank {place.local_rank}",
+            expected=f"less than {count}",
+            fix=f"start torchrun with --nproc-per-node {count}",
+        )
+    return torch.device("cuda", place.local_rank % count)
+
+
+def open_store() -> distributed.Store:
     """Connect to the store where the processes of the job have met."""
     store = distributed.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=_CONNECT
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=datetime.timedelta(seconds=_CONNECT_SECONDS),
     )
     # torchrun may start a job again with the same store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -197,7 +245,28 @@ def _open_store() -> distributed.Store:
 
 
 @contextmanager
-def _one_message(processes: Processes) -> Iterator[None]:
+def others_alive(job: Job, retry: str) -> Iterator[None]:
+    """Say in a sentence what torch says of a connection whose other end is gone.
+
+    Raises:
+        EnvironmentProblem: instead of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        lost = isinstance(error, distributed.DistError) or _COLLECTIVE_FAILED.search(text)
+        if job.size == 1 or not lost:
+            raise
+        raise EnvironmentProblem(
+            "another process of this job has ended",
+            got=re.sub(r"^\[\S*\] ", "", text.split("\n")[0]).partition(". ")[0][:200],
+            fix=f"see its own message, then {retry}",
+        ) from error
+
+
+@contextmanager
+def _one_message(job: Job) -> Iterator[None]:
     """Let only the first process that fails say why; the others exit with its code."""
     try:
         try:
@@ -207,24 +276,24 @@ def _one_message(processes: Processes) -> Iterator[None]:
     except TerditError as error:
         # Nothing may interrupt what is left to do: torchrun stops all when the first one ends.
         ignore_stops()
-        problem = _cause(processes, error)
-        code = _leave(processes, problem.exit_code)
+        problem = _cause(job, error)
+        code = job._leave(problem.exit_code)
         if code is not None:
             raise SystemExit(code) from error
         raise problem from error.__cause__
     except Exception:
-        _leave(processes, 1)  # a bug: its traceback is the message
+        job._leave(1)  # a bug: its traceback is the message
         raise
     else:
-        _leave(processes, 0)
+        job._leave(0)
 
 
-def _cause(processes: Processes, error: TerditError) -> TerditError:
+def _cause(job: Job, error: TerditError) -> TerditError:
     """Return the error, or, of torchrun's signal after a process has died, that one has died."""
     if not isinstance(error, Interrupted) or error.exit_code != _SIGTERM_CODE:
         return error
     try:
-        killed = processes.killed()
+        killed = job.killed()
     except RuntimeError:
         killed = [0]  # the store was the main process's, and it has ended
     if not killed:
@@ -234,10 +303,3 @@ def _cause(processes: Processes, error: TerditError) -> TerditError:
         got=f"no last word from rank {', '.join(map(str, killed))}",
         fix="look for its end in the system's log (out of memory?), then run the command again",
     )
-
-
-def _leave(processes: Processes, code: int) -> int | None:
-    try:
-        return processes.leave(code)
-    except RuntimeError:
-        return None  # the main process, whose store it was, has ended

@@ -17,6 +17,7 @@ from terdit_cli.model.dit import DiT, DiTConfig, build_config
 from terdit_cli.model.info import ModelInfo, SpaceInfo
 from terdit_cli.model.ternary import TernaryConfig
 from terdit_cli.recipe import Recipe
+from terdit_cli.system.launcher import is_main
 
 
 def model_config(recipe: Recipe) -> DiTConfig:
@@ -114,7 +115,7 @@ def open_space(recipe: Recipe, device: torch.device) -> Space:
     space: Space
     if data.source == "latents":
         space = LatentSpace(data, device)
-        if recipe.sample.every and console.is_main():
+        if recipe.sample.every and is_main():
             space.load_vae()  # a wrong one should be refused now, not at the first preview
     else:
         space = VaeSpace(data.vae, data.scale_factor, device)

@@ -1,6 +1,6 @@
 """Resumable checkpoints: `checkpoints/step-00001000/`, sharded, complete or not there.
 
-    __0_0.distcp ...   the shards of each process (`shards.py`)      .metadata   where they lie
+    __0_0.distcp ...   the shards of each process, and .metadata: see `sharded_tensors.py`
     recipe.yaml        the resolved recipe
     manifest.json      step, time, what the model is, size and SHA-256 of every file; written last
 
@@ -9,8 +9,8 @@ main one writes the manifest, and renames the folder. So a killed or failed save
 and the one before it survives. `save` copies the state and returns; the copy is written while
 training goes on, one checkpoint at a time.
 
-Masters, EMA and optimizer moments are saved. Settings are the recipe's; data order and random
-numbers are functions of the step (`data/order.py`, `draws.py`) and need no state.
+Master weights, EMA and optimizer state are saved. Settings are the recipe's; data order and random
+numbers are functions of the step (`data/order.py`, `rng.py`) and need no state.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from terdit_cli.errors import EnvironmentProblem, InputFileError, TerditError
 from terdit_cli.model.info import ModelInfo
 from terdit_cli.recipe import CheckpointSection, Recipe
 from terdit_cli.system.atomic import sync_folder, write_problem
-from terdit_cli.train.parallel import World
+from terdit_cli.system.job import Job
 from terdit_cli.train.sharded_tensors import (
     METADATA,
     Fingerprint,
@@ -68,18 +68,18 @@ class Saved:
 class CheckpointWriter:
     """Writes the checkpoints of a run; all processes call the same methods at the same steps."""
 
-    def __init__(self, run_folder: Path, recipe: Recipe, info: ModelInfo, world: World) -> None:
+    def __init__(self, run_folder: Path, recipe: Recipe, info: ModelInfo, job: Job) -> None:
         self._run_folder = run_folder
         self._recipe = recipe
         self._info = info
-        self._world = world
-        if world.is_main:  # before any process writes: new_group waits for all
+        self._job = job
+        if job.is_main:  # before any process writes: new_group waits for all
             for left in (run_folder / FOLDER).glob(".step-*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
         # Of its own: the run's other collectives go on meanwhile.
         self._group = (
             dist.new_group(backend="gloo", timeout=timedelta(seconds=WRITE_SECONDS))
-            if world.size > 1
+            if job.size > 1
             else None
         )
         self._pending: tuple[Path, Future[Any]] | None = None
@@ -108,7 +108,7 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether a save has failed that `wait` has not told of."""
+        """Whether a save has failed whose error `wait` has not raised yet."""
         if self._pending is None or not self._pending[1].done():
             return False
         return self._pending[1].exception() is not None
@@ -125,7 +125,7 @@ class CheckpointWriter:
         error = pending.exception()
         if error is None:
             return
-        if self._world.is_main:
+        if self._job.is_main:
             shutil.rmtree(_hidden(final), ignore_errors=True)
         raise _explain(final, error) from error
 
@@ -143,7 +143,7 @@ class CheckpointWriter:
         manifest = {
             "step": step,
             "saved_at": time.time(),
-            "processes": self._world.size,
+            "processes": self._job.size,
             "recipe_sha256": self._recipe.sha256(),
             "info": replace(self._info, step=step).to_dict(),
             "files": files | {RECIPE: fingerprint(hidden / RECIPE)},
@@ -240,27 +240,27 @@ def complete_checkpoints(run_folder: Path) -> dict[int, Path]:
     }
 
 
-def latest_checkpoint(run_folder: Path, world: World) -> Saved | None:
+def latest_checkpoint(run_folder: Path, job: Job) -> Saved | None:
     """Return the newest undamaged checkpoint of a run; all processes must call.
 
     Incomplete and damaged ones are named and skipped.
     """
-    if world.is_main:
+    if job.is_main:
         folder = run_folder / FOLDER
         without = {p for p in folder.glob("step-*") if p.is_dir() and not (p / MANIFEST).exists()}
         for left in sorted({*folder.glob(".step-*.tmp"), *without}):
             console.warn(f"skipping an incomplete checkpoint: {left}")
     # Folders on a network may not look the same to all yet: what counts is what the main one sees.
-    steps = list(complete_checkpoints(run_folder)) if world.is_main else []
-    while (step := int(world.agree(steps.pop(0) if steps else -1))) >= 0:
+    steps = list(complete_checkpoints(run_folder)) if job.is_main else []
+    while (step := int(job.largest(steps.pop(0) if steps else -1))) >= 0:
         try:
-            return check_checkpoint(folder_of(run_folder, step), world)
+            return check_checkpoint(folder_of(run_folder, step), job)
         except InputFileError as error:
             console.warn(f"skipping a damaged checkpoint: {error}")
     return None
 
 
-def check_checkpoint(path: Path, world: World) -> Saved:
+def check_checkpoint(path: Path, job: Job) -> Saved:
     """Return a checkpoint after checking its files against the manifest; all processes must call.
 
     Raises:
@@ -269,12 +269,12 @@ def check_checkpoint(path: Path, world: World) -> Saved:
     saved, bad = None, _UNREADABLE
     try:
         saved, bad = read_manifest(path), 0
-        for number, name in list(enumerate(sorted(saved.files), 1))[world.rank :: world.size]:
+        for number, name in list(enumerate(sorted(saved.files), 1))[job.rank :: job.size]:
             if not _is_intact(path / name, saved.files[name]):
                 bad = number
     except InputFileError as error:
         reason = error
-    bad = int(world.agree(bad))
+    bad = int(job.largest(bad))
     if bad >= _UNREADABLE or saved is None:
         raise _incomplete(path, "a manifest that another process cannot read") if saved else reason
     if bad:

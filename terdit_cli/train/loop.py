@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import time
 from collections.abc import Iterator
@@ -11,20 +10,16 @@ from pathlib import Path
 
 from terdit_cli import console
 from terdit_cli.data.loader import BatchLoader
-from terdit_cli.errors import EnvironmentProblem, GateFailed, Interrupted
+from terdit_cli.errors import GateFailed, Interrupted
 from terdit_cli.system.signals import STOP_SIGNALS
 from terdit_cli.train.checkpoint import RECIPE, complete_checkpoints, folder_of
 from terdit_cli.train.loggers import read_metrics
-from terdit_cli.train.parallel import World
 from terdit_cli.train.run_metrics import Observer
 from terdit_cli.train.stop import stop_signals
 from terdit_cli.train.trainer import StepResult, Trainer
 from terdit_cli.train.watchdog import Watchdog
 
-DRAW_SECONDS = 60.0  # at least between two drawings of the curves: each takes half a second
-_COLLECTIVE_FAILED = re.compile(
-    r"connection (closed|reset|refused)|broken pipe|gloo|nccl|timed out|process group", re.I
-)
+PLOT_SECONDS = 60.0  # at least between two plots of the curves: each takes half a second
 
 
 def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
@@ -42,7 +37,7 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
             losses and gradients. The checkpoints from before stay as they are.
         EnvironmentProblem: a checkpoint could not be written.
     """
-    recipe, world = trainer.recipe, trainer.world
+    recipe, job = trainer.recipe, trainer.job
     steps, batch_size = recipe.train.steps, recipe.train.global_batch_size
     observer = Observer(trainer)
     loader = BatchLoader(
@@ -50,13 +45,13 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
         recipe.seed,
         batch_size,
         recipe.data.flip,
-        world.rank,
-        world.size,
+        job.rank,
+        job.size,
         recipe.data.workers,
     )
     meter_context = console.progress(f"training {recipe.name}", steps, recipe.logging.every)
     watchdog = Watchdog(
-        world, recipe.parallel.hang_seconds, f"continue with: {resume_command(trainer.run_folder)}"
+        job, recipe.parallel.hang_seconds, f"continue with: {resume_command(trainer.run_folder)}"
     )
     with (
         loader,
@@ -67,7 +62,7 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
         _no_half_save(trainer),
     ):
         meter.start_at(trainer.step)
-        status, skipped, save_due, drawn = "", 0, False, time.monotonic()
+        status, skipped, save_due, plotted = "", 0, False, time.monotonic()
         for images, labels in observer.timed(loader.iterate(trainer.step, steps)):
             failed = trainer.checkpoints.failed
             result = trainer.train_step(images, labels, (*stop.flags, failed))
@@ -79,7 +74,7 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
                 with watchdog.paused():
                     raise _diverged(trainer, result, skipped)
             if not result.finite:
-                console.warn(f"step {step} skipped: {_numbers(result)}")
+                console.warn(f"step {step} skipped: {_loss_and_norm(result)}")
             *stops, failed = result.notices
             if failed:
                 trainer.checkpoints.wait()
@@ -97,9 +92,9 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
                 with watchdog.paused():  # for the checkpoint before it
                     trainer.save()
                 saved_step, save_due = step, False
-                if paused - drawn > DRAW_SECONDS:
-                    drawn = paused
-                    observer.draw(f"{recipe.name}: step {step}")
+                if paused - plotted > PLOT_SECONDS:
+                    plotted = paused
+                    observer.plot(f"{recipe.name}: step {step}")
             if recipe.sample.every and (step % recipe.sample.every == 0 or step == steps):
                 with watchdog.paused():  # many images of many steps may take longer than a hang
                     trainer.preview()
@@ -121,7 +116,7 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
                 trainer.save()
             trainer.checkpoints.wait()
     path = trainer.finish()
-    observer.draw(f"{recipe.name}: {steps} steps")
+    observer.plot(f"{recipe.name}: {steps} steps")
     return path
 
 
@@ -134,7 +129,7 @@ def _no_half_save(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if trainer.world.size == 1:
+        if trainer.job.size == 1:
             trainer.checkpoints.abandon()
         raise
 
@@ -154,7 +149,7 @@ def _diverged(trainer: Trainer, result: StepResult, skipped: int) -> GateFailed:
     words += ["--out", f"{run_folder}-lower", f"optim.lr={trainer.recipe.optim.lr / 2:g}"]
     return GateFailed(
         f"training diverged at step {good + 1}",
-        got=f"{_numbers(result)} in step {trainer.step}",
+        got=f"{_loss_and_norm(result)} in step {trainer.step}",
         expected="finite numbers in the last step"
         if trainer.step == trainer.recipe.train.steps
         else f"finite numbers after at most {skipped - 1} skipped steps",
@@ -163,28 +158,8 @@ def _diverged(trainer: Trainer, result: StepResult, skipped: int) -> GateFailed:
     )
 
 
-def _numbers(result: StepResult) -> str:
+def _loss_and_norm(result: StepResult) -> str:
     return f"loss {result.loss}, gradient norm {result.grad_norm}"
-
-
-@contextmanager
-def lost_process(world: World, run_folder: Path) -> Iterator[None]:
-    """Say in a sentence what torch says of a collective whose other end is gone.
-
-    Raises:
-        EnvironmentProblem: instead of torch's error.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if world.size == 1 or not _COLLECTIVE_FAILED.search(text):
-            raise
-        raise EnvironmentProblem(
-            f"rank {world.rank} lost another process of the job",
-            got=text.split("\n")[0][:200],
-            fix=f"see what that process wrote, then continue with: {resume_command(run_folder)}",
-        ) from error
 
 
 def resume_command(run_folder: Path) -> str:

@@ -1,29 +1,25 @@
-"""The processes of a run: who is there, and how the network is spread over them.
-
-    torchrun --nproc-per-node 8 -m terdit_cli train RECIPE    (or what else sets its variables)
+"""How the network is distributed over the processes, and in which precision it computes.
 
 Every process takes its share of each global batch; gradients are means over all.
 
     ddp    every process holds everything; gradients are all-reduced
-    fsdp   masters, gradients, moments and averages are split over all processes, block by block
-    hsdp   split over groups of `shard_size` processes, and the groups are replicas
+    fsdp   master weights, gradients, optimizer and EMA state are sharded over all processes, block
+           by block
+    hsdp   sharded over groups of `shard_size` processes, and the groups are replicas
 
-Masters, moments, averages and the residual stream are float32. With train.precision=bf16 a block
-computes in bfloat16; under fsdp its parameters are gathered in bfloat16, ternary ones as trits
-(`codes.py`), and gradients are summed over the processes in `parallel.reduce`.
+Master weights, optimizer and EMA state and the residual stream are float32. With
+train.precision=bf16 a block computes in bfloat16; under fsdp its parameters are gathered in
+bfloat16, ternary ones as trits (`ternary_cache.py`), and gradients are summed over the processes
+in `parallel.reduce`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -38,98 +34,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from terdit_cli.data.order import stream_seed
 from terdit_cli.diffusion.process import Network
-from terdit_cli.errors import EnvironmentProblem, UsageError
+from terdit_cli.errors import UsageError
 from terdit_cli.model.dit import DiT
 from terdit_cli.recipe import ParallelSection, TrainSection
-
-TIMEOUT_SECONDS = 600  # of a collective: after this a process that waits in vain gives up
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among the processes of the job."""
-
-    rank: int = 0
-    size: int = 1
-    local_size: int = 1  # processes on this machine
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def is_main(self) -> bool:
-        """Say whether this is the process that writes what there is one of."""
-        return self.rank == 0
-
-    def agree(self, number: float) -> float:
-        """Return the largest `number` of all processes; all must call."""
-        if self.size == 1:
-            return number
-        value = torch.tensor(number, dtype=torch.float64)  # on the CPU: needs no GPU to be alive
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-        return float(value)
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Return the mean of `values` over the processes, in place."""
-        if self.size > 1:
-            dist.all_reduce(values)
-            values /= self.size
-        return values
-
-
-def join_world(timeout_seconds: float = TIMEOUT_SECONDS) -> World:
-    """Find out rank, number of processes and device, and meet the other processes.
-
-    Raises:
-        EnvironmentProblem: torchrun's variables are incomplete, fewer GPUs than processes, or
-            the others cannot be reached.
-    """
-    cuda = torch.cuda.is_available()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return World(device=torch.device("cuda" if cuda else "cpu"))
-    missing = [name for name in _VARIABLES if name not in os.environ]
-    if missing:
-        raise EnvironmentProblem(
-            "the processes of the job cannot find each other",
-            got=f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {', '.join(missing)}",
-            expected="the variables that torchrun sets",
-            fix="start with torchrun --nproc-per-node N -m terdit_cli train RECIPE",
-        )
-    rank, size, local_rank = (
-        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    )
-    device = torch.device("cpu")
-    if cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise EnvironmentProblem(
-                "there are more processes on this machine than GPUs",
-                got=f"local rank {local_rank}",
-                expected=f"less than {torch.cuda.device_count()}",
-                fix=f"start torchrun with --nproc-per-node {torch.cuda.device_count()}",
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            timeout=timedelta(seconds=timeout_seconds),
-            device_id=device if cuda else None,
-        )
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        raise EnvironmentProblem(
-            "the processes of the job did not meet",
-            got=str(error).split("\n")[0][:200],
-            expected=f"{size} processes within {timeout_seconds:.0f} s",
-            where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
-            fix="check that torchrun was started on every machine with the same address",
-        ) from error
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    return World(rank, size, local_size, device)
-
-
-def leave_world() -> None:
-    """Part from the other processes."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+from terdit_cli.system.job import Job
 
 
 def grad_accum_steps(train: TrainSection, world_size: int) -> int:
@@ -154,15 +62,15 @@ def seed_weights(seed: int) -> None:
     torch.manual_seed(stream_seed("train", seed, (1 << 20) - 1))
 
 
-def spread(network: DiT, world: World, train: TrainSection, parallel: ParallelSection) -> nn.Module:
-    """Place the network, shard or replicate it, and return what to call in training.
+def distribute(network: DiT, job: Job, train: TrainSection, parallel: ParallelSection) -> nn.Module:
+    """Move the network to its device, shard or replicate it; return the module to train with.
 
     `network` itself stays the owner of the parameters, under the same names.
 
     Raises:
         UsageError: a shard size that does not divide the processes, CPU offload without GPUs.
     """
-    if parallel.cpu_offload and world.device.type == "cpu":
+    if parallel.cpu_offload and job.device.type == "cpu":
         raise UsageError(
             "CPU offload needs a GPU to offload from",
             got="parallel.cpu_offload=true on a machine without GPUs",
@@ -172,32 +80,32 @@ def spread(network: DiT, world: World, train: TrainSection, parallel: ParallelSe
     if train.compile:
         for block in network.layers:
             block.compile()
-    if world.size == 1:
-        return network.to(world.device)
+    if job.size == 1:
+        return network.to(job.device)
     if parallel.mode == "ddp":
-        return _replicate(network.to(world.device), world, parallel)
-    shard(network, make_mesh(world, parallel), train, parallel)
+        return _replicate(network.to(job.device), job, parallel)
+    shard(network, make_mesh(job, parallel), train, parallel)
     return network
 
 
-def make_mesh(world: World, parallel: ParallelSection) -> DeviceMesh:
+def make_mesh(job: Job, parallel: ParallelSection) -> DeviceMesh:
     """Return the mesh [processes] of fsdp or [replicas, shard_size] of hsdp.
 
     Raises:
         UsageError: the shard size does not divide the number of processes.
     """
     if parallel.mode == "fsdp":
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    size = parallel.shard_size or world.local_size
-    if world.size % size:
+        return init_device_mesh(job.device.type, (job.size,), mesh_dim_names=("shard",))
+    size = parallel.shard_size or job.local_size
+    if job.size % size:
         raise UsageError(
             "the processes do not divide into groups that share a copy",
             got=f"parallel.shard_size {size}",
-            expected=f"a divisor of the {world.size} processes",
-            fix=f"set parallel.shard_size={world.local_size}",
+            expected=f"a divisor of the {job.size} processes",
+            fix=f"set parallel.shard_size={job.local_size}",
         )
     return init_device_mesh(
-        world.device.type, (world.size // size, size), mesh_dim_names=("replica", "shard")
+        job.device.type, (job.size // size, size), mesh_dim_names=("replica", "shard")
     )
 
 
@@ -208,7 +116,7 @@ def shard(network: DiT, mesh: DeviceMesh, train: TrainSection, parallel: Paralle
     # The residual stream between the blocks, and what is outside of them, stay float32.
     inside = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, reduce, None, False)
     outside = MixedPrecisionPolicy(None, reduce, None, False)
-    # Said of every network whose output is a view; nothing changes ours in place.
+    # torch warns of every network whose output is a view; ours is not changed in place.
     warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)
     offload = CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy()
     for module, policy in [*((block, inside) for block in network.layers), (network, outside)]:
@@ -221,12 +129,12 @@ def shard(network: DiT, mesh: DeviceMesh, train: TrainSection, parallel: Paralle
         )
 
 
-def _replicate(network: DiT, world: World, parallel: ParallelSection) -> DistributedDataParallel:
+def _replicate(network: DiT, job: Job, parallel: ParallelSection) -> DistributedDataParallel:
     with warnings.catch_warnings():  # torch 2.13 renamed broadcast_buffers
         warnings.simplefilter("ignore", FutureWarning)
         replica = DistributedDataParallel(
             network,
-            device_ids=[world.device] if world.device.type == "cuda" else None,
+            device_ids=[job.device] if job.device.type == "cuda" else None,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
@@ -236,7 +144,7 @@ def _replicate(network: DiT, world: World, parallel: ParallelSection) -> Distrib
     return replica
 
 
-def accumulating(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+def gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Return the context of a micro-batch: gradients are summed over processes at the last one."""
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
@@ -257,11 +165,11 @@ def autocast(train: TrainSection, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16")
 
 
-def outside_training(network: DiT, train: TrainSection) -> Network:
+def sampling_network(network: DiT, train: TrainSection) -> Network:
     """Return what samplers call, float32 [B, C or 2C, H, W] from images as in training.
 
-    A network that is whole draws in float32. Gathered blocks of a sharded one are bfloat16 where it
-    trains so, and their products are those of the training, under autocast.
+    An unsharded network samples in float32. Gathered blocks of a sharded one are bfloat16 if it
+    trains in bfloat16, and compute as in training, under autocast.
     """
     if not isinstance(network, FSDPModule):
         return network

@@ -14,7 +14,7 @@ from terdit_cli.diffusion.sampler import SamplerConfig, sample
 from terdit_cli.model.dit import DiTConfig
 from terdit_cli.recipe import Recipe
 from terdit_cli.report.grid import draw_grid, save_png
-from terdit_cli.train.parallel import World
+from terdit_cli.system.job import Job
 
 FOLDER = "samples"
 
@@ -33,22 +33,22 @@ def preview_sampler(recipe: Recipe) -> SamplerConfig:
 
 
 @torch.no_grad()  # inference mode would spoil the buffers that fsdp keeps for training
-def draw_preview(
+def save_preview(
     network: Network, config: DiTConfig, recipe: Recipe, space: Space, source: BatchSource,
-    run_folder: Path, step: int, world: World,
+    run_folder: Path, step: int, job: Job,
 ) -> Path | None:  # fmt: skip
-    """Draw `sample.count` images in the classes' order into samples/step-00000400.png.
+    """Generate `sample.count` images in the classes' order into samples/step-00000400.png.
 
     All processes must call, for their weights may be sharded; the main one decodes and writes.
     """
-    device = world.device
+    device = job.device
     classes = [index % config.num_classes for index in range(recipe.sample.count)]
     sampler = preview_sampler(recipe)
     shape = (config.in_channels, config.input_size, config.input_size)
     noise = ImageNoise(recipe.seed, range(len(classes)), shape, device)
     y = torch.tensor(classes, device=device)
     latents = sample(network, sampler, noise.initial(), y, config.num_classes, noise)
-    if not world.is_main:
+    if not job.is_main:
         return None
     labels = [source.class_names[index] for index in classes]
     grid = draw_grid(space.decode(latents).cpu().numpy(), labels, f"{recipe.name}, step {step}")

@@ -7,23 +7,23 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from terdit_cli.errors import UsageError
+from terdit_cli.system.job import Job
 from terdit_cli.system.locks import held
-from terdit_cli.train.parallel import World
 
 
 @contextmanager
-def alone_in(run_folder: Path, world: World) -> Iterator[None]:
-    """Hold a run folder, made if it is not there; all processes of a job together.
+def locked_run(run_folder: Path, job: Job) -> Iterator[None]:
+    """Hold a run folder, made if it is not there; all processes of a job must call.
 
     Raises:
         UsageError: another training is at work there.
         EnvironmentProblem: the folder cannot be made.
     """
-    made = world.is_main and not run_folder.exists()
+    made = job.is_main and not run_folder.exists()
     with ExitStack() as stack:
-        taken = world.is_main and stack.enter_context(held(run_folder)) is None
+        taken = job.is_main and stack.enter_context(held(run_folder)) is None
         try:
-            if world.agree(float(taken)):
+            if job.largest(float(taken)):
                 raise UsageError(
                     "another process trains in this run folder", where=run_folder,
                     fix="wait for it, stop it, or name another folder with --out",

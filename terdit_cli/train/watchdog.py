@@ -1,11 +1,11 @@
 """Processes that hang or fall behind.
 
 A collective waits for its last process. When no step has ended for `hang_seconds` on a process, its
-watchdog thread tells the job's store where its main thread is, reads what the others tell, names
-the one that is elsewhere or silent, and ends the process: a hang becomes an exit.
+watchdog thread writes into the job's store where its main thread is, reads what the others wrote,
+names the one that is elsewhere or silent, and ends the process: a hang becomes an exit.
 
 All processes take the same time for a step, since each waits for the slowest. So two things are
-compared that need no other process: seconds in wait for data, and the time of a fixed matrix
+compared that need no other process: seconds spent waiting for data, and the time of a fixed matrix
 product.
 """
 
@@ -24,16 +24,14 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-import torch.distributed as dist
 
 from terdit_cli import console
 from terdit_cli.errors import EnvironmentProblem
-from terdit_cli.train.parallel import World
+from terdit_cli.system.job import Job, open_store
 
-CONNECT_SECONDS = 300.0  # that the store may take to answer hundreds of processes at once
-TELL_SECONDS = 5.0  # in which the processes tell where they are
+REPORT_SECONDS = 5.0  # in which the processes report where they are
 SLOW_RATIO = 2.0  # of a matrix product's time to the median process's
-SLOW_SHARE = 0.2  # of a step, spent more than the median process in wait for data
+SLOW_SHARE = 0.2  # of a step, by which the wait for data exceeds the median process's
 PRODUCT = {"cpu": 192, "cuda": 2048}  # side of the matrices that are timed
 PRODUCT_REPEATS = 5
 
@@ -41,8 +39,8 @@ PRODUCT_REPEATS = 5
 class Watchdog:
     """Ends this process when no step has ended for a time; a context manager."""
 
-    def __init__(self, world: World, seconds: float, fix: str) -> None:
-        self._world = world
+    def __init__(self, job: Job, seconds: float, fix: str) -> None:
+        self._job = job
         self._seconds = seconds
         self._fix = fix
         self._beats = 0
@@ -51,14 +49,9 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="terdit-watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        if self._world.size > 1:
-            self._store = dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=False,
-                timeout=timedelta(seconds=CONNECT_SECONDS),
-            )
-            self._store.set_timeout(timedelta(seconds=TELL_SECONDS))
+        if self._job.size > 1:
+            self._store = open_store()  # its own connection: the main thread may wait in another
+            self._store.set_timeout(timedelta(seconds=REPORT_SECONDS))
             self._thread.start()
         return self
 
@@ -71,12 +64,12 @@ class Watchdog:
         self._stop.set()
 
     def beat(self) -> None:
-        """Say that a step has ended."""
+        """Record that a step has ended."""
         self._beats += 1
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not watch inside: it may take as long as it takes."""
+        """Do not watch inside, however long it takes."""
         self._pauses += 1
         try:
             yield
@@ -95,21 +88,20 @@ class Watchdog:
                 self._end_process()
 
     def _end_process(self) -> None:
-        prefix = f"terdit-hang/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        world, places = self._world, {self._world.rank: where_is_main()}
+        job, places = self._job, {self._job.rank: where_is_main()}
         lost = ""
         try:
-            self._store.set(f"{prefix}/{world.rank}", json.dumps(places[world.rank]))
-            time.sleep(TELL_SECONDS)
-            for rank in range(world.size):
-                if self._store.check([f"{prefix}/{rank}"]):
-                    places[rank] = json.loads(self._store.get(f"{prefix}/{rank}"))
+            self._store.set(f"hang/{job.rank}", json.dumps(places[job.rank]))
+            time.sleep(REPORT_SECONDS)
+            for rank in range(job.size):
+                if self._store.check([f"hang/{rank}"]):
+                    places[rank] = json.loads(self._store.get(f"hang/{rank}"))
         except RuntimeError as error:
             lost = f"; the job's store does not answer: {str(error).splitlines()[0][:100]}"
-        if world.rank == min(places):
+        if job.rank == min(places):
             problem = EnvironmentProblem(
                 "training hangs",
-                got=f"no step for {self._seconds:g} s; {describe(places, world.size)}{lost}",
+                got=f"no step for {self._seconds:g} s; {describe(places, job.size)}{lost}",
                 fix=f"look at that process and its machine, then {self._fix}",
             )
             # Not through the console: the main thread may hold its lock.
@@ -136,7 +128,7 @@ def describe(places: dict[int, str], size: int) -> str:
     groups: dict[str, list[int]] = {}
     for rank, place in sorted(places.items()):
         groups.setdefault(place, []).append(rank)
-    parts = [f"no sign of life from {_ranks(silent)}"] if silent else []
+    parts = [f"no report from {_ranks(silent)}"] if silent else []
     parts += [
         f"{_ranks(group)} at {place}"
         for place, group in sorted(groups.items(), key=lambda item: len(item[1]))
@@ -151,8 +143,8 @@ def _ranks(ranks: Sequence[int]) -> str:
 class Stragglers:
     """Warns of processes that are slower than the others, once until they are not."""
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, job: Job) -> None:
+        self._job = job
         self._suspects: set[str] = set()
         self._named: set[str] = set()
 
@@ -160,17 +152,17 @@ class Stragglers:
         """Compare what this process's mean step takes with the others'; all must call.
 
         Args:
-            data_seconds: of a step, in wait for data.
+            data_seconds: of a step, waiting for data.
             step_seconds: of a step.
         """
-        world = self._world
-        if world.size == 1:
+        job = self._job
+        if job.size == 1:
             return
-        table = torch.zeros(2, world.size, device=world.device)
-        table[:, world.rank] = torch.tensor([data_seconds, time_product(world.device)])
-        data, product = (world.mean(table) * world.size).tolist()
+        table = torch.zeros(2, job.size, device=job.device)
+        table[:, job.rank] = torch.tensor([data_seconds, time_product(job.device)])
+        data, product = (job.mean(table) * job.size).tolist()
         slow = slow_processes(data, product, step_seconds)
-        # Twice in a row, for anything may come between once.
+        # Twice in a row: once may be chance.
         for text in sorted(slow[rank] for rank in slow.keys() & self._suspects - self._named):
             console.warn(text)
         self._named = slow.keys() & (self._suspects | self._named)

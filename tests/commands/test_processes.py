@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 
+from terdit_cli.errors import EnvironmentProblem
 from terdit_cli.evaluate.feature_shards import FACTS_FILE
-from terdit_cli.system.job import Processes
+from terdit_cli.system.job import Job, own_device
+from terdit_cli.system.launcher import Launched
 
 Terdit = Callable[..., Any]
 Blocks = dict[str, dict[str, np.ndarray]]
@@ -399,13 +401,19 @@ def test_a_signal_to_torchrun_is_told_once(small_tdt: Path, tmp_path: Path) -> N
 
 
 def test_devices_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    third = Processes(6, 8, 2)
+    place = Launched(6, 8, 2, 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert third.device(None) == third.device("auto") == third.device("cpu") == "cpu"
-    assert third.device("cuda") == "cuda"  # which is refused when it is used
+    third = Job(device=own_device(place))
+    for name in (None, "auto", "cpu"):
+        assert third.device_named(name) == "cpu"
+    assert third.device_named("cuda") == "cuda"  # which is refused when it is used
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert third.device(None) == third.device("auto") == third.device("cuda") == "cuda:2"
-    assert (third.device("cpu"), third.device("cuda:3")) == ("cpu", "cuda:3")
+    third = Job(device=own_device(place))
+    for name in (None, "auto", "cuda"):
+        assert third.device_named(name) == "cuda:2"
+    assert [third.device_named(name) for name in ("cpu", "cuda:3")] == ["cpu", "cuda:3"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert third.device(None) == "cuda:0"
+    assert str(own_device(place)) == "cuda:0"  # shared
+    with pytest.raises(EnvironmentProblem, match="more processes on this machine than GPUs"):
+        own_device(place, a_gpu_each=True)

@@ -17,6 +17,7 @@ import torch
 
 from terdit_cli.errors import EnvironmentProblem, InputFileError
 from terdit_cli.recipe import load_recipe
+from terdit_cli.system.job import Job
 from terdit_cli.train import build, checkpoint
 from terdit_cli.train import sharded_tensors as shards
 from terdit_cli.train.checkpoint import (
@@ -28,11 +29,10 @@ from terdit_cli.train.checkpoint import (
     load_state,
     read_manifest,
 )
-from terdit_cli.train.parallel import World
 
 Train = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
-ALONE = World()
+ALONE = Job()
 
 
 def make_state() -> dict[str, Any]:

@@ -30,10 +30,9 @@ from terdit_cli.errors import EnvironmentProblem, GateFailed
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.ternary import GAMMA_EPS, absmean, ternarize
 from terdit_cli.recipe import load_recipe
+from terdit_cli.system.job import Job, others_alive
 from terdit_cli.train import build
 from terdit_cli.train.checkpoint import complete_checkpoints, folder_of
-from terdit_cli.train.loop import lost_process
-from terdit_cli.train.parallel import World
 from terdit_cli.train.sharded_tensors import flatten
 from terdit_cli.train.trainer import Trainer
 
@@ -62,7 +61,7 @@ from terdit_cli.train import loop, trainer, watchdog
 
 rank, folder = int(os.environ["RANK"]), pathlib.Path(os.environ["NOTES"])
 faults = {(step, kind) for who, step, kind in json.loads(os.environ["FAULTS"]) if who == rank}
-watchdog.TELL_SECONDS = 1.0
+watchdog.REPORT_SECONDS = 1.0
 (folder / f"pid-{rank}").write_text(str(os.getpid()))
 now = [0]
 plain_step, plain_losses = trainer.Trainer.train_step, process.Schedule.training_losses
@@ -125,7 +124,7 @@ sys.exit(code)
 """
 
 
-class Job:
+class Torchrun:
     """A running torchrun."""
 
     def __init__(self, process: subprocess.Popen[str], notes: Path) -> None:
@@ -167,7 +166,7 @@ def job(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     @contextmanager
     def run(
         size: int, out: Path, *words: str, faults: tuple[tuple[int, int, str], ...] = ()
-    ) -> Iterator[Job]:
+    ) -> Iterator[Torchrun]:
         notes = tmp_path_factory.mktemp("notes")
         worker = notes / "worker.py"
         worker.write_text(WORKER)
@@ -182,7 +181,7 @@ def job(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         try:
-            yield Job(process, notes)
+            yield Torchrun(process, notes)
         finally:
             if process.poll() is None:  # a test has failed
                 for note in notes.glob("pid-*"):
@@ -255,8 +254,8 @@ def killed(job: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) ->
         err = torchrun.end()
         assert torchrun.process.returncode == 1, err
         assert torchrun.exits(2) == [4, None], err
-    assert "error: rank 0 lost another process of the job: got " in err
-    assert "Fix: see what that process wrote, then continue with: terdit train" in err
+    assert "error: another process of this job has ended: got " in err
+    assert "Fix: see its own message, then continue with: terdit train" in err
     assert f"--resume auto --out {folder}" in err
     # The save before the kill may not have been done.
     assert list(complete_checkpoints(folder)) in ([6, 3], [9, 6, 3], [12, 9, 6])
@@ -320,11 +319,14 @@ def test_the_shards_of_two_processes_as_one_file(
             assert torch.equal(weight, stored[f"{part}.{name}"]), name
 
 
-def test_other_errors_are_told_as_they_are(tmp_path: Path) -> None:
-    for world, text in ((World(size=2), "a matrix of another shape"), (World(), "gloo")):
-        with pytest.raises(RuntimeError, match=text) as caught, lost_process(world, tmp_path):
+def test_other_errors_are_told_as_they_are() -> None:
+    for job, text in ((Job(size=2), "a matrix of another shape"), (Job(), "gloo")):
+        with pytest.raises(RuntimeError, match=text) as caught, others_alive(job, "try again"):
             raise RuntimeError(text)
         assert not isinstance(caught.value, EnvironmentProblem)
+    match = r"has ended: got broken pipe\. .*then try again"
+    with pytest.raises(EnvironmentProblem, match=match), others_alive(Job(size=2), "try again"):
+        raise RuntimeError("broken pipe")
 
 
 # Gradients are not finite
@@ -443,7 +445,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(
         assert torchrun.exits(2) == [143, 143], err
     assert err.count("SIGTERM: saving after this step") >= 1
     assert "warning: step 3 skipped: loss" in err
-    assert err.count("error: stopped by SIGTERM after step 7, saved.") == 2
+    assert err.count("error: stopped by SIGTERM after step 7, saved.") == 1
     assert err.count("Traceback") == 1  # that of torchrun itself
     assert next(iter(complete_checkpoints(tmp_path / "run"))) == 7
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -459,7 +461,7 @@ def test_a_signal_to_torchrun_stops_all(tmp_path: Path, job: Callable[..., Any])
         err = torchrun.end()
         assert torchrun.exits(2) == [143, 143], err
     newest = next(iter(complete_checkpoints(tmp_path / "run")))
-    assert err.count(f"error: stopped by SIGTERM after step {newest}, saved.") == 2
+    assert err.count(f"error: stopped by SIGTERM after step {newest}, saved.") == 1
 
 
 # A disk is full
@@ -471,7 +473,7 @@ def test_a_disk_that_is_full_for_one_process(tmp_path: Path, job: Callable[..., 
         assert torchrun.exits(2) == [4, 4], err
     folder = tmp_path / "run" / "checkpoints"
     problem = f"error: cannot write: got File too large ({folder / 'step-00000006'}). Fix: free"
-    assert err.count(problem) == 2, err
+    assert err.count(problem) == 1, err
     assert [path.name for path in folder.iterdir()] == ["step-00000003"]
 
 
@@ -486,7 +488,7 @@ def test_processes_that_hang_are_named(tmp_path: Path, job: Callable[..., Any]) 
         os.kill(int((torchrun.notes / "pid-1").read_text()), signal.SIGKILL)  # as torchrun, later
         err = torchrun.end()
     assert torchrun.exits(3) == [4, None, 4]
-    assert "error: training hangs: got no step for 3 s; no sign of life from rank 1; " in err
-    assert "rank 2 at timed (observe.py:" in err
+    assert "error: training hangs: got no step for 3 s; no report from rank 1; " in err
+    assert "rank 2 at timed (run_metrics.py:" in err
     assert re.search(r"rank 0 at \w+ \(\w+.py:\d+\), in \w+", err), err
     assert "Fix: look at that process and its machine, then continue with: terdit train" in err

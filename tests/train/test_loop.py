@@ -20,8 +20,9 @@ from terdit_cli.diffusion.process import make_schedule
 from terdit_cli.errors import GateFailed, InputFileError, UsageError
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.recipe import load_recipe
+from terdit_cli.system.job import Job
 from terdit_cli.train import build
-from terdit_cli.train.parallel import grad_accum_steps, join_world
+from terdit_cli.train.parallel import grad_accum_steps
 from terdit_cli.train.trainer import Trainer
 
 Train = Callable[..., Any]
@@ -98,8 +99,8 @@ def test_ckpt_holds_tensors_and_plain_types(whole_run: Path) -> None:
 def make_trainer(recipe_path: Path, *words: str) -> Trainer:
     recipe = load_recipe(recipe_path, words)
     source = build.open_data(recipe)
-    world = join_world()
-    return Trainer(recipe, source, build.open_space(recipe, world.device), world, Path("unused"))
+    job = Job()
+    return Trainer(recipe, source, build.open_space(recipe, job.device), job, Path("unused"))
 
 
 def gradients_of_a_step(recipe_path: Path, *words: str) -> tuple[dict[str, Tensor], Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import re
 import signal
@@ -35,9 +34,10 @@ from terdit_cli.model import ternary
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.ternary import absmean, ternarize
 from terdit_cli.recipe import Recipe, load_recipe
-from terdit_cli.train import build
-from terdit_cli.train import ternary_cache as codes
-from terdit_cli.train.parallel import World, join_world, make_mesh, spread
+from terdit_cli.system.job import Job, join_job
+from terdit_cli.system.launcher import NEEDED, is_main
+from terdit_cli.train import build, ternary_cache
+from terdit_cli.train.parallel import distribute, make_mesh
 from terdit_cli.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -130,12 +130,12 @@ spec = importlib.util.spec_from_file_location("test_parallel", sys.argv[1])
 tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
 folder = Path(sys.argv[2])
-world = tests.join_world(60)
-for number, words in enumerate(json.loads(sys.argv[3])):
-    found = tests.train(tests.load_recipe(folder / "odd.yaml", words), world, folder / "run")
-    if world.is_main:
-        torch.save(found, folder / f"case-{number}.pt")
-tests.torch.distributed.barrier()
+with tests.join_job(a_gpu_each=True, timeout_seconds=60) as job:
+    for number, words in enumerate(json.loads(sys.argv[3])):
+        found = tests.train(tests.load_recipe(folder / "odd.yaml", words), job, folder / "run")
+        if job.is_main:
+            torch.save(found, folder / f"case-{number}.pt")
+    job.wait()
 """
 
 
@@ -148,17 +148,17 @@ def lively_network(recipe: Recipe, make: Callable[[Recipe], DiT] = build.build_n
     return network
 
 
-def train(recipe: Recipe, world: World, folder: Path) -> dict[str, Any]:
+def train(recipe: Recipe, job: Job, folder: Path) -> dict[str, Any]:
     """Train for `STEPS` steps and return losses, and whole weights, averages and gammas."""
     source = build.open_data(recipe)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "build_network", lively_network)
         # Graphs are as users have them; C++ of each would take a minute.
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-        trainer = Trainer(recipe, source, build.open_space(recipe, world.device), world, folder)
+        trainer = Trainer(recipe, source, build.open_space(recipe, job.device), job, folder)
     size, flip = recipe.train.global_batch_size, recipe.data.flip
     losses = []
-    loader = BatchLoader(source, recipe.seed, size, flip, world.rank, world.size, workers=1)
+    loader = BatchLoader(source, recipe.seed, size, flip, job.rank, job.size, workers=1)
     with loader:
         for images, labels in loader.iterate(0):
             result = trainer.train_step(images, labels)
@@ -177,7 +177,7 @@ def train(recipe: Recipe, world: World, folder: Path) -> dict[str, Any]:
         for name, value in trainer.network.named_parameters()
         if name.endswith("weight") and hasattr(value, "full_tensor") and value.dim() == 2
     ]
-    gammas = [float(gamma) for gamma in codes.sharded_gammas(sharded)]
+    gammas = [float(gamma) for gamma in ternary_cache.sharded_gammas(sharded)]
     return {"losses": losses, "gammas": gammas, "grid": grid, **whole}
 
 
@@ -196,7 +196,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(folder: Path) -> dict[str, dict[str, Any]]:
     """What one process makes of each kind."""
     recipes = {kind: load_recipe(folder / "odd.yaml", words) for kind, words in KINDS.items()}
-    return {kind: train(recipe, World(), folder / "one") for kind, recipe in recipes.items()}
+    return {kind: train(recipe, Job(), folder / "one") for kind, recipe in recipes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +308,7 @@ def small_trainer(folder: Path, *words: str) -> tuple[Trainer, Tensor, Tensor]:
     recipe = load_recipe(folder / "odd.yaml", words)
     source = build.open_data(recipe)
     space = build.open_space(recipe, torch.device("cpu"))
-    trainer = Trainer(recipe, source, space, World(), folder / "unused")
+    trainer = Trainer(recipe, source, space, Job(), folder / "unused")
     loader = BatchLoader(source, recipe.seed, 12, flip=False, rank=0, world_size=1, workers=1)
     with loader:
         images, labels = next(iter(loader.iterate(0)))
@@ -335,7 +335,7 @@ def test_each_weight_is_ternarized_once_a_step(
         counted.clear()
         trainer.train_step(images, labels)
         assert sorted(counted) == sorted(layer.weight.data_ptr() for layer in layers)
-        assert all(layer.codes is None for layer in layers)
+        assert all(layer.ternarized is None for layer in layers)
 
 
 def test_no_code_is_stale(folder: Path) -> None:
@@ -354,7 +354,7 @@ def test_groups_that_do_not_divide(folder: Path) -> None:
     with pytest.raises(
         UsageError, match=r"got parallel\.shard_size 4, expected a divisor of the 6 p"
     ):
-        make_mesh(World(size=6, local_size=6), parallel)
+        make_mesh(Job(size=6, local_size=6), parallel)
 
 
 def test_nothing_to_offload_from(folder: Path) -> None:
@@ -362,23 +362,60 @@ def test_nothing_to_offload_from(folder: Path) -> None:
     recipe = load_recipe(folder / "odd.yaml", words)
     network = build.build_network(recipe)
     with pytest.raises(UsageError, match="CPU offload needs a GPU"):
-        spread(network, World(), recipe.train, recipe.parallel)
+        distribute(network, Job(), recipe.train, recipe.parallel)
+
+
+def set_launcher(patch: pytest.MonkeyPatch, **given: str) -> None:
+    """Set torchrun's variables to what is given; the others are not there."""
+    for name in (*NEEDED, "LOCAL_WORLD_SIZE"):
+        patch.delenv(name, raising=False)
+    for name, value in given.items():
+        patch.setenv(name, value)
 
 
 def test_half_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(EnvironmentProblem, match=r"without RANK, LOCAL_RANK.*torchrun"):
-        join_world()
+    set_launcher(monkeypatch, WORLD_SIZE="2")
+    match = r"without RANK, .*LOCAL_RANK.*torchrun"
+    with pytest.raises(EnvironmentProblem, match=match), join_job():
+        pass
+
+
+WHOLE = dict(zip(NEEDED, ("1", "2", "1", "127.0.0.1", "1"), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two; invalid literal"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 with RANK=1"),
+        ({"RANK": "2"}, "WORLD_SIZE=2 with RANK=2"),
+        ({"RANK": ""}, "WORLD_SIZE=2 without RANK"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+        ({"MASTER_PORT": "x"}, "invalid literal"),
+    ],
+)
+def test_a_wrong_environment(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], said: str
+) -> None:
+    set_launcher(monkeypatch, **WHOLE | changed)
+    with pytest.raises(EnvironmentProblem, match=f"cannot join .*got .*{said}"), join_job():
+        pass
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "1", "RANK": "1"}, {"RANK": "1"}, {"RANK": ""}]
+)
+def test_a_job_of_one(monkeypatch: pytest.MonkeyPatch, given: dict[str, str]) -> None:
+    set_launcher(monkeypatch, **given)
+    with join_job() as job:
+        assert (job.rank, job.size, job.is_main) == (0, 1, True)
+        assert (job.largest(3.0), job.smallest(3), job.broadcast("x")) == (3.0, 3, "x")
+    assert is_main()
 
 
 def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    with pytest.raises(EnvironmentProblem, match=r"did not meet.*2 processes within 1 s"):
-        join_world(1)
-    assert not math.isnan(World().agree(1))
+    set_launcher(monkeypatch, **WHOLE)
+    assert not is_main()
+    match = r"did not meet.*2 processes within 1 s"
+    with pytest.raises(EnvironmentProblem, match=match), join_job(timeout_seconds=1):
+        pass

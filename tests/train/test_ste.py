@@ -14,8 +14,8 @@ from terdit_cli.errors import UsageError
 from terdit_cli.model.dit import DiT, DiTConfig
 from terdit_cli.model.ternary import TernaryLinear, absmean
 from terdit_cli.recipe import load_recipe
+from terdit_cli.system.job import Job
 from terdit_cli.train import build
-from terdit_cli.train.parallel import World
 from terdit_cli.train.ste import clip_straight_through
 from terdit_cli.train.trainer import Trainer
 
@@ -90,9 +90,7 @@ def one_step(folder: Path, *words: str) -> tuple[dict[str, Tensor], dict[str, Te
     (folder / "clipped.yaml").write_text(RECIPE)
     recipe = load_recipe(folder / "clipped.yaml", words)
     source = build.open_data(recipe)
-    trainer = Trainer(
-        recipe, source, build.open_space(recipe, torch.device("cpu")), World(), folder
-    )
+    trainer = Trainer(recipe, source, build.open_space(recipe, torch.device("cpu")), Job(), folder)
     generator = torch.Generator().manual_seed(1)
     for parameter in trainer.network.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)

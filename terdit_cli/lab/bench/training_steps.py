@@ -18,8 +18,8 @@ from terdit_cli import console
 from terdit_cli.lab.bench.results import Figure, TrainingRow
 from terdit_cli.lab.bench.settings import Options
 from terdit_cli.recipe import Recipe, load_recipe
+from terdit_cli.system.job import Job
 from terdit_cli.train import build
-from terdit_cli.train.parallel import World
 from terdit_cli.train.trainer import Trainer
 
 WARM_UP = 2  # steps, the first of which compiles and makes the optimizer's moments
@@ -73,6 +73,6 @@ def _compare(recipes: list[Recipe], options: Options) -> TrainingRow:
 
 
 def _trainer(recipe: Recipe, folder: Path) -> Trainer:
-    world = World()
-    space = build.open_space(recipe, world.device)
-    return Trainer(recipe, build.open_data(recipe), space, world, folder)
+    job = Job()
+    space = build.open_space(recipe, job.device)
+    return Trainer(recipe, build.open_data(recipe), space, job, folder)

@@ -110,16 +110,16 @@ import torch
 from terdit_cli.recipe import load_recipe
 from terdit_cli.train import build
 from terdit_cli.train.run_metrics import Observer
-from terdit_cli.train.parallel import World
+from terdit_cli.system.job import Job
 from terdit_cli.train.trainer import Trainer
 
 def status(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 def train(path, steps):
-    recipe, world = load_recipe(path), World()
-    space = build.open_space(recipe, world.device)
-    trainer = Trainer(recipe, build.open_data(recipe), space, world, path.parent)
+    recipe, job = load_recipe(path), Job()
+    space = build.open_space(recipe, job.device)
+    trainer = Trainer(recipe, build.open_data(recipe), space, job, path.parent)
     observer = Observer(trainer)
     batch = recipe.train.global_batch_size
     for _ in range(steps):

@@ -14,11 +14,11 @@ import torch
 from terdit_cli.model.layout import training_flops
 from terdit_cli.model.ternary import TernaryLinear, ternarize
 from terdit_cli.recipe import load_recipe
+from terdit_cli.system.job import Job
 from terdit_cli.train import build
 from terdit_cli.train.flips import KINDS
 from terdit_cli.train.loggers import read_metrics
 from terdit_cli.train.optim import learning_rate
-from terdit_cli.train.parallel import World
 from terdit_cli.train.run_metrics import Observer, peak_memory
 from terdit_cli.train.trainer import StepResult, Trainer
 
@@ -28,9 +28,9 @@ def make_trainer(recipe_path: Path, tmp_path: Path) -> Callable[..., Trainer]:
     """Return make_trainer(*overrides): one of the small recipe."""
 
     def make(*overrides: str) -> Trainer:
-        recipe, world = load_recipe(recipe_path, overrides), World()
-        space = build.open_space(recipe, world.device)
-        return Trainer(recipe, build.open_data(recipe), space, world, tmp_path)
+        recipe, job = load_recipe(recipe_path, overrides), Job()
+        space = build.open_space(recipe, job.device)
+        return Trainer(recipe, build.open_data(recipe), space, job, tmp_path)
 
     return make
 

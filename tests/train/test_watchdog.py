@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from terdit_cli.data import loader
+from terdit_cli.system.job import Job
 from terdit_cli.train import watchdog as watch
-from terdit_cli.train.parallel import World
 from terdit_cli.train.watchdog import (
     Stragglers,
     Watchdog,
@@ -31,9 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExc
 
 def test_the_few_and_the_silent_come_first() -> None:
     places = {0: "a", 1: "a", 2: "b", 4: "a"}
-    assert describe(places, 6) == (
-        "no sign of life from ranks 3, 5; rank 2 at b; ranks 0, 1, 4 at a"
-    )
+    assert describe(places, 6) == ("no report from ranks 3, 5; rank 2 at b; ranks 0, 1, 4 at a")
     assert describe({0: "a", 1: "a"}, 2) == "ranks 0, 1 at a"
 
 
@@ -66,7 +64,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
-    monkeypatch.setattr(watch, "TELL_SECONDS", 0.2)
+    monkeypatch.setattr(watch, "REPORT_SECONDS", 0.2)
     return server
 
 
@@ -98,7 +96,7 @@ def wait_until(condition: Any) -> None:
 def test_steps_and_pauses_keep_the_process_alive(
     store: dist.TCPStore, ends: list[tuple[int, str]]
 ) -> None:
-    with Watchdog(World(0, 2), 0.5, "") as dog:
+    with Watchdog(Job(0, 2), 0.5, "") as dog:
         for _ in range(20):
             time.sleep(0.05)
             dog.beat()
@@ -110,28 +108,26 @@ def test_steps_and_pauses_keep_the_process_alive(
 
 
 def test_a_process_alone_is_not_watched(ends: list[tuple[int, str]]) -> None:
-    with Watchdog(World(), 0.05, ""):
+    with Watchdog(Job(), 0.05, ""):
         time.sleep(0.3)
     assert ends == []
 
 
 def test_the_others_place_is_told(store: dist.TCPStore, ends: list[tuple[int, str]]) -> None:
-    store.set("terdit-hang/0/2", '"elsewhere"')
-    with Watchdog(World(0, 3), 0.3, "run it again"):
+    store.set("terdit/0/hang/2", '"elsewhere"')
+    with Watchdog(Job(0, 3), 0.3, "run it again"):
         wait_until(lambda: ends)
     [(code, text)] = ends
     assert code == 4
-    assert text.startswith(
-        "error: training hangs: got no step for 0.3 s; no sign of life from rank 1; "
-    )
+    assert text.startswith("error: training hangs: got no step for 0.3 s; no report from rank 1; ")
     assert "rank 2 at elsewhere" in text
     assert text.endswith("Fix: look at that process and its machine, then run it again.\n")
-    assert b"wait_until" in store.get("terdit-hang/0/0") or b"sleep" in store.get("terdit-hang/0/0")
+    assert b"wait_until" in store.get("terdit/0/hang/0") or b"sleep" in store.get("terdit/0/hang/0")
 
 
 def test_one_process_speaks_for_all(store: dist.TCPStore, ends: list[tuple[int, str]]) -> None:
-    store.set("terdit-hang/0/0", '"elsewhere"')
-    with Watchdog(World(1, 2), 0.3, "run it again"):
+    store.set("terdit/0/hang/0", '"elsewhere"')
+    with Watchdog(Job(1, 2), 0.3, "run it again"):
         wait_until(lambda: ends)
     assert ends == [(4, "")]
 
@@ -139,11 +135,11 @@ def test_one_process_speaks_for_all(store: dist.TCPStore, ends: list[tuple[int, 
 def test_what_a_job_that_was_started_again_left_does_not_count(
     store: dist.TCPStore, ends: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.set("terdit-hang/0/1", '"elsewhere"')
+    store.set("terdit/0/hang/1", '"elsewhere"')
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with Watchdog(World(0, 2), 0.3, ""):
+    with Watchdog(Job(0, 2), 0.3, ""):
         wait_until(lambda: ends)
-    assert "no sign of life from rank 1" in ends[0][1]
+    assert "no report from rank 1" in ends[0][1]
 
 
 def test_a_store_that_is_gone(
@@ -152,12 +148,12 @@ def test_a_store_that_is_gone(
     def gone(*arguments: Any) -> None:
         raise dist.DistNetworkError("Broken pipe\nand so on")
 
-    with Watchdog(World(0, 2), 0.3, "run it again") as dog:
+    with Watchdog(Job(0, 2), 0.3, "run it again") as dog:
         monkeypatch.setattr(dog, "_store", type("Gone", (), {"set": gone})())
         wait_until(lambda: ends)
     [(code, text)] = ends
     assert code == 4
-    assert "no sign of life from rank 1" in text
+    assert "no report from rank 1" in text
     assert "; the job's store does not answer: Broken pipe. Fix:" in text
 
 
@@ -176,17 +172,17 @@ def test_waits_for_data_and_slow_products() -> None:
 def test_the_slow_are_named_once_until_they_are_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Two(World):
+    class Two(Job):
         waited = 0.0
 
         def mean(self, values: Tensor) -> Tensor:
             return torch.tensor([[0.0, self.waited], [1.0, 1.0]]) / 2
 
-    world = Two(size=2)
-    stragglers = Stragglers(world)
+    job = Two(size=2)
+    stragglers = Stragglers(job)
     told = []
     for waited in (0, 5, 0, 5, 5, 5, 0, 5, 5):
-        object.__setattr__(world, "waited", waited)
+        object.__setattr__(job, "waited", waited)
         stragglers.compare(0.0, 1.0)
         told.append("rank 1 waits 5 s a step" in capsys.readouterr().err)
     assert told == [False, False, False, False, True, False, False, False, True]
