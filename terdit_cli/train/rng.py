@@ -14,7 +14,7 @@ Shapes: B samples of this process's share of a step; latents [C, h, w].
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ class RandomStream:
         global_batch_size: int,
         place: tuple[int, int],
         latents: tuple[int, int, int],
-        timesteps: int,
+        timestep: Callable[[float], int],
         dropout: float,
         encoding: bool,
     ) -> None:
@@ -60,7 +60,7 @@ class RandomStream:
         self._global_batch_size = global_batch_size
         self._place = place
         self._latents = latents
-        self._timesteps = timesteps
+        self._timestep = timestep
         self._dropout = dropout
         self._encoding = encoding
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="terdit-draws")
@@ -84,7 +84,7 @@ class RandomStream:
             counter = np.array([0, 0, 0, position], dtype=np.uint64)
             generator = np.random.Generator(np.random.Philox(key=self._key, counter=counter))
             which, chance = generator.random(2)
-            t[row] = int(which * self._timesteps)
+            t[row] = self._timestep(which)
             dropped[row] = chance < self._dropout
             generator.standard_normal(dtype=np.float32, out=normals[row])
         noises = torch.from_numpy(normals)

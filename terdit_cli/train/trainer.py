@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from terdit_cli.data.loader import BatchSource
 from terdit_cli.data.vae import Space
-from terdit_cli.diffusion.process import Schedule, Teacher, make_schedule
+from terdit_cli.diffusion.objectives import OBJECTIVES, Objective
+from terdit_cli.diffusion.process import Teacher
 from terdit_cli.model.ckpt import CKPT
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.ema import Ema
@@ -108,7 +109,7 @@ class Trainer:
         self.job = job
         self.run_folder = run_folder
         self.accumulate = grad_accum_steps(recipe.train, job.size)
-        self.schedule: Schedule = make_schedule("")
+        self.objective: Objective = OBJECTIVES[recipe.diffusion.objective]()
         seed_weights(recipe.seed)
         self.network: DiT = build.build_network(recipe)  # owns the parameters
         if start is not None:
@@ -129,7 +130,7 @@ class Trainer:
             recipe.train.global_batch_size,
             (job.rank, job.size),
             (config.in_channels, config.input_size, config.input_size),
-            self.schedule.num_steps,
+            self.objective.timestep,
             config.class_dropout_prob,
             encoding=recipe.data.vae is not None,
         )
@@ -255,7 +256,7 @@ class Trainer:
             steps, distill = self.recipe.train.steps, self.recipe.distill
             teacher = Teacher(self._teacher, teacher_weight(self.step, steps, distill))
         with autocast(self.recipe.train, device):
-            losses = self.schedule.training_losses(self.model, x0, t, y, noise, teacher)
+            losses = self.objective.losses(self.model, x0, t, y, noise, teacher)
         objective = losses.get("objective", losses["loss"])
         if self._features is not None:
             losses["features"] = self._features.difference()
@@ -264,7 +265,7 @@ class Trainer:
         # Without learned sigma there is no variational bound, without a teacher no differences.
         nothing = torch.zeros_like(losses["loss"])
         parts = [losses.get(name, nothing) for name in _NAMES]
-        quarter = t * QUARTERS // self.schedule.num_steps
+        quarter = t * QUARTERS // self.objective.num_steps
         inside = quarter == torch.arange(QUARTERS, device=device)[:, None]  # [QUARTERS, B]
         quarters = torch.cat([inside * losses["loss"], inside.float()])  # [2 * QUARTERS, B]
         return torch.cat([torch.stack(parts), quarters]).detach().mean(dim=1)

@@ -56,6 +56,7 @@ WORDS = (
 WORKER = """
 import json, os, pathlib, resource, signal, sys, time
 from terdit_cli.cli import app
+from terdit_cli.diffusion import process
 from terdit_cli.train import loop, trainer, watchdog
 
 rank, folder = int(os.environ["RANK"]), pathlib.Path(os.environ["NOTES"])
@@ -63,7 +64,7 @@ faults = {(step, kind) for who, step, kind in json.loads(os.environ["FAULTS"]) i
 watchdog.REPORT_SECONDS = 1.0
 (folder / f"pid-{rank}").write_text(str(os.getpid()))
 now = [0]
-plain_step, plain_losses = trainer.Trainer.train_step, trainer.Schedule.training_losses
+plain_step, plain_losses = trainer.Trainer.train_step, process.Schedule.training_losses
 
 
 def step(self, images, labels, notices=()):
@@ -103,7 +104,7 @@ def leave(code, plain=os._exit):
 
 
 os._exit = leave
-trainer.Trainer.train_step, trainer.Schedule.training_losses = step, losses
+trainer.Trainer.train_step, process.Schedule.training_losses = step, losses
 loop.BatchLoader = SlowDisk
 
 
