@@ -61,6 +61,9 @@ bench-metrics: install  ## docs/metrics.md: eval-fid's scores and times beside r
 add-model: install  ## package a run: make add-model RUN=runs/x NAME=x EVAL=result.json WORDS='--data ...'
 	$(BIN)/python -m terdit_cli.lab.add_model $(RUN) $(NAME) --eval $(EVAL) $(WORDS)
 
+docs: install  ## docs/recipes.md from the models in recipe.py
+	$(BIN)/python -m terdit_cli.lab.recipe_docs docs/recipes.md
+
 results: install  ## docs/results.md, -tables.md and .html from what the studies found, in docs/studies
 	$(BIN)/terdit study recipes/studies/fashion-mnist.yaml recipes/studies/cifar10.yaml \
 		recipes/studies/ablations.yaml --render --runs docs/studies --out docs/results.md
@@ -82,4 +85,4 @@ clean:  ## remove what the other targets made; your own runs stay
 	rm -rf .venv build dist demo runs/results-quick* runs/studies/quick $(NATIVE)/*.so .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test test-slow test-all coverage lint bench bench-gpu bench-metrics add-model results results-quick native-sanitize wheel clean
+.PHONY: help install demo test test-slow test-all coverage lint bench bench-gpu bench-metrics add-model docs results results-quick native-sanitize wheel clean

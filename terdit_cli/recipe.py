@@ -64,19 +64,33 @@ class ModelSection(Section):
     """The network; `size` gives dim, n_layers and n_heads unless they are given here."""
 
     size: str = "600m"
+    """Named size: nano, tiny, small, base, 600m, 4.2b or 7b. Gives dim, n_layers and n_heads."""
     dim: PositiveInt | None = None
+    """Width of the tokens; null: as the size has it."""
     n_layers: PositiveInt | None = None
+    """Number of blocks; null: as the size has it."""
     n_heads: PositiveInt | None = None
+    """Attention heads; null: as the size has it."""
     n_kv_heads: PositiveInt | None = None
+    """Heads of keys and values (grouped-query attention); null: as many as n_heads."""
     patch_size: PositiveInt = 2
+    """Side of a patch, in latents or pixels."""
     multiple_of: PositiveInt = 256
+    """The feed-forward width is rounded up to a multiple of this."""
     ffn_dim_multiplier: PositiveFloat | None = None
+    """Factor on the feed-forward width; null: 1."""
     norm_eps: PositiveFloat = 1e-5
+    """Added to the mean square in RMSNorm."""
     class_dropout_prob: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Probability that a label is dropped, for classifier-free guidance."""
     num_classes: PositiveInt = 1000
+    """Number of classes of the data."""
     learn_sigma: bool = True
+    """Predict the variance too: twice the output channels."""
     qk_norm: bool = True
-    pos_embed: bool = False  # DiT's fixed embedding of positions, besides rotary attention
+    """LayerNorm of queries and keys."""
+    pos_embed: bool = False
+    """Add DiT's fixed positional embedding to the tokens, besides rotary attention."""
 
 
 # Sets of fields of `ternary`; those that a set does not name have their defaults.
@@ -95,21 +109,28 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class TernarySection(Section):
-    """The quantiser; see the README for what each option does to training."""
+    """The quantiser; docs/train.md says what each option does to training."""
 
-    # The published TerDiT's fields below, or the defaults. Fields given beside it win; a word
-    # ternary.preset=NAME comes after the file and replaces them. A resolved recipe has no preset
-    # any more: it spells the fields out.
+    # Fields given beside a preset win; a word ternary.preset=NAME comes after the file and replaces
+    # them. A resolved recipe has no preset any more: it spells the fields out.
     preset: Annotated[Literal["best", "paper"] | None, Field(exclude=True)] = None
+    """A set of options at once: best (the defaults) or paper (the published TerDiT's)."""
     enabled: bool = True
+    """false trains the full-precision baseline."""
     scale: Literal["learned", "absmean"] = "learned"
+    """A trained alpha, or the mean absolute master weight (BitNet)."""
     alpha_init: Literal["randn", "absmean"] = "absmean"
-    adaln_norm: bool | None = None  # None: as `enabled` (the full-precision parent has none)
+    """What a learned alpha starts from."""
+    adaln_norm: bool | None = None
+    """RMSNorm after adaLN, the paper's addition; null: as `enabled`."""
     granularity: Literal["tensor", "row", "group128"] = "row"
+    """What one scale covers: a matrix, an output row, or 128 inputs of a row."""
     activations: Literal["none", "int8"] = "none"
-    # What masters get of the effective weight's gradient: alpha times it, or its sign of alpha.
+    """int8 quantises each token's inputs of ternary layers."""
     ste: Literal["scaled", "identity"] = "scaled"
-    ste_clip: PositiveFloat | None = None  # gammas; masters beyond get no gradient. None: all do
+    """Gradient of a master weight: alpha times the effective weight's, or only alpha's sign."""
+    ste_clip: PositiveFloat | None = None
+    """No gradient for master weights larger than so many gammas; null: all have one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -129,19 +150,36 @@ class TernarySection(Section):
         return {"enabled": False, "adaln_norm": bool(self.adaln_norm)}
 
 
+class DiffusionSection(Section):
+    """The objective of the diffusion: what the network learns to predict."""
+
+    objective: Literal["eps"] = "eps"
+    """What the network predicts: eps, the noise, on 1000 linear betas."""
+
+
 class DataSection(Section):
     """Images and the space the diffusion runs in."""
 
     source: DataSource = "embedded"
+    """Kind of the training images."""
     path: UserPath | None = None
+    """Where they are: a folder, file or pattern. Not for `embedded`."""
     split: str | None = None
-    image_size: PositiveInt = 256  # pixels
-    channels: Literal[1, 3] = 3  # of pixel-space models; 1 = grey
-    vae: str | None = None  # folder or hub id; None: pixel space
+    """Part of the data: train or heldout, or a split's name; null: all."""
+    image_size: PositiveInt = 256
+    """Side of the training images, in pixels."""
+    channels: Literal[1, 3] = 3
+    """Channels of pixel-space models: 1 grey, 3 RGB."""
+    vae: str | None = None
+    """VAE folder or hub id, to train on its latents; null: pixel space."""
     scale_factor: PositiveFloat = 0.18215
+    """Factor on the latents."""
     flip: bool = True
+    """Mirror half of the images."""
     on_bad_image: Literal["error", "skip"] = "error"
-    workers: NonNegativeInt = 4  # decoding threads
+    """Stop at an unreadable image, or skip it."""
+    workers: NonNegativeInt = 4
+    """Decoding threads."""
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:
@@ -162,14 +200,22 @@ class DataSection(Section):
 class TrainSection(Section):
     """Steps, batches and arithmetic."""
 
-    init_from: UserPath | None = None  # ckpt.pt whose weights a new run begins with; None: random
+    init_from: UserPath | None = None
+    """Run folder or ckpt.pt whose EMA weights a new run starts from; null: random."""
     steps: PositiveInt = 400_000
-    global_batch_size: PositiveInt = 256  # images an optimizer step
-    micro_batch_size: PositiveInt = 32  # images a forward pass of one process
+    """Optimizer steps."""
+    global_batch_size: PositiveInt = 256
+    """Images per optimizer step, over all processes."""
+    micro_batch_size: PositiveInt = 32
+    """Images per forward pass of one process."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic of the blocks; master weights are always fp32."""
     compile: bool = False
-    activation_checkpointing: bool | PositiveInt = False  # every block, or every k-th
-    max_skipped: NonNegativeInt = 10  # steps in a row without finite gradients; one more stops
+    """Compile each block by torch.compile."""
+    activation_checkpointing: bool | PositiveInt = False
+    """Recompute activations: false, true (every block), or k (every k-th)."""
+    max_skipped: NonNegativeInt = 10
+    """Steps in a row without finite gradients that are skipped; one more ends the run."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:
@@ -184,10 +230,14 @@ class TrainSection(Section):
 class DistillSection(Section):
     """A trained model whose predictions are learned beside the noise itself."""
 
-    teacher: UserPath | None = None  # ckpt.pt or run folder; None: no distillation
-    weight: Annotated[float, Field(ge=0, le=1)] = 0.5  # of the teacher; the noise has the rest
-    schedule: Literal["constant", "linear"] = "constant"  # linear: weight falls to 0 at the end
-    features: NonNegativeFloat = 0.0  # of the relative difference of the last blocks' outputs
+    teacher: UserPath | None = None
+    """Run folder or ckpt.pt whose predictions are part of the target; null: none."""
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the teacher's prediction in the target; the noise has the rest."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """linear: the weight falls to 0 by the last step."""
+    features: NonNegativeFloat = 0.0
+    """Weight of the relative difference of the last blocks' outputs."""
 
     @model_validator(mode="after")
     def _check(self) -> DistillSection:
@@ -200,11 +250,17 @@ class ParallelSection(Section):
     """How several processes share the work; one process alone takes no notice of it."""
 
     mode: Literal["ddp", "fsdp", "hsdp"] = "ddp"
-    shard_size: PositiveInt | None = None  # hsdp: processes that share one copy; None: a node's
-    reshard_after_forward: bool = True  # fsdp, hsdp: free a block's gathered weights in between
-    reduce: Literal["fp32", "bf16"] = "fp32"  # arithmetic of the gradients' sum over processes
-    cpu_offload: bool = False  # fsdp, hsdp on GPUs: masters and moments in the host's memory
-    hang_seconds: PositiveFloat = 600  # without a step on any process: the job is ended
+    """ddp: every process holds everything; fsdp: sharded; hsdp: sharded in groups."""
+    shard_size: PositiveInt | None = None
+    """Processes that share one copy (hsdp); null: those of a machine."""
+    reshard_after_forward: bool = True
+    """Free gathered weights between forward and backward (fsdp, hsdp)."""
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the sum of gradients over processes."""
+    cpu_offload: bool = False
+    """Keep master weights and optimizer state in host memory; full precision only."""
+    hang_seconds: PositiveFloat = 600
+    """A job that makes no step for so long is ended."""
 
     @model_validator(mode="after")
     def _check(self) -> ParallelSection:
@@ -218,70 +274,101 @@ class ParallelSection(Section):
 class OptimSection(Section):
     """The optimizer and its learning-rate schedule."""
 
-    # adamw8bit: moments of a byte each, by torchao. muon: the blocks' matrices by Muon.
     kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw; adamw8bit: states of one byte (torchao); muon: the blocks' matrices by Muon."""
     lr: PositiveFloat = 1e-4
-    alpha_lr_ratio: PositiveFloat = 1.0  # the learned alphas' rate / lr
+    """Learning rate after warm-up."""
+    alpha_lr_ratio: PositiveFloat = 1.0
+    """Learning rate of the learned scales, relative to lr."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    """Averaging of Adam's first and second state."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of Adam's second state."""
     weight_decay: NonNegativeFloat = 0.0
-    decayed: Literal["matrices", "blocks"] = "matrices"  # blocks: the blocks' matrices only
-    grad_clip: PositiveFloat | None = 2.0  # L2 norm of all gradients; None: off
+    """Decoupled weight decay."""
+    decayed: Literal["matrices", "blocks"] = "matrices"
+    """Which matrices decay: all, or those of the blocks."""
+    grad_clip: PositiveFloat | None = 2.0
+    """Largest L2 norm of all gradients; null: no clipping."""
     warmup_steps: NonNegativeInt = 0
+    """Steps over which the rate rises linearly."""
     schedule: Literal["constant", "cosine", "step"] = "constant"
-    final_lr_ratio: Fraction = 0.0  # cosine: last lr / lr
-    drop_at: tuple[Fraction, ...] = (0.7,)  # step: shares of the run after which lr drops
+    """Learning rate after warm-up."""
+    final_lr_ratio: Fraction = 0.0
+    """Last rate relative to lr (cosine)."""
+    drop_at: tuple[Fraction, ...] = (0.7,)
+    """Shares of the run after which the rate drops (step)."""
     drop_factor: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Factor of each drop (step)."""
 
 
 class EmaSection(Section):
     """The averaged copy that previews, ternarize and pack use."""
 
     decay: Fraction = 0.9999
+    """Decay of the exponential moving average, per step."""
     warmup: bool = False
+    """Shorter average in the first steps."""
 
 
 class SampleSection(Section):
     """Preview grids drawn from the EMA weights during training."""
 
-    every: NonNegativeInt = 5_000  # steps; 0: none
-    count: PositiveInt = 16  # images; image i has class i mod num_classes
+    every: NonNegativeInt = 5_000
+    """Steps between preview grids; 0: none."""
+    count: PositiveInt = 16
+    """Images per grid; image i has class i mod num_classes."""
     sampler: Literal["ddpm", "ddim", "dpmpp-2m", "unipc", "euler"] = "dpmpp-2m"
+    """Sampler of the previews."""
     steps: PositiveInt = 20
+    """Sampling steps."""
     cfg_scale: NonNegativeFloat = 4.0
+    """Scale of classifier-free guidance; 1 turns it off."""
 
 
 class WandbSection(Section):
     """Where Weights & Biases keeps the run."""
 
     project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")]
-    entity: str | None = None  # a user or team; None: the default of the account
+    """Project that the run belongs to."""
+    entity: str | None = None
+    """User or team; null: the account's default."""
     mode: Literal["online", "offline"] = "online"
+    """offline keeps the run on disk until it is synced."""
 
 
 class LoggingSection(Section):
     """metrics.jsonl and loss.png always; TensorBoard and Weights & Biases where wanted."""
 
-    every: PositiveInt = 100  # steps
-    tensorboard: bool = False  # also into RUN/tensorboard
+    every: PositiveInt = 100
+    """Steps between entries of metrics.jsonl."""
+    tensorboard: bool = False
+    """Also write RUN/tensorboard."""
     wandb: WandbSection | None = None
+    """Also log to Weights & Biases: {project: NAME}; null: not."""
 
 
 class CheckpointSection(Section):
     """Resumable checkpoints."""
 
-    every: PositiveInt = 10_000  # steps
+    every: PositiveInt = 10_000
+    """Steps between checkpoints."""
     keep_last: PositiveInt = 2
-    keep_every_hours: PositiveFloat | None = None  # one of so many hours is never deleted
+    """Newest checkpoints to keep."""
+    keep_every_hours: PositiveFloat | None = None
+    """Of older ones keep one per so many hours; null: none."""
 
 
 class Recipe(Section):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """Name of the run; its folder is runs/NAME."""
     seed: NonNegativeInt = 0
+    """Random seed of weights, data order, noise and labels."""
     model: ModelSection = ModelSection()
     ternary: TernarySection = TernarySection()
+    diffusion: DiffusionSection = DiffusionSection()
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
     distill: DistillSection = DistillSection()

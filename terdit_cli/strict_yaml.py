@@ -19,7 +19,11 @@ class Section(BaseModel):
     """Unknown keys are errors; values never change after loading."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,  # the description of a field
     )
 
     @field_validator("*", mode="before")

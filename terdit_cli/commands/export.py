@@ -16,10 +16,10 @@ from terdit_cli.train.checkpoint import (
     check_checkpoint,
     latest_checkpoint,
 )
-from terdit_cli.train.write_ckpt import export_ckpt
+from terdit_cli.train.write_ckpt import write_ckpt
 
 # By suffix: what writes the file.
-FORMATS: dict[str, Callable[[Saved, Path], None]] = {".pt": export_ckpt}
+FORMATS: dict[str, Callable[[Saved, Path], None]] = {".pt": write_ckpt}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from terdit_cli.train.checkpoint import (
 from terdit_cli.train.loop import loss_summary, resume_command, run_training
 from terdit_cli.train.planner import Plan, plan_run
 from terdit_cli.train.preview import preview_sampler
-from terdit_cli.train.run_lock import alone_in
+from terdit_cli.train.run_lock import locked_run
 from terdit_cli.train.trainer import Trainer
 
 # Changing these on resume would give another network than the one that was saved, or moments that
@@ -116,7 +116,7 @@ def _train(recipe: Recipe, resume: str | None, run_folder: Path, job: Job) -> tu
     build.model_config(recipe)  # a network that cannot be is found before any data is read
     source = build.open_data(recipe)
     space = build.open_space(recipe, job.device)
-    with alone_in(run_folder, job):
+    with locked_run(run_folder, job):
         return _run(recipe, saved, source, space, run_folder, job)
 
 

@@ -27,7 +27,7 @@ class EvalOptions:
         None, "Generate the images with this model: a path or the name of a packaged one."
     )
     images: str | None = option(
-        None, "Score these: folder, zip, tars, parquet, .npz, or embedded[:train|:heldout]."
+        None, "Score these: folder, zip, tars, .npz, or embedded[:train|:heldout]."
     )
     reference: str | None = option(
         None, "Images as above, or an .npz of statistics (ours, ADM's, pytorch-fid's)."

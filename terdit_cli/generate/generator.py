@@ -21,6 +21,7 @@ from terdit_cli import console
 from terdit_cli.class_names import names_of_classes
 from terdit_cli.data.vae import PixelSpace, Space, VaeSpace
 from terdit_cli.diffusion.noise import ImageNoise
+from terdit_cli.diffusion.objectives import objective_of
 from terdit_cli.diffusion.sampler import SamplerConfig, sample
 from terdit_cli.errors import EnvironmentProblem, InputFileError, TerditError, UsageError
 from terdit_cli.generate.options import Labels, ModelOptions, SamplingOptions
@@ -85,9 +86,17 @@ class ImageGenerator:
         """Return the sampler as this model needs it: pixels clip the guess of x0 to [-1, 1].
 
         Raises:
-            UsageError: guidance of a model trained without label dropout.
+            UsageError: a sampler of another objective, or guidance of a model trained without label
+                dropout.
         """
         info = self.model.info
+        fitting = objective_of(info.diffusion).samplers
+        if sampler.name not in fitting:
+            raise UsageError(
+                "this sampler does not fit the model's objective", got=f"--sampler {sampler.name}",
+                expected="one of " + ", ".join(fitting), where=self.file.path,
+                fix=f"--sampler {fitting[0]}",
+            )  # fmt: skip
         if sampler.guided and info.config.null_class is None:
             raise UsageError(
                 "this model has no null class for guidance",

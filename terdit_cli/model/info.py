@@ -14,20 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import terdit_cli
+from terdit_cli.diffusion.objectives import OBJECTIVES, EpsObjective, objective_of
 from terdit_cli.errors import InputFileError, TerditError
 from terdit_cli.model.dit import DiTConfig
 from terdit_cli.model.ternary import TernaryConfig
-
-# The only process this project trains and samples (upstream's). The variance is of networks with
-# `learn_sigma`; the others' is fixed.
-DIFFUSION: dict[str, object] = {
-    "steps": 1000,
-    "schedule": "linear",
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "prediction": "eps",
-    "variance": "learned_range",
-}
 
 LARGEST_INTEGER = 1 << 20  # of any size in a file; the largest published model needs 18,432
 LARGEST_TABLE = (
@@ -58,7 +48,7 @@ class ModelInfo:
     image_size: int
     class_names: list[str] = field(default_factory=list)
     class_order: Literal["standard", "text"] = "standard"
-    diffusion: dict[str, object] = field(default_factory=lambda: dict(DIFFUSION))
+    diffusion: dict[str, object] = field(default_factory=lambda: dict(EpsObjective.description))
     weights: Literal["ema", "raw"] = "ema"
     step: int | None = None
     recipe_sha256: str | None = None
@@ -112,14 +102,16 @@ class ModelInfo:
                 where=where,
                 fix="make the file again with `terdit pack`",
             ) from error
-        if info.diffusion != DIFFUSION:
+        try:
+            objective_of(info.diffusion)
+        except KeyError:
             raise InputFileError(
                 "unknown diffusion process",
                 got=info.diffusion,
-                expected=DIFFUSION,
+                expected=" or ".join(str(make.description) for make in OBJECTIVES.values()),
                 where=where,
                 fix="update terdit",
-            )
+            ) from None
         return info
 
     @classmethod

@@ -13,7 +13,7 @@ Adam, whose steps are alike for every weight, hardly knows the difference; Muon,
 whole matrices, does: a row's alpha no longer weights the row.
 
 gamma's sum is one of integers, so it is exact: any order of summation, number of threads, device
-or sharding gives the same bits, and with them the same codes (`fixed_point_sums`).
+or sharding gives the same bits, and with them the same trits (`fixed_point_sums`).
 
 Shapes: B batch, T tokens, K in features, N out features, G = ceil(K / 128) groups.
 Scales (`alphas`, float32) have a granularity: [1] per tensor, [N] per output row, [N, G] per
@@ -303,7 +303,7 @@ def scaled_sums(u: Tensor, step: Tensor, trits: Tensor, alphas: Tensor) -> Tenso
     return y * step
 
 
-class Codes(NamedTuple):
+class TernarizedWeight(NamedTuple):
     """What the forward needs of the masters, kept while they do not change."""
 
     trits: Tensor | None  # [N, K]; None where `weight` itself holds trits (gathered from shards)
@@ -317,7 +317,7 @@ class TernaryLinear(nn.Module):
     `bias` [N]. `scale="absmean"` computes the scale from the masters and sends the gradient of
     the effective weight to the masters unchanged (BitNet b1.58).
 
-    Each forward ternarizes the masters, unless `codes` holds what came of it: whoever sets `codes`
+    Each forward ternarizes the masters, unless `ternarized` holds the result: whoever sets it
     clears it before the masters change.
     """
 
@@ -348,7 +348,7 @@ class TernaryLinear(nn.Module):
         else:
             self.register_parameter("alphas", None)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        self.codes: Codes | None = None
+        self.ternarized: TernarizedWeight | None = None
         nn.init.xavier_uniform_(self.weight)
         self.reset_alphas()
 
@@ -379,16 +379,16 @@ class TernaryLinear(nn.Module):
         return ternarize(self.weight).to(torch.int8), alphas
 
     @torch.no_grad()
-    def present_codes(self, trits: Tensor | None = None) -> Codes:
-        """Return the codes of the present masters, whose `trits` may be known already."""
+    def ternarized_weight(self, trits: Tensor | None = None) -> TernarizedWeight:
+        """Ternarize the present masters, whose `trits` may be known already."""
         learned = self.alphas is not None
         alphas = None if learned else absmean_alphas(self.weight, self.granularity)
-        return Codes(ternarize(self.weight) if trits is None else trits, alphas)
+        return TernarizedWeight(ternarize(self.weight) if trits is None else trits, alphas)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., K] to [..., N]."""
         weight = self.weight
-        trits, alphas = self.codes or self.present_codes()
+        trits, alphas = self.ternarized or self.ternarized_weight()
         trits = weight.detach() if trits is None else trits
         scales = self.alphas if alphas is None else alphas
         assert scales is not None

@@ -16,7 +16,7 @@ import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,9 @@ _COLLECTIVE_FAILED = re.compile(
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Launched):
     """This process among those of the job; by default the only one, on the CPU."""
 
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0  # among the processes of this machine
-    local_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # its own
     store: distributed.Store = field(default_factory=distributed.HashStore)  # of the whole job
 
@@ -199,11 +195,17 @@ def join_job(
             where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
             fix="check that torchrun was started on every machine with the same address",
         ) from error
-    job = Job(place.rank, place.size, place.local_rank, place.local_size, device, store)
+    job = Job(**asdict(place), device=device, store=store)
     job._enter()
-    with _one_message(job), others_alive(job, retry):
-        yield job
-    distributed.destroy_process_group()  # after a failure it might wait for what is gone
+    failed = True
+    try:
+        with _one_message(job), others_alive(job, retry):
+            yield job
+        failed = False
+    finally:
+        # After a failed training a collective of another thread may wait for what is gone.
+        if not (failed and a_gpu_each):
+            distributed.destroy_process_group()
 
 
 def own_device(place: Launched, a_gpu_each: bool = False) -> torch.device:

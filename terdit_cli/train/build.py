@@ -11,6 +11,7 @@ from terdit_cli.data.images import ImageSource, open_images
 from terdit_cli.data.latents import LatentSource, LatentSpace
 from terdit_cli.data.loader import BatchSource
 from terdit_cli.data.vae import PixelSpace, Space, VaeSpace
+from terdit_cli.diffusion.objectives import OBJECTIVES
 from terdit_cli.errors import UsageError
 from terdit_cli.model.dit import DiT, DiTConfig, build_config
 from terdit_cli.model.info import ModelInfo, SpaceInfo
@@ -54,6 +55,7 @@ def model_info(recipe: Recipe, class_names: list[str], step: int) -> ModelInfo:
         space=space,
         image_size=data.image_size,
         class_names=class_names,
+        diffusion=dict(OBJECTIVES[recipe.diffusion.objective].description),
         step=step,
         recipe_sha256=recipe.sha256(),
     )

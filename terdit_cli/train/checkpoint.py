@@ -1,6 +1,6 @@
 """Resumable checkpoints: `checkpoints/step-00001000/`, sharded, complete or not there.
 
-    __0_0.distcp ...   the shards of each process (`shards.py`)      .metadata   where they lie
+    __0_0.distcp ...   the shards of each process, and .metadata: see `sharded_tensors.py`
     recipe.yaml        the resolved recipe
     manifest.json      step, time, what the model is, size and SHA-256 of every file; written last
 
@@ -9,8 +9,8 @@ main one writes the manifest, and renames the folder. So a killed or failed save
 and the one before it survives. `save` copies the state and returns; the copy is written while
 training goes on, one checkpoint at a time.
 
-Masters, EMA and optimizer moments are saved. Settings are the recipe's; data order and random
-numbers are functions of the step (`data/order.py`, `draws.py`) and need no state.
+Master weights, EMA and optimizer state are saved. Settings are the recipe's; data order and random
+numbers are functions of the step (`data/order.py`, `rng.py`) and need no state.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether a save has failed that `wait` has not told of."""
+        """Whether a save has failed whose error `wait` has not raised yet."""
         if self._pending is None or not self._pending[1].done():
             return False
         return self._pending[1].exception() is not None

@@ -1,12 +1,12 @@
-"""Signs of life of a ternary run: codes that flipped since the last look, and shares of -1, 0, +1.
+"""Trits that flipped since the last measurement, and the shares of -1, 0 and +1.
 
-A ternary model learns only where codes change. From one look to the next the codes are kept, four
-to a byte: a quarter of a byte for each ternary weight that this process holds. Each process counts
-the rows it holds, one small all-reduce adds them up, and replicas, which count alike, leave the
-shares as they are.
+A ternary model learns only where trits change. From one measurement to the next the trits are kept,
+four to a byte: a quarter of a byte for each ternary weight that this process holds. Each process
+counts the rows it holds, and one small all-reduce adds them up; replicas count the same, which
+leaves the shares as they are.
 
     code = trit + 1 in {0, 1, 2};  byte = c0 | c1 << 2 | c2 << 4 | c3 << 6
-    a code of byte i flipped  <=>  its two bits of (old ^ new) are not both 0
+    a trit flipped  <=>  its two bits of (old ^ new) are not both 0
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from terdit_cli.model.ternary import TernaryLinear, gammas, ternarize
 from terdit_cli.train.ternary_cache import sharded_gammas
 
 KINDS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "adaLN")
-CODES_A_BYTE = 4
+TRITS_PER_BYTE = 4
 
 
 def record_bytes(weights: int) -> int:
-    """Return the bytes that a record of `weights` codes takes."""
-    return -(-weights // CODES_A_BYTE)
+    """Return the bytes that the packed trits of `weights` weights take."""
+    return -(-weights // TRITS_PER_BYTE)
 
 
 def kind_of(name: str) -> str:
@@ -37,24 +37,24 @@ def kind_of(name: str) -> str:
 
 
 class FlipMeter:
-    """Remembers the codes of the last look at a network."""
+    """Keeps the trits of a network as they were when last measured."""
 
     def __init__(self, network: nn.Module) -> None:
-        """Take the first look; all processes together."""
+        """Measure for the first time; all processes must call."""
         self._layers = {
             name: module
             for name, module in network.named_modules()
             if isinstance(module, TernaryLinear)
         }
         self._records: dict[str, Tensor] = {}
-        self.look()
+        self.measure()
 
     @torch.no_grad()
-    def look(self) -> dict[str, dict[str, float]]:
-        """Compare with the last look; all processes together.
+    def measure(self) -> dict[str, dict[str, float]]:
+        """Compare with the last measurement; all processes must call.
 
         Returns:
-            {"flipped" | "minus" | "zero" | "plus": {layer type or "all": share of its codes}},
+            {"flipped" | "minus" | "zero" | "plus": {layer type or "all": share of its trits}},
             empty for a network without ternary weights.
         """
         if not self._layers:
@@ -63,7 +63,7 @@ class FlipMeter:
         for name, rows, gamma in self._rows():
             trits = ternarize(rows, gamma).to(torch.int8)
             minus, zero, plus = ((trits == value).sum() for value in (-1, 0, 1))
-            record = pack_codes(trits)
+            record = pack_trits(trits)
             before = self._records.get(name, record)
             self._records[name] = record
             row = torch.stack([count_flips(before, record), minus, zero, plus])
@@ -85,7 +85,7 @@ class FlipMeter:
 
 
 def shares(counts: Tensor) -> dict[str, dict[str, float]]:
-    """Turn counts [kinds, (flipped, -1, 0, +1)] into shares of each kind's codes and of all."""
+    """Turn counts [kinds, (flipped, -1, 0, +1)] into shares of each kind's trits and of all."""
     rows = dict(zip(("all", *KINDS), torch.cat([counts.sum(0, keepdim=True), counts]), strict=True))
     return {
         what: {kind: float(row[i] / row[1:].sum()) for kind, row in rows.items() if row.any()}
@@ -93,19 +93,19 @@ def shares(counts: Tensor) -> dict[str, dict[str, float]]:
     }
 
 
-def pack_codes(trits: Tensor) -> Tensor:
+def pack_trits(trits: Tensor) -> Tensor:
     """Pack int8 trits of any shape into uint8, four to a byte; the last byte is filled with 0."""
     flat = (trits.reshape(-1) + 1).view(torch.uint8)
-    missing = -len(flat) % CODES_A_BYTE
+    missing = -len(flat) % TRITS_PER_BYTE
     if missing:
         flat = F.pad(flat, (0, missing))
-    c0, c1, c2, c3 = flat.view(CODES_A_BYTE, -1)
+    c0, c1, c2, c3 = flat.view(TRITS_PER_BYTE, -1)
     return c0 | c1 << 2 | c2 << 4 | c3 << 6
 
 
 def count_flips(before: Tensor, now: Tensor) -> Tensor:
-    """Return how many codes of two records differ, int64 [] (on their device)."""
+    """Return how many trits of two packed tensors differ, int64 [] (on their device)."""
     differing = before ^ now
-    differing = (differing | differing >> 1) & 0b01010101  # one bit a code
+    differing = (differing | differing >> 1) & 0b01010101  # one bit a trit
     pairs = (differing & 0b00010001) + (differing >> 2 & 0b00010001)
     return ((pairs & 0b1111) + (pairs >> 4)).sum(dtype=torch.int64)

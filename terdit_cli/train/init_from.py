@@ -1,8 +1,8 @@
-"""Start a run from the weights of another: a ternary model from its full-precision twin, say.
+"""`train.init_from`: initialise a run from another's weights, say from a full-precision baseline.
 
-Masters are copied. A learned scale that the other run does not have is made of the masters that
-were copied, as `ternary.alpha_init` says, and a norm after adaLN that it does not have begins
-with ones. Continuing to train a full-precision model as a ternary one is the "16-to-1.58-bit"
+Master weights are copied. A learned alpha that the other run does not have is computed from the
+copied master weights, as `ternary.alpha_init` says, and a norm after adaLN that it does not have
+starts as ones. Continuing to train a full-precision model as a ternary one is the "16-to-1.58-bit"
 schedule of Nielsen et al. (arXiv 2502.11895).
 """
 
@@ -23,11 +23,11 @@ _ALPHAS = ".alphas"
 
 
 @torch.no_grad()
-def start_from(network: DiT, path: Path) -> None:
-    """Copy the averaged weights of a finished run into a freshly built network.
+def copy_weights(network: DiT, path: Path) -> None:
+    """Copy the EMA weights of a finished run into a freshly built network.
 
     Args:
-        network: whole, not yet spread over processes.
+        network: not yet sharded or replicated.
         path: a ckpt.pt, or the run folder that holds one.
 
     Raises:

@@ -19,7 +19,7 @@ from terdit_cli.train.stop import stop_signals
 from terdit_cli.train.trainer import StepResult, Trainer
 from terdit_cli.train.watchdog import Watchdog
 
-DRAW_SECONDS = 60.0  # at least between two drawings of the curves: each takes half a second
+PLOT_SECONDS = 60.0  # at least between two plots of the curves: each takes half a second
 
 
 def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
@@ -62,7 +62,7 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
         _no_half_save(trainer),
     ):
         meter.start_at(trainer.step)
-        status, skipped, save_due, drawn = "", 0, False, time.monotonic()
+        status, skipped, save_due, plotted = "", 0, False, time.monotonic()
         for images, labels in observer.timed(loader.iterate(trainer.step, steps)):
             failed = trainer.checkpoints.failed
             result = trainer.train_step(images, labels, (*stop.flags, failed))
@@ -74,7 +74,7 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
                 with watchdog.paused():
                     raise _diverged(trainer, result, skipped)
             if not result.finite:
-                console.warn(f"step {step} skipped: {_numbers(result)}")
+                console.warn(f"step {step} skipped: {_loss_and_norm(result)}")
             *stops, failed = result.notices
             if failed:
                 trainer.checkpoints.wait()
@@ -92,9 +92,9 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
                 with watchdog.paused():  # for the checkpoint before it
                     trainer.save()
                 saved_step, save_due = step, False
-                if paused - drawn > DRAW_SECONDS:
-                    drawn = paused
-                    observer.draw(f"{recipe.name}: step {step}")
+                if paused - plotted > PLOT_SECONDS:
+                    plotted = paused
+                    observer.plot(f"{recipe.name}: step {step}")
             if recipe.sample.every and (step % recipe.sample.every == 0 or step == steps):
                 with watchdog.paused():  # many images of many steps may take longer than a hang
                     trainer.preview()
@@ -116,7 +116,7 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
                 trainer.save()
             trainer.checkpoints.wait()
     path = trainer.finish()
-    observer.draw(f"{recipe.name}: {steps} steps")
+    observer.plot(f"{recipe.name}: {steps} steps")
     return path
 
 
@@ -149,7 +149,7 @@ def _diverged(trainer: Trainer, result: StepResult, skipped: int) -> GateFailed:
     words += ["--out", f"{run_folder}-lower", f"optim.lr={trainer.recipe.optim.lr / 2:g}"]
     return GateFailed(
         f"training diverged at step {good + 1}",
-        got=f"{_numbers(result)} in step {trainer.step}",
+        got=f"{_loss_and_norm(result)} in step {trainer.step}",
         expected="finite numbers in the last step"
         if trainer.step == trainer.recipe.train.steps
         else f"finite numbers after at most {skipped - 1} skipped steps",
@@ -158,7 +158,7 @@ def _diverged(trainer: Trainer, result: StepResult, skipped: int) -> GateFailed:
     )
 
 
-def _numbers(result: StepResult) -> str:
+def _loss_and_norm(result: StepResult) -> str:
     return f"loss {result.loss}, gradient norm {result.grad_norm}"
 
 

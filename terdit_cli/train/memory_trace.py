@@ -39,7 +39,7 @@ from terdit_cli.recipe import Recipe
 from terdit_cli.system.job import Job
 from terdit_cli.train import build
 from terdit_cli.train.optim import is_block_matrix
-from terdit_cli.train.parallel import accumulating, autocast, make_mesh, shard
+from terdit_cli.train.parallel import autocast, gradient_sync, make_mesh, shard
 from terdit_cli.train.ternary_cache import ternarized_once
 
 GROUPS = 5  # the outermost two on either side are special: nothing to gather ahead, no residual
@@ -49,11 +49,11 @@ GPUS_OF_A_NODE = 8
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes on one process besides masters, moments and averages."""
+    """Bytes on one process besides master weights, optimizer state and EMA."""
 
     kept: int  # for the backward pass, when the forward pass ends
-    codes: int  # the ternarized weights, throughout the step
-    peak: int  # of everything, codes and gradients included
+    trits: int  # the ternarized weights, throughout the step
+    peak: int  # of everything, trits and gradients included
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class StepTracer:
             self._tally = _Tally([local(x) for x in (*network.parameters(), *network.buffers())])
             with self._tally:
                 stack.enter_context(ternarized_once(network))
-            self._traced_codes = self._tally.live
+            self._traced_trits = self._tally.live
             self._stack = stack.pop_all()
         return self
 
@@ -132,9 +132,9 @@ class StepTracer:
             first = self._pass(micro_batch, last=not again, held=0.0)
             final = self._pass(micro_batch, last=True, held=first.held) if again else first
             self.network.zero_grad(set_to_none=True)
-        missing = self._traced_codes / len(self.network.layers) * self._group * self._extra
+        missing = self._traced_trits / len(self.network.layers) * self._group * self._extra
         peak = max(first.peak, final.peak) + missing
-        return StepMemory(int(first.kept), int(self._traced_codes + missing), int(peak))
+        return StepMemory(int(first.kept), int(self._traced_trits + missing), int(peak))
 
     def _pass(self, micro_batch: int, last: bool, held: float) -> _Pass:
         """Trace a forward and a backward pass; a group holds `held` bytes of gradients before."""
@@ -163,7 +163,7 @@ class StepTracer:
         hooks = [b.register_forward_hook(done(i)) for i, b in enumerate(self.network.layers)]
         tally.take_highest()
         before = tally.live
-        with accumulating(self.network, last):
+        with gradient_sync(self.network, last):
             x0 = torch.zeros(micro_batch, config.in_channels, config.input_size, config.input_size)
             t = torch.zeros(micro_batch, dtype=torch.long)
             with autocast(self._recipe.train, torch.device("cpu")):

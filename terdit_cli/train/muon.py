@@ -1,8 +1,8 @@
-"""Muon with its work divided: every process makes its share of the matrices orthogonal.
+"""Muon over several processes: each orthogonalises its share of the matrices.
 
-torch's Muon makes them orthogonal by 15 products a matrix and step. Of sharded matrices each of
-these is a gathering, and every process does all of them. Here a matrix travels to one process and
-back, in bfloat16, in which Muon computes anyway: the result is the same.
+torch's Muon takes 15 matrix products per matrix and step. For sharded matrices each of these is an
+all-gather, and every process does all of them. Here a matrix is sent to one process and back, in
+bfloat16, in which Muon computes anyway: the result is the same.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ class DividedMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Step as torch's Muon does; `closure` is there for torch's sake alone."""
+        """Step as torch's Muon does; `closure` is unused, torch's interface has it."""
         if not dist.is_initialized():
             return super().step(closure)
         for settings in self.param_groups:
             parameters = [p for p in settings["params"] if p.grad is not None]
-            parameters.sort(key=Tensor.numel, reverse=True)  # so that shares are of equal size
+            parameters.sort(key=Tensor.numel, reverse=True)  # shares of about equal size
             group = _group(parameters)
             size = dist.get_world_size(group)
             for first in range(0, len(parameters), size):
-                self._step_together(parameters[first : first + size], settings, group)
+                self._step_group(parameters[first : first + size], settings, group)
         return None
 
-    def _step_together(
+    def _step_group(
         self, parameters: list[Tensor], settings: dict[str, Any], group: dist.ProcessGroup | None
     ) -> None:
-        """Step at most as many matrices as there are processes, each of which takes one."""
+        """Step at most as many matrices as there are processes, one for each process."""
         updates = [self._update(parameter, settings) for parameter in parameters]
         if isinstance(parameters[0], DTensor):
             directions = _divided(updates, [p.shape for p in parameters], group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,14 +12,13 @@ from torch.distributed.tensor import DTensor
 
 from terdit_cli.errors import EnvironmentProblem, UsageError
 from terdit_cli.recipe import OptimSection
-from terdit_cli.train.joint_optimizer import Together
 from terdit_cli.train.muon import DividedMuon
 
-# torchao's 8-bit moments: a byte each and a float32 scale a block, of tensors that are large
+# torchao's 8-bit Adam state: a byte each and a float32 scale per block, of tensors that are large
 # enough and whole blocks; the others stay float32.
 BLOCK_8BIT, SMALLEST_8BIT = 256, 4096
 LR_RATIO = "lr_ratio"  # a group's rate : that of the step; torch's optimizers ignore it
-_PARTS_8BIT = ("codes", "scale")  # what changes of a moment of torchao's
+_PARTS_8BIT = ("codes", "scale")  # what changes of a state tensor of torchao's
 
 
 def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
@@ -33,8 +33,8 @@ def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Opti
     that one rate serves both; AdamW moves all else.
 
     Raises:
-        EnvironmentProblem: 8-bit moments without torchao.
-        UsageError: 8-bit moments of sharded parameters.
+        EnvironmentProblem: 8-bit state without torchao.
+        UsageError: 8-bit state of sharded parameters.
     """
     orthogonal: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
@@ -61,13 +61,13 @@ def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Opti
         adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         if optim.kind == "adamw":
             return adamw
-        return Together(DividedMuon(orthogonal, optim.lr, optim.weight_decay), adamw)
-    check_moments(optim, any(isinstance(p, DTensor) for p in network.parameters()))
+        return JointOptimizer(DividedMuon(orthogonal, optim.lr, optim.weight_decay), adamw)
+    check_8bit_state(optim, any(isinstance(p, DTensor) for p in network.parameters()))
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
         raise EnvironmentProblem(
-            "8-bit moments need torchao",
+            "8-bit optimizer state needs torchao",
             got=f"optim.kind=adamw8bit without it ({error})",
             fix="pip install 'terdit[adamw8bit]', or set optim.kind=adamw",
         ) from error
@@ -77,13 +77,33 @@ def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Opti
     return optimizer
 
 
-def check_moments(optim: OptimSection, sharded: bool) -> None:
-    """Raise UsageError where moments would have to be 8-bit and sharded."""
+class JointOptimizer(torch.optim.Optimizer):
+    """Optimizers of different parameters as one, with one state to save and to load.
+
+    Has the groups and the state of all its parts, and steps them one after the other.
+    """
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._parts = parts
+
+    def step(self, closure: Any = None) -> Any:
+        """Step every part; `closure` is unused, torch's interface has it."""
+        groups = iter(self.param_groups)
+        for part in self._parts:
+            # Loading a state puts new objects in place of the old: the parts get what is here now.
+            part.param_groups = list(islice(groups, len(part.param_groups)))
+            part.state = self.state
+            part.step()
+
+
+def check_8bit_state(optim: OptimSection, sharded: bool) -> None:
+    """Raise UsageError where optimizer state would have to be 8-bit and sharded."""
     if sharded and optim.kind == "adamw8bit":
         raise UsageError(
-            "8-bit moments cannot be sharded",
+            "8-bit optimizer state cannot be sharded",
             got="optim.kind=adamw8bit with parallel.mode fsdp or hsdp",
-            expected="one of the two: sharding already divides the moments by the processes",
+            expected="one of the two: sharding already divides the state by the processes",
             fix="set parallel.mode=ddp, or optim.kind=adamw",
         )
 
@@ -106,22 +126,22 @@ def _is_alphas(name: str) -> bool:
     return name.endswith(".alphas")
 
 
-def plain_moments(state: Any) -> Any:
-    """Return an optimizer's state dict with 8-bit moments as dictionaries of plain tensors.
+def plain_state(state: Any) -> Any:
+    """Return an optimizer's state dict with 8-bit tensors as dictionaries of plain ones.
 
     They share memory with the optimizer's own.
     """
     if isinstance(state, dict):
-        return {key: plain_moments(value) for key, value in state.items()}
+        return {key: plain_state(value) for key, value in state.items()}
     if _is_8bit(state):
         return {name: getattr(state, name) for name in _PARTS_8BIT}
     return state
 
 
-def with_moments(state: Any, plain: Any) -> Any:
-    """Return `plain`, as `plain_moments` gives it, with the 8-bit moments of `state` set to it."""
+def with_state(state: Any, plain: Any) -> Any:
+    """Return `plain`, as `plain_state` gives it, with the 8-bit tensors of `state` set to it."""
     if isinstance(state, dict):
-        return {key: with_moments(value, plain[key]) for key, value in state.items()}
+        return {key: with_state(value, plain[key]) for key, value in state.items()}
     if not _is_8bit(state):
         return plain
     for name in _PARTS_8BIT:
@@ -133,8 +153,8 @@ def _is_8bit(value: Any) -> bool:
     return isinstance(value, Tensor) and all(hasattr(value, name) for name in _PARTS_8BIT)
 
 
-def moment_bytes(numel: int, block_matrix: bool, optim: OptimSection) -> int:
-    """Return the bytes of the moments of a (local) parameter of `numel` values."""
+def state_bytes(numel: int, block_matrix: bool, optim: OptimSection) -> int:
+    """Return the bytes of the state of a (local) parameter of `numel` values."""
     if optim.kind == "muon" and block_matrix:
         return 4 * numel
     if optim.kind == "adamw8bit" and numel >= SMALLEST_8BIT and numel % BLOCK_8BIT == 0:

@@ -1,4 +1,4 @@
-"""How the network is spread over the processes of a training, and in which precision it computes.
+"""How the network is distributed over the processes, and in which precision it computes.
 
 Every process takes its share of each global batch; gradients are means over all.
 
@@ -62,8 +62,8 @@ def seed_weights(seed: int) -> None:
     torch.manual_seed(stream_seed("train", seed, (1 << 20) - 1))
 
 
-def spread(network: DiT, job: Job, train: TrainSection, parallel: ParallelSection) -> nn.Module:
-    """Place the network, shard or replicate it, and return what to call in training.
+def distribute(network: DiT, job: Job, train: TrainSection, parallel: ParallelSection) -> nn.Module:
+    """Move the network to its device, shard or replicate it; return the module to train with.
 
     `network` itself stays the owner of the parameters, under the same names.
 
@@ -116,7 +116,7 @@ def shard(network: DiT, mesh: DeviceMesh, train: TrainSection, parallel: Paralle
     # The residual stream between the blocks, and what is outside of them, stay float32.
     inside = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, reduce, None, False)
     outside = MixedPrecisionPolicy(None, reduce, None, False)
-    # Said of every network whose output is a view; nothing changes ours in place.
+    # torch warns of every network whose output is a view; ours is not changed in place.
     warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)
     offload = CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy()
     for module, policy in [*((block, inside) for block in network.layers), (network, outside)]:
@@ -144,7 +144,7 @@ def _replicate(network: DiT, job: Job, parallel: ParallelSection) -> Distributed
     return replica
 
 
-def accumulating(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+def gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Return the context of a micro-batch: gradients are summed over processes at the last one."""
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
@@ -165,11 +165,11 @@ def autocast(train: TrainSection, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16")
 
 
-def outside_training(network: DiT, train: TrainSection) -> Network:
+def sampling_network(network: DiT, train: TrainSection) -> Network:
     """Return what samplers call, float32 [B, C or 2C, H, W] from images as in training.
 
-    A network that is whole draws in float32. Gathered blocks of a sharded one are bfloat16 where it
-    trains so, and their products are those of the training, under autocast.
+    An unsharded network samples in float32. Gathered blocks of a sharded one are bfloat16 if it
+    trains in bfloat16, and compute as in training, under autocast.
     """
     if not isinstance(network, FSDPModule):
         return network

@@ -1,10 +1,10 @@
 """What a run will need, without running it: bytes of one process, operations, days.
 
-    total = masters + moments + averages + code record + teacher      (all the time)
-          + the step's peak: activations, codes, gathered weights, gradients, temporaries
+    total = masters + optimizer state + EMA + packed trits + teacher      (all the time)
+          + the step's peak: activations, trits, gathered weights, gradients, temporaries
 
-The step is traced by the code that trains, on shapes alone (`trace.py`), so a 4.2b model on 64
-GPUs is planned on a laptop in seconds. The figures are of eager blocks: torch.compile recomputes
+The step is traced by the code that trains, on shapes alone (`memory_trace.py`), so a 4.2b model on
+64 GPUs is planned on a laptop in seconds. The figures are of eager blocks: torch.compile recomputes
 some of what eager ones keep, and needs less. Not counted are a VAE that encodes images during
 training (prepare latents instead), what CUDA and its allocator take for themselves, and the time of
 the optimizer's own products (`optim.kind=muon`).
@@ -21,7 +21,7 @@ from terdit_cli.system.gpus import find_memory
 from terdit_cli.train import build
 from terdit_cli.train.flips import record_bytes
 from terdit_cli.train.memory_trace import Share, StepTracer
-from terdit_cli.train.optim import check_moments, moment_bytes
+from terdit_cli.train.optim import check_8bit_state, state_bytes
 from terdit_cli.train.parallel import grad_accum_steps
 from terdit_cli.train.teacher import open_teacher
 
@@ -43,12 +43,12 @@ class Plan:
     gradient_bytes: int
     optimizer_bytes: int
     ema_bytes: int
-    record_bytes: int  # codes before a logged step, from which flips are counted
+    record_bytes: int  # packed trits before a logged step, to count flips
     teacher_bytes: int
     codes_bytes: int
     activation_bytes: int  # kept for the backward pass without activation checkpointing
     checkpointed_bytes: int  # and with it
-    step_bytes: int  # peak of a step: gradients, codes, activations, gathered weights, temporaries
+    step_bytes: int  # peak of a step: gradients, trits, activations, gathered weights, temporaries
     host_bytes: int  # offloaded to the host's memory
     total_bytes: int  # of the device
     gpu_bytes: int | None
@@ -78,7 +78,7 @@ def plan_run(
 
     Raises:
         UsageError: an unknown GPU, a share that is none or of an unknown peak, a batch that
-            does not divide; a teacher of other images; 8-bit moments that would be sharded.
+            does not divide; a teacher of other images; 8-bit optimizer state that would be sharded.
         InputFileError: no checkpoint where the recipe's teacher should be.
     """
     memory, peak = (None, None) if gpu_memory is None else find_memory(gpu_memory)
@@ -87,7 +87,7 @@ def plan_run(
     if mfu is not None:
         _check_mfu(mfu, peak)
     train = recipe.train
-    check_moments(recipe.optim, gpus > 1 and recipe.parallel.mode != "ddp")
+    check_8bit_state(recipe.optim, gpus > 1 and recipe.parallel.mode != "ddp")
     accumulate = grad_accum_steps(train, gpus)
     every = int(train.activation_checkpointing)
     teacher = open_teacher(recipe)  # its activations die before the student's begin
@@ -116,11 +116,11 @@ def plan_run(
         ternary=sum(share.whole for share in parameters if share.ternary),
         weight_bytes=lasting["weights"],
         gradient_bytes=lasting["weights"],
-        optimizer_bytes=lasting["moments"],
-        ema_bytes=lasting["averages"],
+        optimizer_bytes=lasting["optimizer"],
+        ema_bytes=lasting["ema"],
         record_bytes=lasting["record"],
         teacher_bytes=lasting.get("teacher", 0),
-        codes_bytes=steps[every].codes,
+        codes_bytes=steps[every].trits,
         activation_bytes=steps[0].kept,
         checkpointed_bytes=steps[every or 1].kept,
         step_bytes=steps[every].peak,
@@ -158,9 +158,9 @@ def _lasting_bytes(parameters: list[Share], recipe: Recipe) -> dict[str, int]:
     values = sum(share.local for share in parameters)
     return {
         "weights": FP32_BYTES * values,
-        "averages": FP32_BYTES * values,
-        "moments": sum(
-            moment_bytes(share.local, share.block_matrix, recipe.optim) for share in parameters
+        "ema": FP32_BYTES * values,
+        "optimizer": sum(
+            state_bytes(share.local, share.block_matrix, recipe.optim) for share in parameters
         ),
         "record": sum(record_bytes(share.local) for share in parameters if share.ternary),
     }

@@ -33,11 +33,11 @@ def preview_sampler(recipe: Recipe) -> SamplerConfig:
 
 
 @torch.no_grad()  # inference mode would spoil the buffers that fsdp keeps for training
-def draw_preview(
+def save_preview(
     network: Network, config: DiTConfig, recipe: Recipe, space: Space, source: BatchSource,
     run_folder: Path, step: int, job: Job,
 ) -> Path | None:  # fmt: skip
-    """Draw `sample.count` images in the classes' order into samples/step-00000400.png.
+    """Generate `sample.count` images in the classes' order into samples/step-00000400.png.
 
     All processes must call, for their weights may be sharded; the main one decodes and writes.
     """

@@ -12,8 +12,8 @@ from terdit_cli.system.locks import held
 
 
 @contextmanager
-def alone_in(run_folder: Path, job: Job) -> Iterator[None]:
-    """Hold a run folder, made if it is not there; all processes of a job together.
+def locked_run(run_folder: Path, job: Job) -> Iterator[None]:
+    """Hold a run folder, made if it is not there; all processes of a job must call.
 
     Raises:
         UsageError: another training is at work there.

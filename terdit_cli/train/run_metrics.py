@@ -1,11 +1,11 @@
-"""What a run tells of itself: one entry every `logging.every` steps, made by all processes.
+"""The metrics of a run: one entry every `logging.every` steps, made by all processes.
 
     observer = Observer(trainer)
     for images, labels in observer.timed(batches):      counts the time spent waiting for data
         observer.add(trainer.train_step(images, labels))
         if observer.due: entry = observer.log()         every so many steps
 
-Means are over the finite steps since the last entry. `flipped` is the share of codes that the
+Means are over the finite steps since the last entry. `flipped` is the share of trits that the
 entry's own step changed.
 """
 
@@ -37,7 +37,7 @@ class Observer:
     """Gathers steps into entries and writes them to metrics.jsonl and the recipe's other logs."""
 
     def __init__(self, trainer: Trainer) -> None:
-        """Open the logs, on the main process; all processes together."""
+        """Open the logs, on the main process; all processes must call."""
         self._trainer = trainer
         recipe, job = trainer.recipe, trainer.job
         self._logs = open_logs(trainer.run_folder, recipe, trainer.step) if job.is_main else []
@@ -47,8 +47,8 @@ class Observer:
         self._peak: float | None = None
         if job.device.type == "cuda" and recipe.train.precision == "bf16":
             self._peak = device_peak(torch.cuda.get_device_name(job.device))
-        self.skipped = 0  # steps without finite numbers, in this process's life
-        self._left_out = len(trainer.source.skipped)  # unreadable images that were told of
+        self.skipped = 0  # steps without finite numbers, since this process started
+        self._skipped_images = len(trainer.source.skipped)  # unreadable images that were warned of
         self._restart()
 
     def _restart(self) -> None:
@@ -70,13 +70,13 @@ class Observer:
             yield batch
 
     def add(self, result: StepResult) -> None:
-        """Take in a step; one that was not finite counts as skipped. All processes together."""
+        """Add a step; one that was not finite counts as skipped. All processes must call."""
         if result.finite:
             self._results.append(result)
         else:
             self.skipped += 1
         if self._logged(self._trainer.step + 1) and not self.due:
-            self._flips.look()
+            self._flips.measure()
 
     @property
     def due(self) -> bool:
@@ -92,7 +92,7 @@ class Observer:
         self._started += seconds
 
     def log(self) -> dict[str, Any]:
-        """Write the entry of the steps since the last one and return it; all processes together."""
+        """Write and return the entry of the steps since the last one; all processes must call."""
         trainer, results = self._trainer, self._results
         job = trainer.job
         seconds = time.monotonic() - self._started
@@ -110,7 +110,7 @@ class Observer:
             "data_wait": job.largest(self._waited / seconds),  # share of the time, slowest process
             "memory_bytes": int(job.largest(peak_memory(job.device))),  # largest process
             "skipped_steps": self.skipped,
-            **self._flips.look(),
+            **self._flips.measure(),
         }
         steps = max(1, len(results))
         self._stragglers.compare(self._waited / steps, seconds / steps)
@@ -118,15 +118,15 @@ class Observer:
             entry["mfu"] = rate * self._image_flops / (job.size * self._peak)
         for log in self._logs:
             log.append(entry)
-        self._tell_left_out()
+        self._warn_of_skipped_images()
         self._restart()
         return entry
 
-    def _tell_left_out(self) -> None:
+    def _warn_of_skipped_images(self) -> None:
         """Warn of images that were found unreadable, and left out, since the last entry."""
         names = self._trainer.source.skipped
-        if len(names) > self._left_out:
-            self._left_out = len(names)
+        if len(names) > self._skipped_images:
+            self._skipped_images = len(names)
             console.warn(f"{len(names)} unreadable images skipped so far, last: {names[-1]}")
 
     def _distilled(self, results: list[StepResult]) -> dict[str, Any]:
@@ -138,8 +138,8 @@ class Observer:
                 entry["distill_features"] = _mean([result.features for result in results])
         return entry
 
-    def draw(self, title: str) -> None:
-        """Draw loss.png, on the main process."""
+    def plot(self, title: str) -> None:
+        """Plot loss.png, on the main process."""
         if self._trainer.job.is_main:
             draw_run(self._trainer.run_folder, title)
 

@@ -1,8 +1,8 @@
 """Sharded tensors on disk: torch.distributed.checkpoint with fingerprints and without code.
 
 Every process writes one file of its shards, `__<rank>_0.distcp`, hashed while it is written and
-synced; the main one adds `.metadata`, where which part of which tensor lies. On any error of one
-process all of them hear of it. Tensors can be read by another number of processes.
+synced; the main one adds `.metadata`, which says where each part of each tensor is. An error of one
+process is raised on all of them. Tensors can be read by another number of processes.
 
 `.metadata` is a pickle, and a pickle can hold code: it is read by an unpickler that knows the
 classes of torch's metadata and nothing else, after its fingerprint was compared. Only tensors are
@@ -230,8 +230,8 @@ class ShardReader(dcp.FileSystemReader):
         """Return shape and dtype of every tensor by its name."""
         return cast(dict[str, TensorStorageMetadata], self.read_metadata().state_dict_metadata)
 
-    def read(self, tensors: dict[str, Tensor], alone: bool = False) -> None:
-        """Fill tensors, or this process's shards of them; all processes call, or one `alone`.
+    def read(self, tensors: dict[str, Tensor], one_process: bool = False) -> None:
+        """Fill tensors, or this process's shards of them; all processes call, unless `one_process`.
 
         Raises:
             InputFileError: a tensor that is not there, or of another shape; a shard that
@@ -249,7 +249,7 @@ class ShardReader(dcp.FileSystemReader):
                     fix="use the recipe it was trained with",
                 )
         try:
-            dcp.load(tensors, storage_reader=self, no_dist=alone)
+            dcp.load(tensors, storage_reader=self, no_dist=one_process)
         except CheckpointException as failures:  # not an Exception
             rank, (error, _) = next(iter(failures.failures.items()))
             raise InputFileError(

@@ -1,11 +1,11 @@
 """Clipping of the straight-through estimator: masters far from every threshold get no gradient.
 
-A master W rounds to 0 below gamma / 2 and to its sign above. The estimator's gradient moves one of
-many gammas as it moves one at the threshold, though no step soon changes its trit. Without that
-gradient weight decay takes it back to where its trit can change. Hubara et al. clip the sign
-function's estimator so (arXiv 1602.02830, eq. 4), at |W| = 1; here the limit is in gammas, which
-the masters' size decides. What an optimizer makes of the gradients may still move such a master:
-its momentum does, and so does Muon, which makes whole matrices orthogonal.
+A master weight W rounds to 0 below gamma / 2 and to its sign above. The estimator's gradient moves
+a weight of many gammas as it moves one at the threshold, though its trit will not change soon.
+Without that gradient, weight decay brings it back to where its trit can change. Hubara et al. clip
+the sign function's estimator so (arXiv 1602.02830, eq. 4), at |W| = 1; here the limit is a multiple
+of gamma, which scales with the weights. The optimizer may still move such a weight: by momentum, or
+by Muon, which orthogonalises whole matrices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def clip_straight_through(network: nn.Module, limit: float) -> None:
     and each does its own rows. Gradients that are not finite stay so.
 
     Args:
-        network: masters without a gradient are passed over.
+        network: masters without a gradient are skipped.
         limit: in gammas, above 0.
     """
     masters = [layer.weight for layer in network.modules() if isinstance(layer, TernaryLinear)]

@@ -11,8 +11,8 @@ from types import FrameType
 
 from terdit_cli.system.signals import STOP_SIGNALS, handled
 
-# A batch system signals every process of a job, and torchrun, which passes it on: the processes
-# hear it twice.
+# A batch system signals every process of a job, and torchrun, which forwards it: the processes
+# receive it twice.
 AGAIN_SECONDS = 3.0
 
 
@@ -48,7 +48,7 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Collect the stop signals inside; after `heed` the process remains deaf to them."""
+    """Collect the stop signals inside; after `heed` the process ignores them."""
     request = StopRequest()
     with handled(request.receive) as previous:
         try:

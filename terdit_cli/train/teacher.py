@@ -23,9 +23,9 @@ _SAME = ("in_channels", "input_size", "num_classes", "null_class")
 
 
 def load_teacher(recipe: Recipe, device: torch.device) -> DiT | None:
-    """Return the averaged network of `distill.teacher`, frozen; None where there is none.
+    """Return the EMA network of `distill.teacher`, frozen; None where there is none.
 
-    Every process has a whole one.
+    Every process holds all of it.
 
     Raises:
         InputFileError: no checkpoint of terdit.
@@ -51,10 +51,10 @@ def teacher_weight(step: int, steps: int, distill: DistillSection) -> float:
 
 
 class FeatureMatch:
-    """Compares what the last blocks of student and teacher gave in their last forwards."""
+    """Compares the outputs of the last blocks of student and teacher in their last forwards."""
 
     def __init__(self, student: DiT, teacher: DiT, weight: float) -> None:
-        """Look into both networks from now on.
+        """Hook into both networks.
 
         Args:
             weight: of the difference in the objective.
@@ -95,11 +95,11 @@ def open_teacher(recipe: Recipe) -> Checkpoint | None:
     if path is None:
         return None
     checkpoint = load_ckpt(ckpt_in(path))
-    theirs, ours = _sees(checkpoint.info), _sees(build.model_info(recipe, [], 0))
+    theirs, ours = _inputs(checkpoint.info), _inputs(build.model_info(recipe, [], 0))
     other = [name for name in ours if theirs[name] != ours[name]]
     if other:
         raise UsageError(
-            "the teacher does not see what the student sees",
+            "the teacher has other inputs than the student",
             got=", ".join(f"{name} {theirs[name]}" for name in other),
             expected=", ".join(f"{name} {ours[name]}" for name in other),
             where=f"distill.teacher {path}",
@@ -108,7 +108,7 @@ def open_teacher(recipe: Recipe) -> Checkpoint | None:
     return checkpoint
 
 
-def _sees(info: ModelInfo) -> dict[str, object]:
+def _inputs(info: ModelInfo) -> dict[str, object]:
     """Return what two networks must share to be given the same inputs."""
     space = {"space": info.space.kind, "scale_factor": info.space.scale_factor}
     config = {name: getattr(info.config, name) for name in _SAME}

@@ -1,12 +1,12 @@
-"""One ternarise per weight and optimizer step, of whole matrices also where they are sharded.
+"""Each master weight is ternarized once per optimizer step, also where it is sharded.
 
-    with ternarized_once(network): forward, backward, again ...      (the masters stand still)
+    with ternarized_once(network): forward, backward, again ...      (master weights do not change)
 
-Entering ternarizes all masters; inside, no forward, micro-batch or recomputed block does. Leaving
-forgets the codes, so none can be stale.
+Entering ternarizes all master weights; inside, no forward, micro-batch or recomputed block does.
+Leaving clears the cached trits, so none can be stale.
 
 Where FSDP shards the masters (along rows, N), gamma is that of the whole matrix: the ranks agree
-on its largest magnitude and add up their `fixed_point_sums`, which is exact, so the codes are those
+on its largest magnitude and add up their `fixed_point_sums`, which is exact, so the trits are those
 of a single process bit for bit. Each rank ternarizes its own rows, and FSDP gathers those trits,
 one byte a weight, in place of the masters (four, or two rounded): FSDP's extension points
 `fsdp_pre_all_gather` and `fsdp_post_all_gather`. The gathered parameter holds trits; its gradient
@@ -30,7 +30,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from terdit_cli.model.ternary import (
-    Codes,
+    TernarizedWeight,
     TernaryLinear,
     absmean_alphas,
     absmean_scale,
@@ -42,7 +42,7 @@ from terdit_cli.model.ternary import (
     ternarize_all,
 )
 
-AT_ONCE = 8  # ternary matrices of a block: compiled once for all blocks
+GROUP = 8  # ternary matrices of a block: compiled once for all blocks
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def _compiled() -> Callable[[Sequence[Tensor], torch.dtype], list[Tensor]]:
 
 @contextmanager
 def ternarized_once(network: nn.Module, compiled: bool = False) -> Iterator[None]:
-    """Keep the codes of the present masters for every forward inside; all ranks enter together."""
+    """Cache the trits of the present masters for every forward inside; all ranks must enter."""
     layers = [module for module in network.modules() if isinstance(module, TernaryLinear)]
     shards = [_Shard(layer) for layer in layers if isinstance(layer.weight, DTensor)]
     wholes = [layer for layer in layers if not isinstance(layer.weight, DTensor)]
@@ -60,21 +60,21 @@ def ternarized_once(network: nn.Module, compiled: bool = False) -> Iterator[None
         sharded = sharded_gammas([shard.weight for shard in shards])
         for shard, gamma in zip(shards, sharded, strict=True):
             shard.ternarize(gamma)
-        for first in range(0, len(wholes), AT_ONCE):
-            group = wholes[first : first + AT_ONCE]
+        for first in range(0, len(wholes), GROUP):
+            group = wholes[first : first + GROUP]
             weights = [layer.weight.detach() for layer in group]
-            # Only on CPUs: code compiled for GPUs divides less exactly, which could flip codes.
+            # Only on CPUs: code compiled for GPUs divides less exactly, which could flip trits.
             if compiled and weights[0].is_cpu:
                 known = _compiled()(weights, torch.int8)
             else:
                 known = ternarize_all(weights, weights[0].dtype)
             for layer, trits in zip(group, known, strict=True):
-                layer.codes = layer.present_codes(trits)
+                layer.ternarized = layer.ternarized_weight(trits)
     try:
         yield
     finally:
         for layer in layers:
-            layer.codes = None
+            layer.ternarized = None
         for shard in shards:
             shard.padded_trits = None
 
@@ -92,13 +92,13 @@ class _Shard:
         self.padded_trits: Tensor | None = None  # int8 [ceil(N / ranks), K]
 
     def ternarize(self, gamma: Tensor) -> None:
-        """Set the layer's codes for forwards on gathered trits; gamma is the whole matrix's."""
+        """Cache for forwards on gathered trits; gamma is the whole matrix's."""
         trits = ternarize(self.rows, gamma).to(torch.int8)
         missing = -(-self.layer.out_features // self.ranks) - len(trits)
         self.padded_trits = F.pad(trits, (0, 0, 0, missing))
         self.rows.fsdp_pre_all_gather = self._before_gathering  # type: ignore[attr-defined]
         self.rows.fsdp_post_all_gather = _after_gathering  # type: ignore[attr-defined]
-        self.layer.codes = Codes(None, self._alphas(gamma))
+        self.layer.ternarized = TernarizedWeight(None, self._alphas(gamma))
 
     def _alphas(self, gamma: Tensor) -> Tensor | None:
         """Return the absmean scales of the whole matrix, gathered; None where they are learned."""

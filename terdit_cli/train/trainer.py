@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from terdit_cli.data.loader import BatchSource
 from terdit_cli.data.vae import Space
-from terdit_cli.diffusion.process import Schedule, Teacher, make_schedule
+from terdit_cli.diffusion.objectives import OBJECTIVES, Objective
+from terdit_cli.diffusion.process import Teacher
 from terdit_cli.model.ckpt import CKPT
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.ema import Ema
@@ -31,29 +32,29 @@ from terdit_cli.recipe import Recipe
 from terdit_cli.system.job import Job
 from terdit_cli.train import build
 from terdit_cli.train.checkpoint import CheckpointWriter, folder_of, read_manifest
-from terdit_cli.train.init_from import start_from
+from terdit_cli.train.init_from import copy_weights
 from terdit_cli.train.optim import (
     build_optimizer,
     learning_rate,
-    plain_moments,
+    plain_state,
     set_learning_rate,
-    with_moments,
+    with_state,
 )
 from terdit_cli.train.parallel import (
-    accumulating,
     autocast,
+    distribute,
     grad_accum_steps,
-    outside_training,
+    gradient_sync,
     reshard,
+    sampling_network,
     seed_weights,
-    spread,
 )
-from terdit_cli.train.preview import draw_preview
-from terdit_cli.train.rng import Draws, StepDraws
+from terdit_cli.train.preview import save_preview
+from terdit_cli.train.rng import RandomNumbers, RandomStream
 from terdit_cli.train.ste import clip_straight_through
 from terdit_cli.train.teacher import FeatureMatch, load_teacher, teacher_weight
 from terdit_cli.train.ternary_cache import ternarized_once
-from terdit_cli.train.write_ckpt import export_ckpt
+from terdit_cli.train.write_ckpt import write_ckpt
 
 QUARTERS = 4
 _NAMES = ("loss", "mse", "vb", "distill", "features")
@@ -75,7 +76,7 @@ class StepResult:
     grad_norm: float
     quarter_losses: tuple[float, ...] = (0.0,) * QUARTERS
     quarter_shares: tuple[float, ...] = (0.0,) * QUARTERS
-    notices: tuple[bool, ...] = ()  # those of the step, where any process gave them
+    notices: tuple[bool, ...] = ()  # those of the step: true where any process set one
 
     @property
     def finite(self) -> bool:
@@ -97,10 +98,10 @@ class Trainer:
         """Build what is trained.
 
         Args:
-            start: the ckpt.pt whose weights the network begins with; None: random ones.
+            start: the ckpt.pt to initialise the network from; None: random weights.
 
         Raises:
-            What `start_from`, `load_teacher` and `spread` raise.
+            What `copy_weights`, `load_teacher` and `distribute` raise.
         """
         self.recipe = recipe
         self.source = source
@@ -108,28 +109,28 @@ class Trainer:
         self.job = job
         self.run_folder = run_folder
         self.accumulate = grad_accum_steps(recipe.train, job.size)
-        self.schedule: Schedule = make_schedule("")
+        self.objective: Objective = OBJECTIVES[recipe.diffusion.objective]()
         seed_weights(recipe.seed)
         self.network: DiT = build.build_network(recipe)  # owns the parameters
         if start is not None:
-            start_from(self.network, start)
+            copy_weights(self.network, start)
         self._teacher = load_teacher(recipe, job.device)
         self._features = None
         if self._teacher is not None and (weight := recipe.distill.features):
             self._features = FeatureMatch(self.network, self._teacher, weight)
-        self.model = spread(self.network, job, recipe.train, recipe.parallel)
+        self.model = distribute(self.network, job, recipe.train, recipe.parallel)
         self.optimizer = build_optimizer(self.network, recipe.optim)
         self.ema = Ema(self.network, recipe.ema.decay, recipe.ema.warmup)
         self.step = 0  # steps done, skipped ones too
         info = build.model_info(recipe, source.class_names, self.step)
         self.checkpoints = CheckpointWriter(run_folder, recipe, info, job)
         config = self.network.config
-        self._draws = StepDraws(
+        self._random = RandomStream(
             recipe.seed,
             recipe.train.global_batch_size,
             (job.rank, job.size),
             (config.in_channels, config.input_size, config.input_size),
-            self.schedule.num_steps,
+            self.objective.timestep,
             config.class_dropout_prob,
             encoding=recipe.data.vae is not None,
         )
@@ -142,14 +143,14 @@ class Trainer:
         """
         new = not self.optimizer.state
         optimizer = get_optimizer_state_dict(self.network, self.optimizer)
-        if new:  # torch has made the moments by a step of rate 0, and counted it
+        if new:  # torch has made the state by a step of rate 0, and counted it
             for values in self.optimizer.state.values():
                 if "step" in values:
                     values["step"].zero_()
         return {
             "model": {name: p.detach() for name, p in self.network.named_parameters()},
             "ema": dict(self.ema.averages),
-            "optimizer": plain_moments(optimizer),
+            "optimizer": plain_state(optimizer),
         }
 
     def restore(self, state: dict[str, Any], step: int) -> None:
@@ -159,8 +160,8 @@ class Trainer:
                 parameter.copy_(state["model"][name])
         self.ema.load(state["ema"])
         own = get_optimizer_state_dict(self.network, self.optimizer)
-        moments = with_moments(own, state["optimizer"])
-        set_optimizer_state_dict(self.network, self.optimizer, optim_state_dict=moments)
+        optimizer = with_state(own, state["optimizer"])
+        set_optimizer_state_dict(self.network, self.optimizer, optim_state_dict=optimizer)
         self.step = step
 
     def save(self) -> Path:
@@ -175,14 +176,14 @@ class Trainer:
         path = self.run_folder / CKPT
         self.checkpoints.wait()
         if self.job.is_main:
-            export_ckpt(read_manifest(folder_of(self.run_folder, self.step)), path)
+            write_ckpt(read_manifest(folder_of(self.run_folder, self.step)), path)
         return path
 
     def preview(self) -> Path | None:
-        """Draw the preview grid of the present step; None on all processes but the main one."""
+        """Generate the preview grid of the present step; None on all processes but the main one."""
         with self.ema.applied_to(self.network), ternarized_once(self.network):
-            network = outside_training(self.network, self.recipe.train)
-            path = draw_preview(
+            network = sampling_network(self.network, self.recipe.train)
+            path = save_preview(
                 network, self.network.config, self.recipe, self.space, self.source,
                 self.run_folder, self.step, self.job,
             )  # fmt: skip
@@ -201,21 +202,21 @@ class Trainer:
 
         Args:
             images: this process's share of the global batch as the space encodes it, uint8
-                [B, H, W, 3] or moments [B, 2C, h, w].
+                [B, H, W, 3] or VAE posteriors [B, 2C, h, w].
             labels: int64 [B].
-            notices: what all processes should hear of; it travels with the losses, for nothing.
+            notices: flags to share with all processes; reduced together with the losses.
 
         Returns:
             The losses of the global batch and the norm of its gradient, the same everywhere.
         """
         self.network.train()
         sums = torch.zeros(len(_NAMES) + 2 * QUARTERS, device=self.job.device)
-        draws = self._draws.of_step(self.step).chunk(self.accumulate)
-        parts = (images.chunk(self.accumulate), labels.chunk(self.accumulate), draws)
+        numbers = self._random.of_step(self.step).chunk(self.accumulate)
+        parts = (images.chunk(self.accumulate), labels.chunk(self.accumulate), numbers)
         with ternarized_once(self.network, self.recipe.train.compile):
-            for micro, (batch, y, drawn) in enumerate(zip(*parts, strict=True)):
-                with accumulating(self.model, last=micro == self.accumulate - 1):
-                    sums += self._backward(batch, y, drawn) / self.accumulate
+            for micro, (batch, y, random) in enumerate(zip(*parts, strict=True)):
+                with gradient_sync(self.model, last=micro == self.accumulate - 1):
+                    sums += self._backward(batch, y, random) / self.accumulate
         if (clip := self.recipe.ternary.ste_clip) is not None:
             clip_straight_through(self.network, clip)
         limit = self.recipe.optim.grad_clip
@@ -240,22 +241,22 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return result
 
-    def _backward(self, batch: Tensor, y: Tensor, drawn: Draws) -> Tensor:
+    def _backward(self, batch: Tensor, y: Tensor, random: RandomNumbers) -> Tensor:
         """Add a micro-batch's share of the gradient.
 
         Returns:
             The means of `_NAMES`, and the quarters' losses and shares: one tensor of all.
         """
         device, null = self.job.device, self.network.config.null_class
-        x0 = self.space.encode(batch, drawn.encoding).to(device)
-        y = y if null is None else torch.where(drawn.dropped, null, y)
-        t, noise, y = drawn.t.to(device), drawn.noise.to(device), y.to(device)
+        x0 = self.space.encode(batch, random.encoding).to(device)
+        y = y if null is None else torch.where(random.dropped, null, y)
+        t, noise, y = random.t.to(device), random.noise.to(device), y.to(device)
         teacher = None
         if self._teacher is not None:
             steps, distill = self.recipe.train.steps, self.recipe.distill
             teacher = Teacher(self._teacher, teacher_weight(self.step, steps, distill))
         with autocast(self.recipe.train, device):
-            losses = self.schedule.training_losses(self.model, x0, t, y, noise, teacher)
+            losses = self.objective.losses(self.model, x0, t, y, noise, teacher)
         objective = losses.get("objective", losses["loss"])
         if self._features is not None:
             losses["features"] = self._features.difference()
@@ -264,7 +265,7 @@ class Trainer:
         # Without learned sigma there is no variational bound, without a teacher no differences.
         nothing = torch.zeros_like(losses["loss"])
         parts = [losses.get(name, nothing) for name in _NAMES]
-        quarter = t * QUARTERS // self.schedule.num_steps
+        quarter = t * QUARTERS // self.objective.num_steps
         inside = quarter == torch.arange(QUARTERS, device=device)[:, None]  # [QUARTERS, B]
         quarters = torch.cat([inside * losses["loss"], inside.float()])  # [2 * QUARTERS, B]
         return torch.cat([torch.stack(parts), quarters]).detach().mean(dim=1)

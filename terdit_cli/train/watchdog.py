@@ -1,11 +1,11 @@
 """Processes that hang or fall behind.
 
 A collective waits for its last process. When no step has ended for `hang_seconds` on a process, its
-watchdog thread tells the job's store where its main thread is, reads what the others tell, names
-the one that is elsewhere or silent, and ends the process: a hang becomes an exit.
+watchdog thread writes into the job's store where its main thread is, reads what the others wrote,
+names the one that is elsewhere or silent, and ends the process: a hang becomes an exit.
 
 All processes take the same time for a step, since each waits for the slowest. So two things are
-compared that need no other process: seconds in wait for data, and the time of a fixed matrix
+compared that need no other process: seconds spent waiting for data, and the time of a fixed matrix
 product.
 """
 
@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -29,9 +28,9 @@ from terdit_cli import console
 from terdit_cli.errors import EnvironmentProblem
 from terdit_cli.system.job import Job, open_store
 
-TELL_SECONDS = 5.0  # in which the processes tell where they are
+REPORT_SECONDS = 5.0  # in which the processes report where they are
 SLOW_RATIO = 2.0  # of a matrix product's time to the median process's
-SLOW_SHARE = 0.2  # of a step, spent more than the median process in wait for data
+SLOW_SHARE = 0.2  # of a step, by which the wait for data exceeds the median process's
 PRODUCT = {"cpu": 192, "cuda": 2048}  # side of the matrices that are timed
 PRODUCT_REPEATS = 5
 
@@ -51,25 +50,20 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._job.size > 1:
             self._store = open_store()  # its own connection: the main thread may wait in another
-            self._store.set_timeout(timedelta(seconds=TELL_SECONDS))
+            self._store.set_timeout(timedelta(seconds=REPORT_SECONDS))
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop.set()
 
     def beat(self) -> None:
-        """Say that a step has ended."""
+        """Record that a step has ended."""
         self._beats += 1
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not watch inside: it may take as long as it takes."""
+        """Do not watch inside, however long it takes."""
         self._pauses += 1
         try:
             yield
@@ -92,7 +86,7 @@ class Watchdog:
         lost = ""
         try:
             self._store.set(f"hang/{job.rank}", json.dumps(places[job.rank]))
-            time.sleep(TELL_SECONDS)
+            time.sleep(REPORT_SECONDS)
             for rank in range(job.size):
                 if self._store.check([f"hang/{rank}"]):
                     places[rank] = json.loads(self._store.get(f"hang/{rank}"))
@@ -128,7 +122,7 @@ def describe(places: dict[int, str], size: int) -> str:
     groups: dict[str, list[int]] = {}
     for rank, place in sorted(places.items()):
         groups.setdefault(place, []).append(rank)
-    parts = [f"no sign of life from {_ranks(silent)}"] if silent else []
+    parts = [f"no report from {_ranks(silent)}"] if silent else []
     parts += [
         f"{_ranks(group)} at {place}"
         for place, group in sorted(groups.items(), key=lambda item: len(item[1]))
@@ -152,7 +146,7 @@ class Stragglers:
         """Compare what this process's mean step takes with the others'; all must call.
 
         Args:
-            data_seconds: of a step, in wait for data.
+            data_seconds: of a step, waiting for data.
             step_seconds: of a step.
         """
         job = self._job
@@ -162,7 +156,7 @@ class Stragglers:
         table[:, job.rank] = torch.tensor([data_seconds, time_product(job.device)])
         data, product = (job.mean(table) * job.size).tolist()
         slow = slow_processes(data, product, step_seconds)
-        # Twice in a row, for anything may come between once.
+        # Twice in a row: once may be chance.
         for text in sorted(slow[rank] for rank in slow.keys() & self._suspects - self._named):
             console.warn(text)
         self._named = slow.keys() & (self._suspects | self._named)

@@ -29,8 +29,8 @@ from terdit_cli.train.sharded_tensors import ShardReader
 PARTS = ("model", "ema")
 
 
-def export_ckpt(saved: Saved, target: Path) -> None:
-    """Write the model and its averages of a checkpoint as ckpt.pt, whole or not at all.
+def write_ckpt(saved: Saved, target: Path) -> None:
+    """Write model and EMA weights of a checkpoint as ckpt.pt, whole or not at all.
 
     Raises:
         InputFileError: the checkpoint holds no model, or was changed.
@@ -61,7 +61,7 @@ def export_ckpt(saved: Saved, target: Path) -> None:
         with temporary.open("r+b") as file:
             for number, key in enumerate(names):  # torch.save numbers storages as it meets them
                 tensor = torch.empty(stored[key].size, dtype=_dtype(stored[key]))
-                reader.read({key: tensor}, alone=True)
+                reader.read({key: tensor}, one_process=True)
                 places[f"data/{number}"].fill(file, tensor)
 
 

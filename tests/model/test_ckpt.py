@@ -14,10 +14,11 @@ from contextlib import suppress
 import pytest
 import torch
 
+from terdit_cli.diffusion.objectives import EpsObjective
 from terdit_cli.errors import InputFileError
 from terdit_cli.model.ckpt import VERSION, load_ckpt, load_tensors
 from terdit_cli.model.dit import DiTConfig
-from terdit_cli.model.info import DIFFUSION, ModelInfo, SpaceInfo
+from terdit_cli.model.info import ModelInfo, SpaceInfo
 from terdit_cli.model.ternary import TernaryConfig
 from tests.ckpt_file import save_ckpt
 
@@ -168,7 +169,7 @@ def info(tiny_config) -> ModelInfo:
 def test_description_round_trip(info):
     assert ModelInfo.from_json(info.to_json(), "here") == info
     assert ModelInfo.from_dict(info.to_dict(), "here") == info
-    assert info.diffusion == DIFFUSION
+    assert info.diffusion == EpsObjective.description
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_wrong_fields_are_named(info, section, field, value):
 
 
 def test_unknown_process(info):
-    values = info.to_dict() | {"diffusion": DIFFUSION | {"schedule": "cosine"}}
+    values = info.to_dict() | {"diffusion": EpsObjective.description | {"schedule": "cosine"}}
     with pytest.raises(InputFileError, match=r"'cosine'.*model\.bin.*Fix: update terdit"):
         ModelInfo.from_dict(values, "model.bin")
 

@@ -117,7 +117,7 @@ def tensors_of() -> Callable[[Path], dict[str, Tensor]]:
         reader = ShardReader(folder, read_manifest(folder).files)
         stored = reader.tensors().items()
         tensors = {key: torch.empty(e.size, dtype=e.properties.dtype) for key, e in stored}
-        reader.read(tensors, alone=True)
+        reader.read(tensors, one_process=True)
         return tensors
 
     return read

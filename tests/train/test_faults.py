@@ -56,14 +56,15 @@ WORDS = (
 WORKER = """
 import json, os, pathlib, resource, signal, sys, time
 from terdit_cli.cli import app
+from terdit_cli.diffusion import process
 from terdit_cli.train import loop, trainer, watchdog
 
 rank, folder = int(os.environ["RANK"]), pathlib.Path(os.environ["NOTES"])
 faults = {(step, kind) for who, step, kind in json.loads(os.environ["FAULTS"]) if who == rank}
-watchdog.TELL_SECONDS = 1.0
+watchdog.REPORT_SECONDS = 1.0
 (folder / f"pid-{rank}").write_text(str(os.getpid()))
 now = [0]
-plain_step, plain_losses = trainer.Trainer.train_step, trainer.Schedule.training_losses
+plain_step, plain_losses = trainer.Trainer.train_step, process.Schedule.training_losses
 
 
 def step(self, images, labels, notices=()):
@@ -103,7 +104,7 @@ def leave(code, plain=os._exit):
 
 
 os._exit = leave
-trainer.Trainer.train_step, trainer.Schedule.training_losses = step, losses
+trainer.Trainer.train_step, process.Schedule.training_losses = step, losses
 loop.BatchLoader = SlowDisk
 
 
@@ -487,7 +488,7 @@ def test_processes_that_hang_are_named(tmp_path: Path, job: Callable[..., Any]) 
         os.kill(int((torchrun.notes / "pid-1").read_text()), signal.SIGKILL)  # as torchrun, later
         err = torchrun.end()
     assert torchrun.exits(3) == [4, None, 4]
-    assert "error: training hangs: got no step for 3 s; no sign of life from rank 1; " in err
+    assert "error: training hangs: got no step for 3 s; no report from rank 1; " in err
     assert "rank 2 at timed (run_metrics.py:" in err
     assert re.search(r"rank 0 at \w+ \(\w+.py:\d+\), in \w+", err), err
     assert "Fix: look at that process and its machine, then continue with: terdit train" in err

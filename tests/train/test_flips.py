@@ -10,7 +10,7 @@ from torch import nn
 
 from terdit_cli.model.dit import DiT, DiTConfig
 from terdit_cli.model.ternary import TernaryLinear, ternarize
-from terdit_cli.train.flips import KINDS, FlipMeter, count_flips, kind_of, pack_codes, record_bytes
+from terdit_cli.train.flips import KINDS, FlipMeter, count_flips, kind_of, pack_trits, record_bytes
 
 CONFIG = DiTConfig(input_size=4, dim=16, n_layers=2, n_heads=2, multiple_of=8, num_classes=3)
 
@@ -18,7 +18,7 @@ CONFIG = DiTConfig(input_size=4, dim=16, n_layers=2, n_heads=2, multiple_of=8, n
 @given(st.lists(st.tuples(st.integers(-1, 1), st.integers(-1, 1)), max_size=70))
 def test_the_record_counts_what_differs(pairs: list[tuple[int, int]]) -> None:
     before, now = (torch.tensor([p[i] for p in pairs], dtype=torch.int8) for i in (0, 1))
-    records = pack_codes(before), pack_codes(now)
+    records = pack_trits(before), pack_trits(now)
     assert [len(record) for record in records] == [record_bytes(len(pairs))] * 2
     assert count_flips(*records) == (before != now).sum()
 
@@ -35,7 +35,7 @@ def network() -> DiT:
 
 
 def test_shares_by_layer_type(network: DiT) -> None:
-    shares = FlipMeter(network).look()
+    shares = FlipMeter(network).measure()
     assert list(shares) == ["flipped", "minus", "zero", "plus"]
     for what in shares:
         assert list(shares[what]) == ["all", *KINDS]
@@ -55,16 +55,16 @@ def test_flips_are_those_since_the_last_look(network: DiT) -> None:
         weight.add_(torch.randn(weight.shape) * 0.3)
     flipped = (ternarize(weight.detach()) != before).sum().item()
     assert flipped > 0
-    shares = meter.look()["flipped"]
+    shares = meter.measure()["flipped"]
     assert shares["w2"] == pytest.approx(flipped / (2 * weight.numel()))
     total = sum(m.weight.numel() for m in network.modules() if isinstance(m, TernaryLinear))
     assert shares["all"] == pytest.approx(flipped / total)
     assert shares["wq"] == 0
-    assert meter.look()["flipped"]["w2"] == 0  # nothing since then
+    assert meter.measure()["flipped"]["w2"] == 0  # nothing since then
 
 
 def test_a_full_precision_network_has_nothing_to_show() -> None:
-    assert FlipMeter(DiT(CONFIG, nn.Linear)).look() == {}
+    assert FlipMeter(DiT(CONFIG, nn.Linear)).measure() == {}
 
 
 def test_every_ternary_layer_has_a_known_type(network: DiT) -> None:

@@ -125,7 +125,7 @@ def gradients_of_a_step(recipe_path: Path, *words: str) -> tuple[dict[str, Tenso
             teacher,
         )
 
-    trainer.schedule = SimpleNamespace(num_steps=1000, training_losses=losses)  # type: ignore[assignment]
+    trainer.objective = SimpleNamespace(num_steps=1000, losses=losses)  # type: ignore[assignment]
     found: dict[str, Tensor] = {}
 
     def remember(*unused: Any) -> None:

@@ -45,6 +45,7 @@ for name, layout in meshes.items():
     if dist.get_rank() == 0:
         torch.save(found, f"{sys.argv[2]}/{name}.pt")
 dist.barrier()
+dist.destroy_process_group()
 """
 
 

@@ -15,9 +15,9 @@ from terdit_cli.recipe import OptimSection
 from terdit_cli.train.optim import (
     build_optimizer,
     learning_rate,
-    plain_moments,
+    plain_state,
     set_learning_rate,
-    with_moments,
+    with_state,
 )
 
 
@@ -175,13 +175,13 @@ def test_the_state_of_muon_is_saved_and_loaded() -> None:
 def test_8_bit_moments_need_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     optim = OptimSection(kind="adamw8bit")
-    with pytest.raises(EnvironmentProblem, match=r"8-bit moments need torchao.*adamw8bit"):
+    with pytest.raises(EnvironmentProblem, match=r"8-bit optimizer state needs torchao.*adamw8bit"):
         build_optimizer(torch.nn.Linear(2, 2), optim)
 
 
 def test_8_bit_moments_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("terdit_cli.train.optim.DTensor", torch.nn.Parameter)
-    with pytest.raises(UsageError, match=r"8-bit moments cannot be sharded.*parallel\.mode=ddp"):
+    with pytest.raises(UsageError, match=r"state cannot be sharded.*parallel\.mode=ddp"):
         build_optimizer(torch.nn.Linear(2, 2), OptimSection(kind="adamw8bit"))
 
 
@@ -195,11 +195,11 @@ def test_8_bit_moments_as_plain_tensors() -> None:
         return tensor
 
     saved = {"a": {"exp_avg": moment(7), "step": torch.tensor(4.0)}, "lr": 0.5}
-    plain = plain_moments(saved)
+    plain = plain_state(saved)
     assert plain["a"]["exp_avg"].keys() == {"codes", "scale"}
     assert (plain["a"]["step"], plain["lr"]) == (4.0, 0.5)
     fresh = {"a": {"exp_avg": moment(0), "step": torch.tensor(0.0)}, "lr": 0.1}
-    restored = with_moments(fresh, plain)
+    restored = with_state(fresh, plain)
     assert restored["a"]["exp_avg"] is fresh["a"]["exp_avg"]
     assert fresh["a"]["exp_avg"].codes.tolist() == [7, 7, 7]
     assert fresh["a"]["exp_avg"].scale.tolist() == [7.0]

@@ -36,9 +36,8 @@ from terdit_cli.model.ternary import absmean, ternarize
 from terdit_cli.recipe import Recipe, load_recipe
 from terdit_cli.system.job import Job, join_job
 from terdit_cli.system.launcher import NEEDED, is_main
-from terdit_cli.train import build
-from terdit_cli.train import ternary_cache as codes
-from terdit_cli.train.parallel import make_mesh, spread
+from terdit_cli.train import build, ternary_cache
+from terdit_cli.train.parallel import distribute, make_mesh
 from terdit_cli.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -178,7 +177,7 @@ def train(recipe: Recipe, job: Job, folder: Path) -> dict[str, Any]:
         for name, value in trainer.network.named_parameters()
         if name.endswith("weight") and hasattr(value, "full_tensor") and value.dim() == 2
     ]
-    gammas = [float(gamma) for gamma in codes.sharded_gammas(sharded)]
+    gammas = [float(gamma) for gamma in ternary_cache.sharded_gammas(sharded)]
     return {"losses": losses, "gammas": gammas, "grid": grid, **whole}
 
 
@@ -336,7 +335,7 @@ def test_each_weight_is_ternarized_once_a_step(
         counted.clear()
         trainer.train_step(images, labels)
         assert sorted(counted) == sorted(layer.weight.data_ptr() for layer in layers)
-        assert all(layer.codes is None for layer in layers)
+        assert all(layer.ternarized is None for layer in layers)
 
 
 def test_no_code_is_stale(folder: Path) -> None:
@@ -363,7 +362,7 @@ def test_nothing_to_offload_from(folder: Path) -> None:
     recipe = load_recipe(folder / "odd.yaml", words)
     network = build.build_network(recipe)
     with pytest.raises(UsageError, match="CPU offload needs a GPU"):
-        spread(network, Job(), recipe.train, recipe.parallel)
+        distribute(network, Job(), recipe.train, recipe.parallel)
 
 
 def set_launcher(patch: pytest.MonkeyPatch, **given: str) -> None:

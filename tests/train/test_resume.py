@@ -18,7 +18,7 @@ import yaml
 
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.system.job import Job
-from terdit_cli.train.run_lock import alone_in
+from terdit_cli.train.run_lock import locked_run
 
 ROOT = Path(__file__).parents[2]
 Train = Callable[..., Any]
@@ -184,7 +184,7 @@ def test_incomplete_and_damaged_checkpoints_are_named_and_skipped(
 def test_two_trainings_do_not_share_a_folder(tmp_path: Path, train: Train) -> None:
     folder = tmp_path / "run"
     for _ in range(2):  # the second time the first one has let go
-        with alone_in(folder, Job()):
+        with locked_run(folder, Job()):
             for resume in (None, "auto"):
                 with pytest.raises(UsageError, match="another process trains in this run folder"):
                     train(folder, resume=resume)

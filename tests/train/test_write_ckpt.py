@@ -21,7 +21,7 @@ from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.train.checkpoint import Saved
 from terdit_cli.train.sharded_tensors import Fingerprint, ShardWriter
-from terdit_cli.train.write_ckpt import PARTS, export_ckpt
+from terdit_cli.train.write_ckpt import PARTS, write_ckpt
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +46,7 @@ def test_any_tensor_arrives_bit_for_bit(tmp_path: Path) -> None:
         "optimizer.state.a.exp_avg": torch.randn(7, 5),
     }
     saved = write(tmp_path / "shards", tensors)
-    export_ckpt(saved, tmp_path / "ckpt.pt")
+    write_ckpt(saved, tmp_path / "ckpt.pt")
     values = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert list(values) == ["format", "version", "info", "recipe", "model", "ema"]
     assert values["info"] == {"anything": 1}
@@ -69,7 +69,7 @@ def test_a_checkpoint_without_a_part(tmp_path: Path, part: str) -> None:
     other = {"model": "ema", "ema": "model"}[part]
     saved = write(tmp_path / "shards", {f"{other}.a": torch.ones(3)})
     with pytest.raises(InputFileError, match=f"lacks a part: got no {part}") as caught:
-        export_ckpt(saved, tmp_path / "ckpt.pt")
+        write_ckpt(saved, tmp_path / "ckpt.pt")
     assert str(saved.path) in str(caught.value)
     assert "Fix: use another checkpoint" in str(caught.value)
     assert not (tmp_path / "ckpt.pt").exists()
@@ -79,7 +79,7 @@ MEMORY = """
 import json, sys
 from pathlib import Path
 from terdit_cli.train.checkpoint import Saved
-from terdit_cli.train.write_ckpt import export_ckpt
+from terdit_cli.train.write_ckpt import write_ckpt
 
 def peak():
     lines = open("/proc/self/status").read().splitlines()
@@ -89,7 +89,7 @@ for name in ("small", "large"):  # what is allocated but once is by then
     folder = Path(sys.argv[1]) / name
     files = json.loads(folder.with_suffix(".json").read_text())
     before = peak()
-    export_ckpt(Saved(folder, 3, 0.0, {}, files), folder.with_suffix(".pt"))
+    write_ckpt(Saved(folder, 3, 0.0, {}, files), folder.with_suffix(".pt"))
 print(peak() - before)
 """
 
@@ -122,7 +122,7 @@ def test_a_full_disk_leaves_the_file_before(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(EnvironmentProblem, match="No space left on device"):
-        export_ckpt(saved, tmp_path / "ckpt.pt")
+        write_ckpt(saved, tmp_path / "ckpt.pt")
     assert (tmp_path / "ckpt.pt").read_text() == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "shards"]
 

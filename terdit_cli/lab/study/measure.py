@@ -24,7 +24,7 @@ from torch import Tensor
 
 from terdit_cli.data.images import open_images
 from terdit_cli.data.npz_images import NpzImages
-from terdit_cli.diffusion.process import make_schedule
+from terdit_cli.diffusion.objectives import OBJECTIVES, objective_of
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.evaluate.feature_shards import FACTS_FILE, FeatureShards
 from terdit_cli.evaluate.neighbours import check_neighbours
@@ -79,7 +79,7 @@ def fix_noise(recipe: Recipe, n: int) -> FixedNoise:
     space = build.open_space(recipe, torch.device("cpu"))
     x0 = torch.cat([space.encode(part) for part in pixels.split(_BATCH)])
     generator = torch.Generator().manual_seed(0)
-    steps = make_schedule("").num_steps
+    steps = OBJECTIVES[recipe.diffusion.objective].num_steps
     t = ((torch.arange(len(x0)) + 0.5) / len(x0) * steps).long()
     return FixedNoise(
         x0,
@@ -98,18 +98,18 @@ def measure_loss(model: Path, fixed: FixedNoise, activations: str = "auto") -> d
         What `load` raises.
     """
     loaded = load(model, activations=activations)
-    schedule = make_schedule("")
+    objective = objective_of(loaded.info.diffusion)
     rows = torch.tensor(loaded.info.label_rows())
     parts: dict[str, list[Tensor]] = {"loss": [], "mse": [], "vb": []}
     for batch in torch.arange(len(fixed.x0)).split(_BATCH):
         y = rows[fixed.labels[batch]]
-        losses = schedule.training_losses(
+        losses = objective.losses(
             loaded.network, fixed.x0[batch], fixed.t[batch], y, fixed.noise[batch]
         )
         for name, values in parts.items():
             values.append(losses.get(name, torch.zeros_like(losses["loss"])))
     found = {name: torch.cat(values) for name, values in parts.items()}
-    quarter = fixed.t * QUARTERS // schedule.num_steps
+    quarter = fixed.t * QUARTERS // objective.num_steps
     return {
         **{name: float(values.mean()) for name, values in found.items()},
         **{

@@ -70,7 +70,7 @@ from terdit_cli.system.atomic import atomic_path
 from terdit_cli.train.checkpoint import complete_checkpoints, read_manifest
 from terdit_cli.train.loggers import FILE as METRICS
 from terdit_cli.train.loggers import logged_seconds, read_metrics
-from terdit_cli.train.write_ckpt import export_ckpt
+from terdit_cli.train.write_ckpt import write_ckpt
 
 LATENCY_REPEATS = 3
 DIVERGED = 5  # exit code of a training that could not go on
@@ -452,7 +452,7 @@ def _keep_checkpoints(run: Path, exports: dict[int, Path], newest: int) -> None:
     complete = complete_checkpoints(run)
     for step, folder in complete.items():
         if step in exports and not exports[step].exists():
-            export_ckpt(read_manifest(folder), exports[step])
+            write_ckpt(read_manifest(folder), exports[step])
     for folder in list(complete.values())[newest:]:
         shutil.rmtree(folder, ignore_errors=True)
 

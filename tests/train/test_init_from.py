@@ -15,7 +15,7 @@ from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.ternary import least_squares_alphas, ternarize
 from terdit_cli.recipe import load_recipe
 from terdit_cli.train import build
-from terdit_cli.train.init_from import start_from
+from terdit_cli.train.init_from import copy_weights
 from terdit_cli.train.parallel import seed_weights
 
 TWIN = "ternary.enabled=false"
@@ -56,7 +56,7 @@ def test_learned_scales_come_along(
     theirs = load_ckpt(tmp_path / "first" / "ckpt.pt").ema
     recipe = load_recipe(recipe_path, ["ternary.alpha_init=randn"])
     network = build.build_network(recipe)
-    start_from(network, tmp_path / "first")
+    copy_weights(network, tmp_path / "first")
     assert all(torch.equal(p, theirs[name]) for name, p in network.named_parameters())
 
 
@@ -65,7 +65,7 @@ def test_random_scales_stay_random(recipe_path: Path, twin: Path) -> None:
     seed_weights(1)
     network = build.build_network(recipe)
     before = {n: p.clone() for n, p in network.named_parameters() if n.endswith(".alphas")}
-    start_from(network, twin)
+    copy_weights(network, twin)
     own = dict(network.named_parameters())
     assert all(own[name].abs().max() > 0 for name in before)
     assert any(own[name] < 0 for name in before)
@@ -94,7 +94,7 @@ def test_weights_of_another_model_are_refused(
 ) -> None:
     network = build.build_network(load_recipe(recipe_path, words))
     with pytest.raises(UsageError, match="do not fit the model") as caught:
-        start_from(network, twin)
+        copy_weights(network, twin)
     assert problem in str(caught.value)
 
 
@@ -104,7 +104,7 @@ def test_a_ternary_start_of_a_full_precision_run_is_refused(
     train(tmp_path / "ternary", "train.steps=1")
     network = build.build_network(load_recipe(recipe_path, [TWIN]))
     with pytest.raises(UsageError, match="alphas"):
-        start_from(network, tmp_path / "ternary")
+        copy_weights(network, tmp_path / "ternary")
 
 
 def test_no_checkpoint_there(train: Train, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_few_blocks_stand_for_all(
     assert (few, every_block) == (5 * max(1, every), layers)
     assert values == all_values
     assert estimate.kept == truth.kept
-    assert estimate.codes == truth.codes
+    assert estimate.trits == truth.trits
     assert estimate.peak == pytest.approx(truth.peak, rel=0.005)
 
 
@@ -66,7 +66,7 @@ def test_shards_are_parts_of_the_whole_wherever_they_lie() -> None:
     assert four.parameters == one.parameters
     assert four.weight_bytes == pytest.approx(one.weight_bytes / 4, rel=0.01)
     assert four.optimizer_bytes == 2 * four.ema_bytes == 2 * four.weight_bytes
-    # Codes are float32 where weights are whole, and bytes where they are gathered.
+    # Trits are float32 where weights are whole, and bytes where they are gathered.
     assert four.codes_bytes == pytest.approx(one.codes_bytes / 4 / 4, rel=0.02)
     assert four.total_bytes < one.total_bytes
     assert (one.mode, four.mode, four.host_bytes) == ("one process", "fsdp", 0)

@@ -31,9 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExc
 
 def test_the_few_and_the_silent_come_first() -> None:
     places = {0: "a", 1: "a", 2: "b", 4: "a"}
-    assert describe(places, 6) == (
-        "no sign of life from ranks 3, 5; rank 2 at b; ranks 0, 1, 4 at a"
-    )
+    assert describe(places, 6) == ("no report from ranks 3, 5; rank 2 at b; ranks 0, 1, 4 at a")
     assert describe({0: "a", 1: "a"}, 2) == "ranks 0, 1 at a"
 
 
@@ -66,7 +64,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
-    monkeypatch.setattr(watch, "TELL_SECONDS", 0.2)
+    monkeypatch.setattr(watch, "REPORT_SECONDS", 0.2)
     return server
 
 
@@ -121,9 +119,7 @@ def test_the_others_place_is_told(store: dist.TCPStore, ends: list[tuple[int, st
         wait_until(lambda: ends)
     [(code, text)] = ends
     assert code == 4
-    assert text.startswith(
-        "error: training hangs: got no step for 0.3 s; no sign of life from rank 1; "
-    )
+    assert text.startswith("error: training hangs: got no step for 0.3 s; no report from rank 1; ")
     assert "rank 2 at elsewhere" in text
     assert text.endswith("Fix: look at that process and its machine, then run it again.\n")
     assert b"wait_until" in store.get("terdit/0/hang/0") or b"sleep" in store.get("terdit/0/hang/0")
@@ -143,7 +139,7 @@ def test_what_a_job_that_was_started_again_left_does_not_count(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with Watchdog(Job(0, 2), 0.3, ""):
         wait_until(lambda: ends)
-    assert "no sign of life from rank 1" in ends[0][1]
+    assert "no report from rank 1" in ends[0][1]
 
 
 def test_a_store_that_is_gone(
@@ -157,7 +153,7 @@ def test_a_store_that_is_gone(
         wait_until(lambda: ends)
     [(code, text)] = ends
     assert code == 4
-    assert "no sign of life from rank 1" in text
+    assert "no report from rank 1" in text
     assert "; the job's store does not answer: Broken pipe. Fix:" in text
 
 
