@@ -19,6 +19,7 @@ from terdit_cli.lab.bench.results import (
     Row,
     ratio,
 )
+from terdit_cli.report import markdown
 
 NOTES = """\
 Every figure is the median of {repeats} interleaved repeats (A B C A B C ...), with the smallest
@@ -49,8 +50,7 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        return markdown.table(self.header, self.rows) + "\n"
 
 
 def page(result: BenchResult) -> str:
