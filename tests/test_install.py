@@ -76,6 +76,7 @@ def install(wheel: Path, folder: Path) -> Path:
     return folder / "bin" / "terdit"
 
 
+@pytest.mark.slow
 def test_without_a_compiler(
     tmp_path: Path, make_ckpt: Callable[..., Path], tiny_config: DiTConfig
 ) -> None:
@@ -97,6 +98,7 @@ def test_without_a_compiler(
     assert done.stderr.count("not cpu: the native library was not built") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no c++")
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc")
 def test_with_a_compiler(tmp_path: Path) -> None:

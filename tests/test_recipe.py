@@ -163,6 +163,7 @@ def test_words_that_are_no_overrides(recipe_file: Path, word: str) -> None:
     assert repr(word) in str(caught.value)
 
 
+@pytest.mark.slow
 def test_overrides_below_plain_values_and_broken_values(recipe_file: Path) -> None:
     with pytest.raises(UsageError, match="plain value") as caught:
         load_recipe(recipe_file, ["name.first=x"])
@@ -180,6 +181,7 @@ def test_overrides_below_plain_values_and_broken_values(recipe_file: Path) -> No
         load_recipe(recipe_file, ["model=5"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "match"),
     [
@@ -263,6 +265,7 @@ _values: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+@pytest.mark.slow
 @given(st.fixed_dictionaries({}, optional=_values))
 def test_overrides_round_trip(wanted: dict[str, Any]) -> None:
     plain = {

@@ -134,6 +134,7 @@ def test_runs_that_are_not_packaged(
     assert "expected at most 1,000" in message
 
 
+@pytest.mark.slow
 def test_the_command_of_developers(measured: Path, small_run: Path, shelf: Path) -> None:
     (shelf.parent / "text.md").write_text("# Clothes\n")
     words = [

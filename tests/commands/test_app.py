@@ -65,6 +65,7 @@ def test_what_the_system_refuses_is_no_bug(
     assert "cannot write: got Permission denied (/forbidden/x.png). Fix: name a folder" in done.err
 
 
+@pytest.mark.slow
 def test_a_closed_stdout_is_no_failure() -> None:
     line = f"{sys.executable} -m terdit_cli models --json >&-"
     done = subprocess.run(line, shell=True, stderr=subprocess.PIPE, text=True, cwd=ROOT)
@@ -142,6 +143,7 @@ def test_debug_shows_the_traceback(terdit: Terdit, tmp_path: Path) -> None:
     assert debug.err.endswith(plain.err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_pack_leaves_the_old_file(
     terdit: Terdit, tmp_path: Path, small_run: Path, number: signal.Signals
@@ -188,6 +190,7 @@ main()
     assert output.read_bytes() != b"the old file"
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_compiled(small_recipe: Path, tmp_path: Path) -> None:
     """Shipped recipes compile, and a machine without a C++ compiler is no bug of terdit's."""
     words = ("train", small_recipe, "train.compile=true", "train.steps=1", "--out", tmp_path / "r")

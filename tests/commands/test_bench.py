@@ -128,6 +128,7 @@ def test_what_does_not_fit_in_memory_is_not_run(
     assert "ms" not in rival
 
 
+@pytest.mark.slow
 def test_whole_processes(terdit: Terdit) -> None:
     done = terdit("bench", "nano", "--what", "sample", "--size", 32, "--json", *QUICK)
     assert done.code == 0, done.err
@@ -242,6 +243,7 @@ def test_images_of_random_weights_say_nothing(terdit: Terdit) -> None:
     assert "terdit bench model.tdt --what images" in done.err
 
 
+@pytest.mark.slow
 def test_training_steps(terdit: Terdit, small_recipe: Path) -> None:
     """A step of both networks, eager and compiled; the twin has no ternary weight."""
     words = f"{small_recipe} model.n_layers=1 train.global_batch_size=4 train.micro_batch_size=4"

@@ -246,6 +246,7 @@ def test_options(
     assert "Fix: " in message or code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "code", "parts"),
     [

@@ -74,6 +74,7 @@ def test_names_in_another_order() -> None:
     assert found == {"cow": (0, 2), "ant": (1, 0)}
 
 
+@pytest.mark.slow
 def test_imagenet_s_folders_are_its_classes() -> None:
     """Two classes are called crane, two maillot: their wnids tell which is which."""
     wnids = [names[-1] for names in imagenet_class_names()]

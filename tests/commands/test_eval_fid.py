@@ -242,6 +242,7 @@ def by_definition(real: np.ndarray, fake: np.ndarray) -> float:
     return float(shift @ shift + sum(map(np.trace, covariances)) - 2 * roots.sum())
 
 
+@pytest.mark.slow
 def test_adm_from_end_to_end(terdit: Terdit, folder: Path, tmp_path: Path, images: Images) -> None:
     """torch-fidelity's architecture from a file of random weights, against a file like ADM's."""
     library = import_vision("torch_fidelity.feature_extractor_inceptionv3")

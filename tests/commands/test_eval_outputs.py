@@ -118,6 +118,7 @@ def test_saved_images_are_those_of_sample(
             assert np.abs(saved.astype(int) - arrays["arr_0"][copy]).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_folder_of_saved_images_is_of_one_run(
     evaluate: Evaluate, of_the_model: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -224,6 +225,7 @@ def test_labels_that_are_numbers_mean_the_model_s_classes(
     assert list(result.per_class) == ["Bag", "T-shirt/top"]
 
 
+@pytest.mark.slow
 def test_interval_and_curve(folder: Path, evaluate: Evaluate) -> None:
     options = {"images": str(folder), "reference": "embedded:heldout", "n": 40}
     plain = evaluate(**options)
@@ -240,6 +242,7 @@ def test_interval_and_curve(folder: Path, evaluate: Evaluate) -> None:
     assert larger.metrics["fd-grid infinity"] < larger.distance
 
 
+@pytest.mark.slow
 def test_the_effect_of_bf16_is_measured(evaluate: Evaluate, of_the_model: dict[str, Any]) -> None:
     plain = evaluate(**of_the_model)
     assert plain.provenance["precision"] == "fp32"

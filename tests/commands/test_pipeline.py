@@ -42,6 +42,7 @@ def one_object(text: str) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.slow
 def test_train_says_where_the_product_is(
     terdit: Terdit, small_recipe: Path, tmp_path: Path
 ) -> None:
@@ -65,6 +66,7 @@ def test_the_default_run_folder(
     assert Path("runs/other/ckpt.pt").is_file()
 
 
+@pytest.mark.slow
 def test_dry_run_trains_nothing(terdit: Terdit, small_recipe: Path, tmp_path: Path) -> None:
     words = ("train", small_recipe, "data.source=folder", "data.path=nowhere", "--dry-run")
     done = terdit(*words)

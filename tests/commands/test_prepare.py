@@ -186,6 +186,7 @@ def test_every_image_is_described(place: Place, whole: Path) -> None:
 # --- stops and processes --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_by_two_processes(place: Place, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     process = place.start(folder)

@@ -91,6 +91,7 @@ def alone(
     return repeatable(done.out), blocks(work)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_bits(
     words: tuple[object, ...], alone: tuple[dict[str, Any], Blocks], tmp_path: Path
 ) -> None:
@@ -101,6 +102,7 @@ def test_two_processes_give_the_same_bits(
     require_same(blocks(tmp_path), alone[1])
 
 
+@pytest.mark.slow
 def test_more_processes_than_blocks_and_a_temporary_folder(
     terdit: Terdit, folder: Path, features: str, tmp_path: Path
 ) -> None:
@@ -115,6 +117,7 @@ def test_more_processes_than_blocks_and_a_temporary_folder(
     assert grid.exists()
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_the_job(folder: Path, features: str, tmp_path: Path) -> None:
     """The second block is the second process's; the first waits for it in vain."""
     for index in range(40, 100):
@@ -161,6 +164,7 @@ def test_half_a_job(
         assert part in message
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(
     terdit: Terdit, words: tuple[object, ...], alone: tuple[dict[str, Any], Blocks], tmp_path: Path
 ) -> None:
@@ -211,6 +215,7 @@ def test_a_damaged_block_is_made_again(
     assert [path.stat().st_mtime_ns for path in (places[0], places[2])] == before
 
 
+@pytest.mark.slow
 def test_the_work_folder_of_another_run(
     terdit: Terdit, words: tuple[object, ...], tmp_path: Path
 ) -> None:
@@ -256,6 +261,7 @@ def drawing(model: Path, output: Path) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["s.npz", "grid.png", "folder"])
 def test_two_processes_draw_the_same_images(
     terdit: Terdit, small_tdt: Path, tmp_path: Path, output: str
@@ -275,6 +281,7 @@ def test_two_processes_draw_the_same_images(
     assert len(ours) == (13 if output == "folder" else 1)
 
 
+@pytest.mark.slow
 def test_more_processes_than_batches(terdit: Terdit, small_tdt: Path, tmp_path: Path) -> None:
     words = ("sample", "--model", small_tdt, "--prompt-class", 0, "--steps", 2, "--device", "cpu")
     code, out, err = run_together((*words, "-o", tmp_path / "a.npz"), 3)
@@ -284,6 +291,7 @@ def test_more_processes_than_batches(terdit: Terdit, small_tdt: Path, tmp_path: 
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_write_ends_the_job(small_tdt: Path, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     blocked = tmp_path / "folder" / "class0007-image000037.png"  # of the second process
@@ -357,6 +365,7 @@ class Faulty:
         return [path.read_text() if path.exists() else "" for path in codes], errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "codes", "message"),
     [
@@ -378,6 +387,7 @@ def test_a_job_ends_with_one_message(
     assert not output.parent.exists()
 
 
+@pytest.mark.slow
 def test_an_error_of_all_processes_is_told_once(small_tdt: Path, tmp_path: Path) -> None:
     words = ("sample", "--model", small_tdt, "--prompt-class", "nothing", "--device", "cpu")
     found, errors = Faulty(tmp_path, "none", words).end()
@@ -386,6 +396,7 @@ def test_an_error_of_all_processes_is_told_once(small_tdt: Path, tmp_path: Path)
     assert "'nothing'" in errors[0]
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_is_told_once(small_tdt: Path, tmp_path: Path) -> None:
     job = Faulty(tmp_path, "endless", drawing(small_tdt, tmp_path / "out" / "grid.png"))
     deadline = time.monotonic() + PATIENCE

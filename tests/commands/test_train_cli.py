@@ -21,6 +21,7 @@ UNITS = {"MB": 1e6, "GB": 1e9}
 Terdit = Callable[..., Any]
 
 
+@pytest.mark.slow
 def test_the_plan_as_a_table(terdit: Terdit, small_recipe: Path) -> None:
     words = ("train.precision=bf16", "--gpus", "2", "--gpu-memory", "h100", "--mfu", "0.5")
     done = terdit("train", small_recipe, "train.global_batch_size=16", *words, "--dry-run")
@@ -42,6 +43,7 @@ def test_the_plan_as_a_table(terdit: Terdit, small_recipe: Path) -> None:
         assert re.search(line, done.out), line
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_too_small(terdit: Terdit, small_recipe: Path) -> None:
     words = ("train.global_batch_size=1", "train.micro_batch_size=1", "--gpu-memory", "1MB")
     done = terdit("train", small_recipe, "--dry-run", *words)
@@ -51,6 +53,7 @@ def test_a_gpu_that_is_too_small(terdit: Terdit, small_recipe: Path) -> None:
     assert (plan["largest_micro_batch"], plan["gpu_bytes"], plan["days"]) == (0, 10**6, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
 def test_recipes_say_what_the_planner_says(terdit: Terdit, path: Path) -> None:
     text = path.read_text(encoding="utf-8")
@@ -78,6 +81,7 @@ def test_the_large_recipes_have_plans() -> None:
     assert {"600m", "4.2b", "4.2b-512", "quickstart", "cifar10", "fashion-mnist"} <= names
 
 
+@pytest.mark.slow
 def test_plot(terdit: Terdit, small_run: Path, parent_run: Path, tmp_path: Path,
               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)

@@ -115,6 +115,7 @@ def test_solver_converges_to_the_exact_solution(start, name, order):
     assert error[80] < (0.02 if order == 1 else 0.002)
 
 
+@pytest.mark.slow
 def test_ddim_converges_to_the_exact_solution(start):
     z, y = start
     errors = []

@@ -137,6 +137,7 @@ def equal(
     return bool(np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_adm_equals_torch_fidelity(adm: FeatureExtractor, witness: Any) -> None:
     images = some_images(SIZES)
     features = adm(images)
@@ -168,6 +169,7 @@ class Tensors(torch.utils.data.Dataset[Tensor]):
         return torch.from_numpy(self.images[index]).permute(2, 0, 1)
 
 
+@pytest.mark.slow
 def test_adm_gives_torch_fidelity_s_metrics(
     adm: FeatureExtractor, files: dict[str, Path], witness: Any
 ) -> None:
@@ -200,6 +202,7 @@ def test_adm_gives_torch_fidelity_s_metrics(
     assert distance == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_clean_equals_clean_fid(clean: FeatureExtractor, files: dict[str, Path]) -> None:
     images = some_images(SIZES[2:])
     wrapper = import_vision("cleanfid.inception_torchscript").InceptionV3W(
@@ -238,6 +241,7 @@ def same_bits(first: Features, second: Features) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adm", "clean"])
 def test_features_do_not_depend_on_the_batch(name: str, request: pytest.FixtureRequest) -> None:
     extractor: FeatureExtractor = request.getfixturevalue(name)
@@ -264,6 +268,7 @@ def test_features_do_not_depend_on_the_batch(name: str, request: pytest.FixtureR
     assert np.array_equal(alone.pool[0], together.pool[1])
 
 
+@pytest.mark.slow
 def test_features_do_not_depend_on_the_number_of_threads(adm: FeatureExtractor) -> None:
     images = some_images([(28, 28)] * 8)
     before = torch.get_num_threads()
@@ -293,6 +298,7 @@ def test_a_short_batch_is_filled_up_as_on_a_gpu(adm: FeatureExtractor) -> None:
     assert seen == [torch.Size([4, 3, 299, 299])] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adm", "clean"])
 def test_bf16_shares_the_weights_and_is_near(name: str, request: pytest.FixtureRequest) -> None:
     extractor: FeatureExtractor = request.getfixturevalue(name)

@@ -95,6 +95,7 @@ def test_frechet_distance_refuses(arguments: Any, complaint: str) -> None:
         frechet_distance(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tag", TAGS)
 @pytest.mark.parametrize(
     ("seed", "subsets", "size"), [(0, 100, 1000), (123, 20, 300)], ids=["default", "small"]

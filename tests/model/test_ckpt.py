@@ -76,6 +76,7 @@ def test_plain_types_are_fine(tmp_path):
     assert torch.equal(got["t"], values["t"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_files(tmp_path, tiny_config, make_ckpt):
     whole = make_ckpt(tmp_path / "ckpt.pt", tiny_config).read_bytes()

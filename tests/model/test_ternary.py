@@ -257,6 +257,7 @@ def test_a_scale_of_zero_gives_no_gradient_but_its_own(activations):
     assert layer.alphas.grad.all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ste", ["scaled", "identity"])
 @pytest.mark.parametrize("granularity", ["tensor", "row", "group128"])
 def test_a_compiled_layer_trains_as_a_plain_one(granularity, ste):

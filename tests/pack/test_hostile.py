@@ -44,6 +44,7 @@ def test_truncated(tmp_path, tiny_tdts, codec):
     refuse(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["t2", "t5", "int8"])
 def test_every_bit_counts(tmp_path, tiny_tdts, codec):
     """A flipped bit anywhere, in header, metadata, blobs or the rest, is found."""

@@ -301,6 +301,7 @@ def layer(backend: Any, precision: str) -> PackedTernaryLinear:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_as_one_graph(native, precision, dynamic):

@@ -122,6 +122,7 @@ def assert_agree(network: FusedDiT, exact: DiT, inputs: tuple[Tensor, ...]) -> N
         assert (got - expected).norm() <= most + allowed * got.numel() ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(make, random_inputs, name, precision):
@@ -131,6 +132,7 @@ def test_shapes(make, random_inputs, name, precision):
         assert_agree(network, exact, random_inputs(config, batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("granularity", ["row", "group128"])
 def test_granularities(make, random_inputs, granularity, precision):
@@ -147,6 +149,7 @@ def test_every_isa(make, random_inputs, isa):
             assert_agree(make(SHAPES[name], precision), exact, random_inputs(SHAPES[name], 2))
 
 
+@pytest.mark.slow
 def test_the_recorded_outputs_of_the_original(released_folder, golden_case):
     tensors = golden_case("public_a").tensors
     network = load(released_folder, activations="fp32", n_heads=4).network
@@ -239,6 +242,7 @@ def test_a_gradient_is_refused(make, random_inputs):
         network(x.requires_grad_(), t, y)
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph(make, random_inputs):
     torch._dynamo.reset()
     network, inputs = make(BASE, "fp32"), random_inputs(BASE)

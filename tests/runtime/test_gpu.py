@@ -93,6 +93,7 @@ def assert_within(got: Tensor, values: tuple[Any, ...], precision: str) -> None:
     assert ((got.double() - y).abs() <= allowed).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "int16"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_integers_equal_the_reference_at_every_edge(kernels_on, granularity, precision):
@@ -103,6 +104,7 @@ def test_integers_equal_the_reference_at_every_edge(kernels_on, granularity, pre
         )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_floats_are_within_their_bound_at_every_edge(kernels_on, granularity, precision):
@@ -233,6 +235,7 @@ def test_epilogues(kernels_on, granularity, precision):
     torch.testing.assert_close(out.cpu().double(), before + gated, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_tile_gives_the_same_integers(kernels_on):
     values = problem(33, 130, 530)
     x, trits, alphas, bias = (each.to(kernels_on) for each in values)
@@ -297,6 +300,7 @@ def test_opcheck(kernels_on):
         torch.library.opcheck(torch.ops.terdit.gpu_linear, (*arguments, 5, 7, "int8"))
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph(kernels_on):
     torch._dynamo.reset()
     x, trits, alphas, bias = (each.to(kernels_on) for each in problem(3, 5, 7))

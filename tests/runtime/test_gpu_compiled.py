@@ -33,6 +33,7 @@ def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_no_register_spills(rows):
     assert len(rows) > 20
     assert [row for row in rows if row["spills"]] == []

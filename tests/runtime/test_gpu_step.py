@@ -79,6 +79,7 @@ def relative_error(network: DiT, exact: DiT, inputs: tuple[Tensor, ...]) -> floa
 ALLOWED = {"fp32": 1e-5, "int16": 0.03, "bf16": 0.05, "int8": 0.15, "fp8": 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_the_recorded_outputs_of_the_original(released_folder, golden_case, kernels_on, precision):
     tensors = golden_case("public_a").tensors
@@ -91,12 +92,14 @@ def test_the_recorded_outputs_of_the_original(released_folder, golden_case, kern
     assert error <= (allowed if precision == "fp32" else 0.05 * tensors["out.packed"].abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(make, random_inputs, name):
     network, exact = make(SHAPES[name])
     assert relative_error(network, exact, random_inputs(SHAPES[name], 2)) <= ALLOWED["fp32"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int16", "bf16", "int8", "fp8"])
 def test_precisions(make, random_inputs, precision):
     try:
@@ -110,6 +113,7 @@ def test_precisions(make, random_inputs, precision):
     assert relative_error(network, exact, inputs) <= ALLOWED[precision]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["row", "group128"])
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_granularities(make, random_inputs, granularity, precision):
@@ -118,6 +122,7 @@ def test_granularities(make, random_inputs, granularity, precision):
     assert relative_error(network, exact, random_inputs(config, 2)) <= ALLOWED[precision]
 
 
+@pytest.mark.slow
 def test_composable_and_fused_agree(make, random_inputs, monkeypatch):
     network, _ = make(BASE, "fp32")
     inputs = random_inputs(BASE, 1)
@@ -127,6 +132,7 @@ def test_composable_and_fused_agree(make, random_inputs, monkeypatch):
     assert (fused - composed).norm() <= ALLOWED["fp32"] * composed.norm()
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph(make, random_inputs, kernels_on):
     torch._dynamo.reset()
     network, _ = make(dataclasses.replace(BASE, n_layers=1))
@@ -153,6 +159,7 @@ def test_packed_bytes_only_and_shared_by_modules_and_step(make, random_inputs):
         assert layer.weight.shape == gpu.weight_shape(*layer.shape)
 
 
+@pytest.mark.slow
 def test_modulations_are_kept_by_values_that_the_cpu_knows(make, random_inputs, monkeypatch):
     network, _ = make(dataclasses.replace(BASE, n_layers=1), "int8")
     x = random_inputs(BASE, 3)[0].to(next(network.parameters()).device)
@@ -255,6 +262,7 @@ def test_a_step_runs_with_its_device_as_the_current_one(make, random_inputs, mon
     assert entered[1:]
 
 
+@pytest.mark.slow
 def test_how_a_graph_is_captured(make, random_inputs, monkeypatch):
     """On a stream of the step's own GPU, beside threads that take memory, for any later caller."""
     network, _ = make(dataclasses.replace(BASE, n_layers=1), "int8")

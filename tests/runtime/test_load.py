@@ -50,6 +50,7 @@ def test_every_kind_of_file(run_folder, tiny_config, random_network, random_inpu
             assert not network.training
 
 
+@pytest.mark.slow
 def test_a_compiled_checkpoint_draws_the_same(run_folder, tiny_config, random_inputs):
     inputs = random_inputs(tiny_config)
     plain, compiled = load(run_folder), load(run_folder, compiled=True)

@@ -94,6 +94,7 @@ def why_not(build: Build, folder: Path) -> str | None:
     return None if done.returncode == 0 else f"{build.compiler}: {done.stdout.strip()[-200:]}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -231,6 +231,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="file size limits differ elsewhere")
 @pytest.mark.parametrize("part", ["shards", "ckpt"])
 def test_a_disk_that_fills_up_during_the_save(

@@ -36,6 +36,7 @@ def titles(figure: Any) -> list[str]:
     return [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
 
 
+@pytest.mark.slow
 def test_several_runs_on_one_png(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / "a", 30),

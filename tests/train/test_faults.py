@@ -262,6 +262,7 @@ def killed(job: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) ->
     return folder, step
 
 
+@pytest.mark.slow
 def test_resumed_by_one_process(
     tmp_path: Path, killed: tuple[Path, int], train: Train, whole: Path
 ) -> None:
@@ -270,6 +271,7 @@ def test_resumed_by_one_process(
     assert_equal_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_resumed_by_two_processes_past_a_corrupted_shard(
     tmp_path: Path, killed: tuple[Path, int], job: Callable[..., Any], whole: Path,
     recipe_path: Path,
@@ -291,6 +293,7 @@ def test_resumed_by_two_processes_past_a_corrupted_shard(
     assert torchrun.seen(2) == {s: expected_samples(recipe_path, s) for s in range(resumed, STEPS)}
 
 
+@pytest.mark.slow
 def test_resumed_by_three_processes(
     tmp_path: Path, killed: tuple[Path, int], job: Callable[..., Any], whole: Path,
     recipe_path: Path,
@@ -351,6 +354,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return begin
 
 
+@pytest.mark.slow
 def test_steps_without_finite_gradients_are_skipped_and_counted(
     tmp_path: Path, train: Train, spoil: Callable[..., None],
     tensors_of: Callable[[Path], dict[str, Tensor]], capsys: pytest.CaptureFixture[str],
@@ -410,6 +414,7 @@ def test_too_many_in_a_row_stop_the_run(
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_advice_after_a_divergence_works(tmp_path: Path, train: Train) -> None:
     words = (*WORDS, "train.max_skipped=1", "optim.grad_clip=null", "checkpoint.every=1")
     folder = tmp_path / "run"
@@ -435,6 +440,7 @@ def test_a_run_must_not_end_in_skipped_steps(
 # A process is told to stop
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(
     tmp_path: Path, job: Callable[..., Any], train: Train
 ) -> None:
@@ -467,6 +473,7 @@ def test_a_signal_to_torchrun_stops_all(tmp_path: Path, job: Callable[..., Any])
 # A disk is full
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_one_process(tmp_path: Path, job: Callable[..., Any]) -> None:
     with job(2, tmp_path / "run", faults=((1, 4, "limit"),)) as torchrun:
         err = torchrun.end()
@@ -480,6 +487,7 @@ def test_a_disk_that_is_full_for_one_process(tmp_path: Path, job: Callable[..., 
 # A process hangs
 
 
+@pytest.mark.slow
 def test_processes_that_hang_are_named(tmp_path: Path, job: Callable[..., Any]) -> None:
     """One is suspended, one waits for its data."""
     faults = ((1, 5, "SIGSTOP"), (2, 5, "data"))

@@ -71,6 +71,7 @@ def test_random_scales_stay_random(recipe_path: Path, twin: Path) -> None:
     assert any(own[name] < 0 for name in before)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_without_the_first_one(train: Train, twin: Path, tmp_path: Path) -> None:
     first = tmp_path / "first"
     shutil.copytree(twin, first)

@@ -108,6 +108,7 @@ def test_tensorboard_shows_the_run_without_the_lost_steps(tmp_path: Path) -> Non
     assert [line["step"] for line in read_metrics(tmp_path)] == [5, 10, 15, 20]
 
 
+@pytest.mark.slow
 def test_wandb_offline_goes_on_under_the_same_id(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     code = """

@@ -42,6 +42,7 @@ def test_the_recorded_loss_curve(tmp_path: Path, train: Train) -> None:
         np.testing.assert_allclose([entry[key] for entry in entries], golden[key], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(
     tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str], recipe_path: Path
 ) -> None:
@@ -82,6 +83,7 @@ def test_what_a_run_leaves(
     assert "training small: 12/12 loss" in captured.err
 
 
+@pytest.mark.slow
 def test_ckpt_holds_tensors_and_plain_types(whole_run: Path) -> None:
     values = torch.load(whole_run / "ckpt.pt", weights_only=True)  # would refuse anything else
     assert sorted(values) == ["ema", "format", "info", "model", "recipe", "version"]

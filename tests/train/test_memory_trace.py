@@ -31,6 +31,7 @@ def recipe(layers: int, mode: str = "ddp", **train: Any) -> Recipe:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "gpus", "every", "accumulate", "layers"),
     [("ddp", 1, 2, False, 14), ("ddp", 2, 0, False, 8), ("fsdp", 4, 1, True, 8)],
@@ -60,6 +61,7 @@ def test_few_blocks_stand_for_all(
     assert estimate.peak == pytest.approx(truth.peak, rel=0.005)
 
 
+@pytest.mark.slow
 def test_shards_are_parts_of_the_whole_wherever_they_lie() -> None:
     made = recipe(2, "fsdp")
     one, four = (plan_run(made, gpus) for gpus in (1, 4))
@@ -76,6 +78,7 @@ def test_shards_are_parts_of_the_whole_wherever_they_lie() -> None:
     assert there.total_bytes == four.total_bytes - there.host_bytes
 
 
+@pytest.mark.slow
 def test_replicas_hold_everything() -> None:
     one, two = (plan_run(recipe(2, global_batch_size=4 * gpus), gpus) for gpus in (1, 2))
     assert two.weight_bytes == one.weight_bytes

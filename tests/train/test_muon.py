@@ -81,6 +81,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sharded", "hybrid", "whole"])
 def test_divided_it_is_torchs_bit_for_bit(name: str, together: Path) -> None:
     def make(parameters: list[nn.Parameter]) -> torch.optim.Muon:

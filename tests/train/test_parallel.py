@@ -233,6 +233,7 @@ def together(folder: Path) -> Callable[[int], list[dict[str, Any]]]:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "number"),
     [(processes, number) for processes, cases in CASES.items() for number in range(len(cases))],

@@ -22,6 +22,7 @@ from terdit_cli.train.planner import plan_run
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_largest_recipe_is_planned_within_a_laptop() -> None:
     """4.2b would need 17 GB for the weights alone; planning stays under 1.5 GB."""
     code = """
@@ -62,6 +63,7 @@ def small(n_layers: int = 1, **train: object) -> Recipe:
     )
 
 
+@pytest.mark.slow
 def test_planned_activations_are_those_of_a_real_forward() -> None:
     recipe = small(n_layers=4)
     plan = plan_run(recipe)
@@ -141,6 +143,7 @@ print(json.dumps(peaks))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_plan_is_what_a_process_takes(tmp_path: Path) -> None:
     """Masters, moments, averages, record and the step's peak together, within 15 percent."""
@@ -172,6 +175,7 @@ def test_the_plan_is_what_a_process_takes(tmp_path: Path) -> None:
     assert all(0.85 < ratio < 1.15 for ratio in ratios.values()), ratios
 
 
+@pytest.mark.slow
 def test_days_are_operations_over_speed() -> None:
     made = small(precision="bf16", steps=10**9)
     plan = plan_run(made, 2, "h100", 0.5)
@@ -183,6 +187,7 @@ def test_days_are_operations_over_speed() -> None:
     assert plan_run(small(), 2, "h100").days is None  # no peak is known of fp32
 
 
+@pytest.mark.slow
 def test_the_largest_micro_batch_just_fits() -> None:
     two, three = (small(global_batch_size=6, micro_batch_size=size) for size in (2, 3))
     plan = plan_run(three)
@@ -208,6 +213,7 @@ def test_a_plan_of_nothing(gpu: str | None, mfu: float | None, words: str) -> No
     assert words in str(caught.value)
 
 
+@pytest.mark.slow
 def test_eight_bit_moments_are_a_quarter() -> None:
     values = small().model_dump()
     values["optim"]["kind"] = "adamw8bit"
@@ -216,6 +222,7 @@ def test_eight_bit_moments_are_a_quarter() -> None:
     assert eight.total_bytes < full.total_bytes
 
 
+@pytest.mark.slow
 def test_muon_has_one_moment_of_the_blocks_matrices() -> None:
     values = small().model_dump()
     values["optim"]["kind"] = "muon"
@@ -223,6 +230,7 @@ def test_muon_has_one_moment_of_the_blocks_matrices() -> None:
     assert two.optimizer_bytes - one.optimizer_bytes == 4 * two.ternary
 
 
+@pytest.mark.slow
 def test_checkpointing_needs_less_and_images_need_more() -> None:
     plan = plan_run(small())
     plain = plan.activation_bytes
@@ -238,6 +246,7 @@ def test_checkpointing_needs_less_and_images_need_more() -> None:
     assert six > plain
 
 
+@pytest.mark.slow
 def test_a_full_precision_parent_has_no_ternary_weight() -> None:
     values = small().model_dump()
     values["ternary"]["enabled"] = False

@@ -47,6 +47,7 @@ def options_of(recipe: str) -> list[str]:
     return [*words, "optim.warmup_steps=5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shipped", [None, "quickstart", "fashion-mnist", "600m"])
 def test_twenty_and_twenty_steps_are_forty(
     shipped: str | None, tmp_path: Path, train: Train, whole_run: Path,
@@ -94,6 +95,7 @@ def test_a_finished_run_resumed_stays_the_same(
     assert manifest.stat().st_ino == before  # it was never away
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
@@ -307,6 +309,7 @@ def test_other_changes_are_named(
     assert "changed settings: seed, data.flip, train.steps" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_changed_options_of_the_optimizer_count(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -38,6 +38,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, train: Train) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_difference_to_the_teacher_falls(train: Train, teacher: Path, tmp_path: Path) -> None:
     words = (f"distill.teacher={teacher}", "logging.every=10")
     train(tmp_path / "run", *words, "distill.weight=1", "train.steps=60", "optim.lr=5e-3")
@@ -45,6 +46,7 @@ def test_the_difference_to_the_teacher_falls(train: Train, teacher: Path, tmp_pa
     assert differences[-1] < 0.7 * differences[0]
 
 
+@pytest.mark.slow
 def test_the_weight_of_the_teacher_over_a_run(train: Train, teacher: Path, tmp_path: Path) -> None:
     def weights(**options: Any) -> list[float]:
         distill = DistillSection(weight=0.8, **options)
@@ -75,6 +77,7 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it(
     assert logged(tmp_path / "run")[0]["distill"] == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", ["false", "true"])
 def test_the_features_of_the_last_block_are_learned(
     train: Train, teacher: Path, tmp_path: Path, compiled: str, monkeypatch: pytest.MonkeyPatch
@@ -111,6 +114,7 @@ def test_the_teacher_is_the_averaged_network_frozen(recipe_path: Path, teacher: 
         assert torch.equal(network(x, t, y), load_model(teacher)(x, t, y))
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_it_is_the_same_run(
     train: Train, teacher: Path, tmp_path: Path, assert_same_run: Callable[..., None]
 ) -> None:
@@ -124,6 +128,7 @@ def test_stopped_and_resumed_it_is_the_same_run(
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_teacher(recipe_path: Path, teacher: Path) -> None:
     alone = plan_run(load_recipe(recipe_path))
     both = plan_run(load_recipe(recipe_path, [f"distill.teacher={teacher}"]))

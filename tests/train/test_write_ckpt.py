@@ -94,6 +94,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
     largest = 40 << 20  # bytes; below 32 MiB malloc keeps what is freed

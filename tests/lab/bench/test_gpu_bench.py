@@ -206,6 +206,7 @@ class Counter:
         return None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not NO_GPU, reason="the interpreter is for machines without a GPU")
 def test_everything_is_measured_in_the_interpreter(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path

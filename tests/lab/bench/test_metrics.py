@@ -68,6 +68,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> type[FakeProcess]:
     return FakeProcess
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCORES)
 def test_a_score_is_timed_and_checked(name: str) -> None:
     found = metrics.score(name, n=1200, dim=8, seed=0, runs=2)

@@ -112,6 +112,7 @@ def test_serve_passes_errors_with_their_exit_code(tmp_path: Path) -> None:
     assert "none.tdt" in answer["error"]
 
 
+@pytest.mark.slow
 def test_a_process_answers_fails_and_dies(tmp_path: Path) -> None:
     with Process(threads=1) as process:
         assert set(process.ask("peak", what="int8")) == {"peak", "isa"}

@@ -29,6 +29,7 @@ def app() -> typer.Typer:
     return made
 
 
+@pytest.mark.slow
 def test_pages_of_what_is_there(
     app: typer.Typer, study_file: Path, tmp_path: Path, invent: Callable[[Study, Folder], None]
 ) -> None:
@@ -56,6 +57,7 @@ def test_words_with_an_equals_sign_change_the_recipes(
         CliRunner().invoke(app, words, catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_several_studies_share_a_page(
     study_file: Path, tmp_path: Path, invent: Callable[[Study, Folder], None]
 ) -> None:
@@ -69,6 +71,7 @@ def test_several_studies_share_a_page(
     assert out.read_text().count("## Small models") == 2
 
 
+@pytest.mark.slow
 def test_pages_are_made_again_of_the_words_that_a_study_was_run_with(
     study_file: Path, tmp_path: Path, invent: Callable[[Study, Folder], None]
 ) -> None:
@@ -125,6 +128,7 @@ def test_what_is_refused(study_file: Path, tmp_path: Path) -> None:
         command.run([study_file], out=tmp_path / "file" / "r.md")
 
 
+@pytest.mark.slow
 def test_the_page_of_results_is_what_its_records_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

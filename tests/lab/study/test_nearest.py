@@ -20,6 +20,7 @@ train: {steps: 1, global_batch_size: 1, micro_batch_size: 1, precision: fp32}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_nearest_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flip: bool) -> None:
     """Against the definition, with chunks that do not divide the set."""

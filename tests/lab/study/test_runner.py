@@ -146,6 +146,7 @@ def findings(study: Study, folder: Folder) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_study_finds_all_of_every_variant(tiny: Study, done: Folder) -> None:
     found = collect(tiny, done)
     assert found.missing == 0
@@ -235,6 +236,7 @@ def test_what_is_recorded_stays_without_the_weights(place: Path, tiny: Study, do
     assert findings(tiny, folder) == findings(tiny, done)
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_it_goes_on_to_the_same_numbers(
     place: Path, tiny: Study, done: Folder
 ) -> None:
@@ -345,6 +347,7 @@ def led(place: Path) -> tuple[Path, Folder]:
     return path, folder
 
 
+@pytest.mark.slow
 def test_a_variant_begins_with_another_and_is_led_by_it(led: tuple[Path, Folder]) -> None:
     path, folder = led
     study = load_study(path)
@@ -473,6 +476,7 @@ except StopSignal as stop:
 """
 
 
+@pytest.mark.slow
 def test_a_stop_reaches_the_child_which_saves(place: Path) -> None:
     out = place / "child"
     words = [sys.executable, "-c", CHILD, str(place / "recipe.yaml"), str(out)]
