@@ -1,8 +1,8 @@
 """A study's findings as one file: RUNS/NAME.tar.xz stands for the folder RUNS/NAME.
 
-It holds the records, the logged metrics with numbers of six digits, and the images of the variants
-that the study shows side by side; no weights and no features. The same findings give the same
-bytes. Whatever reads a study's folder reads an archive by `opened`.
+It holds the records, the logged metrics with numbers of six digits, the guided images of variants
+that the study shows side by side, and the nearest training images; no weights and no features. The
+same findings give the same bytes. Whatever reads a study's folder reads an archive by `opened`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from terdit_cli.errors import InputFileError
@@ -66,7 +66,8 @@ def _is_kept(path: Path, study: Study) -> bool:
     if "run" in parts:  # of a training that goes on; of a finished one they lie beside it
         return parts[-2:] == ("run", METRICS)
     if "grids" in parts:
-        return parts[0] in study.grids
+        guided = f"cfg-{max(study.evaluation.cfg_scales):g}"
+        return path.stem == "nearest" or (path.stem == guided and parts[0] in study.grids)
     return path.suffix in (".json", ".jsonl") or path == Path(RESOLVED)
 
 
@@ -95,7 +96,13 @@ def unpack(archive: Path, folder: Path) -> None:
                 size += member.size
                 if not member.isreg() or size > LARGEST or number >= MOST_FILES:
                     raise ValueError(f"{member.name}: no small plain file")
-                tar.extract(member, folder, filter="data")  # makes the folder too
+                name = PurePosixPath(member.name)
+                file = tar.extractfile(member)
+                if name.is_absolute() or ".." in name.parts or file is None:
+                    raise ValueError(f"{member.name}: not inside of the folder")
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read())
     except (OSError, EOFError, ValueError, lzma.LZMAError, tarfile.TarError) as error:
         raise InputFileError(
             "not the archive of a study", got=f"{type(error).__name__}: {error}", where=archive,
