@@ -77,3 +77,18 @@ def test_make_targets_exist() -> None:
     for target in targets:
         if target not in ("prints",):
             assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/README.md"])
+def test_links_and_named_files_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    named = re.findall(r"`((?:terdit_cli|tests|docs|recipes)/[\w./-]+)`", text)
+    for link in links:
+        assert ((ROOT / page).parent / link).exists(), link
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_the_front_door_is_short() -> None:
+    assert len(README.encode()) <= 12_000

@@ -31,7 +31,7 @@ from terdit_cli.cli import (
     ternarize_cli,
     train_cli,
 )
-from terdit_cli.cli.flags import examples, expanded
+from terdit_cli.cli.flags import Command, examples, expanded
 from terdit_cli.errors import EnvironmentProblem, TerditError, UsageError
 from terdit_cli.system.signals import StopSignal, handled, raise_stop
 
@@ -63,7 +63,7 @@ for _name, _verb, _examples in (
     ("study", study_cli.study, study_cli.EXAMPLES),
     ("bench", bench_cli.bench, bench_cli.EXAMPLES),
 ):
-    app.command(_name, epilog=examples(*_examples))(expanded(_verb))
+    app.command(_name, cls=Command, epilog=examples(*_examples))(expanded(_verb))
 
 # Options that have another name now: (verb, old option) -> what to write.
 RENAMED = {

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from terdit_cli.errors import UsageError
 from terdit_cli.generate.options import Weights
@@ -81,6 +82,7 @@ def _parameters(kind: Any) -> list[inspect.Parameter]:
                 typer.Option(
                     *item.metadata["flags"],
                     help=item.metadata["help"],
+                    rich_help_panel=item.metadata["group"] or getattr(kind, "GROUP", None),
                     **item.metadata["settings"],
                 ),
             ],
@@ -105,6 +107,23 @@ def refuse_given(context: typer.Context, names: Collection[str], only: str) -> N
         if parameter.name in names and source is not None and source.name == "COMMANDLINE":
             flag = parameter.opts[0]
             raise UsageError(f"{flag} would do nothing here: it is {only}", fix=f"leave {flag} out")
+
+
+class Command(TyperCommand):
+    """A verb whose `--help` lists options under headings, those of no heading first."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the help of arguments and options."""
+        groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                title = getattr(parameter, "rich_help_panel", None) or kind
+                groups.setdefault(title, []).append(record)
+        for title, records in groups.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
 
 
 def examples(*lines: str) -> str:

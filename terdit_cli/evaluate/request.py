@@ -46,49 +46,86 @@ class EvalOptions:
     )
     # features
     features: str = option(
-        "adm", "Features: adm or clean (FID), efficientnet-lite0, or torchscript:FILE."
+        "adm",
+        "Features: adm or clean (FID), efficientnet-lite0, or torchscript:FILE.",
+        group="Features and metrics",
     )
-    weights: Path | None = option(None, "Weights file of the feature extractor.")
+    weights: Path | None = option(
+        None,
+        "Weights file of the feature extractor.",
+        group="Features and metrics",
+    )
     precision: Literal["fp32", "bf16"] = option(
-        "fp32", "Precision of the feature extractor; the effect of bf16 is measured."
+        "fp32",
+        "Precision of the feature extractor; the effect of bf16 is measured.",
+        group="Features and metrics",
     )
     on_bad_image: Literal["error", "skip"] = option(
-        "error", "Stop at an unreadable image, or skip and count it."
+        "error",
+        "Stop at an unreadable image, or skip and count it.",
+        group="Features and metrics",
     )
     pr_samples: str = option(
-        "10000", "Images of each side for precision and recall: a number (0 disables) or all."
+        "10000",
+        "Images of each side for precision and recall: a number (0 disables) or all.",
+        group="Features and metrics",
     )
     confidence: int = option(
         0,
         "Bootstrap replicates for a 95 % interval, and FID versus sample count, extrapolated; "
         "0 disables, 100 suffices.",
+        group="Features and metrics",
     )
     # gates
-    max_fid: float | None = option(None, "Exit with 5 if the distance is larger.")
-    min_is: float | None = option(None, "Exit with 5 if the Inception Score is smaller.")
-    max_regression: Path | None = option(
-        None, "Exit with 5 if the distance is worse than in this result (of --json)."
+    max_fid: float | None = option(
+        None,
+        "Exit with 5 if the distance is larger.",
+        group="Quality gates",
     )
-    tolerance: float = option(0.05, "Allowed relative increase for --max-regression.")
+    min_is: float | None = option(
+        None,
+        "Exit with 5 if the Inception Score is smaller.",
+        group="Quality gates",
+    )
+    max_regression: Path | None = option(
+        None,
+        "Exit with 5 if the distance is worse than in this result (of --json).",
+        group="Quality gates",
+    )
+    tolerance: float = option(
+        0.05,
+        "Allowed relative increase for --max-regression.",
+        group="Quality gates",
+    )
     # what to write
     report: tuple[Path, ...] = option(
         (),
         "Write a report, by suffix: .html a self-contained page, .md a summary, .xml JUnit, .png a "
         "grid of images. Repeatable.",
         metavar="<file>",
+        group="Output",
     )
     work: Path | None = option(
-        None, "Keep features here; rerun to resume.  [default: a temporary folder]"
+        None,
+        "Keep features here; rerun to resume.  [default: a temporary folder]",
+        group="Output",
     )
     make_reference: Path | None = option(
-        None, "Write the statistics of the images as a reference .npz."
+        None,
+        "Write the statistics of the images as a reference .npz.",
+        group="Output",
     )
     reference_features: bool = option(
         False,
         "Also store features in it, for KID, precision and recall.",
         "--reference-features",
+        group="Output",
     )
-    save_images: Path | None = option(None, "Write the images into this folder as PNG.")
+    save_images: Path | None = option(
+        None,
+        "Write the images into this folder as PNG.",
+        group="Output",
+    )
 
     @property
     def pr_count(self) -> int | None:

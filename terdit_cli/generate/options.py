@@ -7,7 +7,7 @@ and the generator reads them. A new option is a field here and its use in the ge
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from terdit_cli.option import option
 
@@ -18,6 +18,8 @@ Weights = Literal["ema", "raw"]
 @dataclass(frozen=True)
 class SamplingOptions:
     """How images are sampled. None is what the card of a packaged model advises, else a default."""
+
+    GROUP: ClassVar[str] = "Sampling"
 
     steps: int | None = option(None, "Sampling steps.  [default: 250, or as the card advises]")
     sampler: str | None = option(
@@ -44,6 +46,8 @@ class SamplingOptions:
 @dataclass(frozen=True)
 class ModelOptions:
     """How a model is loaded and run."""
+
+    GROUP: ClassVar[str] = "Model"
 
     backend: str = option("auto", "auto, gpu, cpu or reference.")
     activations: str = option(

@@ -15,9 +15,13 @@ from typing import Any
 import pytest
 
 import terdit_cli
+from terdit_cli.cli.app import RENAMED
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("train", "ternarize", "pack", "sample", "eval-fid", "bench")
+VERBS = (
+    "train", "plot", "export", "prepare", "ternarize", "pack", "sample", "eval-fid", "models",
+    "study", "bench",
+)  # fmt: skip
 Terdit = Callable[..., Any]
 
 
@@ -203,3 +207,29 @@ def test_a_network_that_cannot_be_compiled(small_recipe: Path, tmp_path: Path) -
     assert "error: torch cannot compile the network: got " in done.stderr
     assert "train.compile=false" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("verb", "option"), sorted(RENAMED))
+def test_an_earlier_name_is_answered_with_the_new_one(
+    refused: Callable[..., str], verb: str, option: str
+) -> None:
+    for words in ([option, "x"], [f"{option}=x"]):
+        message = refused(2, verb, "x", *words)
+        assert f"terdit {verb} has no {option}" in message
+        assert f"use {RENAMED[verb, option]}." in message
+
+
+def test_the_help_of_long_verbs_has_headings(terdit: Terdit) -> None:
+    text = terdit("eval-fid", "--help").out
+    titles = [
+        "Options:",
+        "Features and metrics:",
+        "Quality gates:",
+        "Output:",
+        "Sampling:",
+        "Model:",
+    ]
+    places = [text.index(title) for title in titles]
+    assert places == sorted(places)
+    assert places[2] < text.index("--max-fid") < places[3]
+    assert places[4] < text.index("--cfg-scale") < places[5]

@@ -117,7 +117,7 @@ def run(
     console.note(f"bench: {choice.reason}")
     machine = _machine()
     if machine.load is not None and machine.load > BUSY:
-        console.warn(f"the machine is busy (load {machine.load:.1f}): figures will scatter")
+        console.warn(f"the machine is busy (load {machine.load:.1f}): timings will be noisy")
     options = dataclasses.replace(options, backend=choice.backend.NAME)
     result = _measure(options, machine, device)
     if output is not None:
