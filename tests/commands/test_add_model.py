@@ -54,6 +54,7 @@ def measured(small_run: Path, features: str, terdit: Callable[..., Any], shelf: 
     return Path("result.json")
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_packaged_model(measured: Path, small_run: Path, shelf: Path) -> None:
     path = add_model.run(small_run, "new", measured, WORDS)
     assert path == shelf / "new.tdt"

@@ -79,6 +79,7 @@ def test_matrix_products_as_json(terdit: Terdit) -> None:
     assert met["GEMM int8 against ggml TQ2_0"] is None
 
 
+@pytest.mark.slow
 def test_networks_on_a_page(terdit: Terdit, tmp_path: Path) -> None:
     page = tmp_path / "docs" / "bench.md"
     done = terdit(
@@ -215,6 +216,7 @@ def test_a_wrong_ggml(terdit: Terdit, tmp_path: Path) -> None:
     assert f"({library}). Fix: build ggml" in done.err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cpu.available(torch.device("cpu")) is not None, reason="no native library")
 def test_images_of_other_activations(
     terdit: Terdit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

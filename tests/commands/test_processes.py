@@ -261,7 +261,6 @@ def drawing(model: Path, output: Path) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("output", ["s.npz", "grid.png", "folder"])
 def test_two_processes_draw_the_same_images(
     terdit: Terdit, small_tdt: Path, tmp_path: Path, output: str

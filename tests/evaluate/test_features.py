@@ -79,6 +79,7 @@ def test_efficientnet_equals_its_library(efficientnet: FeatureExtractor) -> None
     assert error <= 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_efficientnet_in_bf16(efficientnet: FeatureExtractor) -> None:
     images = some_images([(28, 28)])
     exact, rounded = efficientnet(images), efficientnet.with_precision("bf16")(images)

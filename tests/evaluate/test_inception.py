@@ -223,6 +223,7 @@ def test_clean_equals_clean_fid(clean: FeatureExtractor, files: dict[str, Path])
     assert equal(softmax.numpy(), probabilities.numpy(), SOFTMAX_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_clean_and_adm_differ_by_the_resize(clean: FeatureExtractor, adm: FeatureExtractor) -> None:
     images = some_images([(299, 299), (256, 256)])
     ours, theirs = clean(images).pool, adm(images).pool

@@ -213,6 +213,7 @@ write_tdt(TdtFile(Path(sys.argv[1])), Path(sys.argv[2]), "t5", "bf16", die)
 """
 
 
+@pytest.mark.slow
 def test_killed_write_keeps_the_previous_file(tmp_path, tiny_tdts):
     path = tmp_path / "model.tdt"
     previous = tiny_tdts["t2"].read_bytes()

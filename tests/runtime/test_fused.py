@@ -353,6 +353,7 @@ def test_neither_threads_nor_neighbours_change_an_image(make, monkeypatch, isa, 
             assert torch.equal(torch.cat(alone), expected)
 
 
+@pytest.mark.slow
 def test_four_threads_at_once(make, random_inputs, monkeypatch):
     monkeypatch.setenv("TERDIT_THREADS", "2")
     network = make(BASE, "int8")
@@ -422,6 +423,7 @@ def test_a_file_changed_in_place_is_noticed(tdt, random_inputs):
             os.utime(tdt, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["packed", "trained", "released"])
 def test_a_truncated_file_ends_in_an_error_not_a_signal(tdt, released_folder, kind):
     """The child would die of SIGBUS if it looked at the missing pages first."""
@@ -465,6 +467,7 @@ def test_a_file_that_is_replaced_or_gone_is_harmless(tdt, random_inputs, monkeyp
         assert torch.equal(network(*inputs), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha_init", ["randn", "absmean"])
 def test_loading_stays_light(alpha_init, tmp_path, make_ckpt):
     """torch._dynamo and sympy take 70 MB and a second, and nothing here needs them."""

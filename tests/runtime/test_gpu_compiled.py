@@ -39,6 +39,7 @@ def test_no_register_spills(rows):
     assert [row for row in rows if row["spills"]] == []
 
 
+@pytest.mark.slow
 def test_shared_memory_fits_and_is_what_the_choice_of_tiles_assumes(rows):
     for row in rows:
         assert row["shared"] <= SHARED[row["sm"]], row

@@ -309,6 +309,7 @@ def test_resumed_by_three_processes(
     assert torchrun.seen(3) == {s: expected_samples(recipe_path, s) for s in range(resumed, STEPS)}
 
 
+@pytest.mark.slow
 def test_the_shards_of_two_processes_as_one_file(
     tmp_path: Path, killed: tuple[Path, int], tensors_of: Callable[[Path], dict[str, Tensor]]
 ) -> None:

@@ -285,6 +285,7 @@ def is_master(name: str) -> bool:
     return bool(re.search(r"\.w[1-3qkvo]\.weight$|adaLN_modulation\.1\.weight$", name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_gamma_of_shards_is_that_of_the_whole(
     processes: int, together: Callable[[int], list[dict[str, Any]]]

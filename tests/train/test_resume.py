@@ -159,6 +159,7 @@ def newest(checkpoints: Path) -> int:
     return max((int(path.name[5:]) for path in checkpoints.glob("step-*")), default=0)
 
 
+@pytest.mark.slow
 def test_incomplete_and_damaged_checkpoints_are_named_and_skipped(
     tmp_path: Path, train: Train, whole_run: Path, assert_same_run: Callable[..., None],
     capsys: pytest.CaptureFixture[str],

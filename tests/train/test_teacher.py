@@ -91,6 +91,7 @@ def test_the_features_of_the_last_block_are_learned(
     assert differences[-1] < 0.6 * differences[0]
 
 
+@pytest.mark.slow
 def test_features_of_a_copy_are_equal_and_of_a_wider_one_refused(
     train: Train, teacher: Path, tmp_path: Path
 ) -> None:

@@ -93,6 +93,7 @@ def wait_until(condition: Any) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_steps_and_pauses_keep_the_process_alive(
     store: dist.TCPStore, ends: list[tuple[int, str]]
 ) -> None:

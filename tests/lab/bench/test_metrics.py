@@ -103,6 +103,7 @@ def test_a_worker_answers_the_task() -> None:
     assert json.loads(out.getvalue())["seconds"]
 
 
+@pytest.mark.slow
 def test_every_recorded_value_is_met(process: type[FakeProcess], tmp_path: Path) -> None:
     cases = json.loads(GOLDEN.read_text())
     for settings in cases["kid"].values():

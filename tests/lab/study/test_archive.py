@@ -47,6 +47,7 @@ def test_an_archive_says_what_the_folder_says(runs: Path, study: Study, tmp_path
         assert repr(ours.neighbours) == repr(theirs.neighbours)
 
 
+@pytest.mark.slow
 def test_pages_are_made_of_an_archive(
     runs: Path, study: Study, study_file: Path, tmp_path: Path
 ) -> None:

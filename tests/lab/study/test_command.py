@@ -142,6 +142,7 @@ def test_the_page_of_results_is_what_its_records_say(
         assert kept.read_text(encoding="utf-8") == made.read_text(encoding="utf-8"), made.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fashion-mnist", "cifar10", "ablations"])
 def test_the_training_commands_of_the_page_train_what_was_trained(name: str) -> None:
     """Though recipes have got other defaults since."""

@@ -230,6 +230,7 @@ def test_a_ratio_at_unequal_steps_is_not_simply_met(
     assert "80" in [text.text for text in root.iter("text")]  # it goes on where the twin's ended
 
 
+@pytest.mark.slow
 def test_a_line_joins_the_ends_of_trainings(study: Study, tmp_path: Path, invent: Invent) -> None:
     values = with_warm(study).model_dump()
     values["lines"] = ({"title": "Ends", "variants": (("twin", "warm"), "ternary")},)
@@ -305,6 +306,7 @@ def test_the_page_asks_for_nothing_and_is_well_formed(
     assert " style=" not in html
 
 
+@pytest.mark.slow
 def test_the_same_findings_give_the_same_pages(
     study: Study, folder: Folder, tmp_path: Path
 ) -> None:

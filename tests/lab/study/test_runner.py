@@ -167,6 +167,7 @@ def test_a_study_finds_all_of_every_variant(tiny: Study, done: Folder) -> None:
     assert found.class_names == ["a", "b", "c"]
 
 
+@pytest.mark.slow
 def test_a_scaled_variant_is_the_same_model_sampled_otherwise(tiny: Study, done: Folder) -> None:
     by_name = {model.variant.name: model for model in collect(tiny, done).models}
     twin, scaled = by_name["twin"], by_name["scaled"]
@@ -363,6 +364,7 @@ def test_a_variant_begins_with_another_and_is_led_by_it(led: tuple[Path, Folder]
     assert f"train.init_from={twin} distill.teacher={twin}" in training.command
 
 
+@pytest.mark.slow
 def test_a_half_done_training_of_other_settings_is_refused(led: tuple[Path, Folder]) -> None:
     """A resumed run would be a mixture of both, and would be shown as the new one."""
     path, folder = led
