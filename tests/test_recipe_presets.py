@@ -92,7 +92,7 @@ def test_a_preset_as_a_word_replaces_the_fields_of_the_file(tmp_path: Path) -> N
     path = write(tmp_path, enabled=False, **OTHER)
     paper = load_recipe(path, ["ternary.preset=paper"])
     assert chosen(paper) == PAPER
-    assert not paper.ternary.enabled  # of no set: the twin of a preset is this word away
+    assert not paper.ternary.enabled  # of no set: the baseline of a preset is this word away
     assert load_recipe(path, ["ternary.preset=best", "ternary.enabled=true"]) == load_recipe(
         write(tmp_path)
     )

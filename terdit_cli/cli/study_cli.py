@@ -14,7 +14,7 @@ from terdit_cli.cli.flags import Json
 EXAMPLES = (
     "terdit study recipes/studies/quick.yaml",
     "terdit study recipes/studies/fashion-mnist.yaml data.path=/path/to/fashion-mnist",
-    "terdit study recipes/studies/fashion-mnist.yaml --only ternary,twin",
+    "terdit study recipes/studies/fashion-mnist.yaml --only ternary,baseline",
     "terdit study recipes/studies/fashion-mnist.yaml recipes/studies/cifar10.yaml --render",
 )
 

@@ -6,7 +6,7 @@ data: 60,000 training images of Fashion-MNIST, 28 x 28, grey
 licence: MIT, as the data
 recipe: fashion-mnist          # its name; the resolved recipe ends the text
 steps: 20000                   # of training
-began_with: the averaged weights of fashion-mnist-twin, 20,000 steps   # or null
+began_with: the averaged weights of fashion-mnist-baseline, 20,000 steps   # or null
 seed: 0
 scores: {fd-efficientnet-lite0: 31.4, precision: 0.71}   # the primary distance first
 measured: 10,000 images against 10,000; terdit eval-fid ...

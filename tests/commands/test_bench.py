@@ -247,7 +247,7 @@ def test_images_of_random_weights_say_nothing(terdit: Terdit) -> None:
 
 @pytest.mark.slow
 def test_training_steps(terdit: Terdit, small_recipe: Path) -> None:
-    """A step of both networks, eager and compiled; the twin has no ternary weight."""
+    """A step of both networks, eager and compiled; the baseline has no ternary weight."""
     words = f"{small_recipe} model.n_layers=1 train.global_batch_size=4 train.micro_batch_size=4"
     done = terdit("bench", words, "--what", "training", "--repeats", 2, "--threads", 1, "--json")
     values = json.loads(done.out)

@@ -24,16 +24,18 @@ Train = Callable[..., TrainResult]
 
 
 @pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory, train: Train) -> Path:
+def baseline(tmp_path_factory: pytest.TempPathFactory, train: Train) -> Path:
     """Return the run folder of a full-precision model whose adaLN is no longer zero."""
-    folder = tmp_path_factory.mktemp("twin") / "run"
+    folder = tmp_path_factory.mktemp("baseline") / "run"
     train(folder, TWIN, "train.steps=2")
     return folder
 
 
-def test_a_ternary_run_starts_from_its_twin(train: Train, twin: Path, tmp_path: Path) -> None:
-    train(tmp_path / "run", f"train.init_from={twin}", "train.steps=1", "optim.lr=1e-9")
-    theirs = load_ckpt(twin / "ckpt.pt").ema
+def test_a_ternary_run_starts_from_its_baseline(
+    train: Train, baseline: Path, tmp_path: Path
+) -> None:
+    train(tmp_path / "run", f"train.init_from={baseline}", "train.steps=1", "optim.lr=1e-9")
+    theirs = load_ckpt(baseline / "ckpt.pt").ema
     ours = load_ckpt(tmp_path / "run" / "ckpt.pt").model
     assert set(theirs) < set(ours)
     for name, tensor in theirs.items():  # a step of rate 1e-9 moves no weight by more
@@ -50,9 +52,9 @@ def test_a_ternary_run_starts_from_its_twin(train: Train, twin: Path, tmp_path: 
 
 
 def test_learned_scales_come_along(
-    train: Train, recipe_path: Path, twin: Path, tmp_path: Path
+    train: Train, recipe_path: Path, baseline: Path, tmp_path: Path
 ) -> None:
-    train(tmp_path / "first", f"train.init_from={twin / 'ckpt.pt'}", "train.steps=2")
+    train(tmp_path / "first", f"train.init_from={baseline / 'ckpt.pt'}", "train.steps=2")
     theirs = load_ckpt(tmp_path / "first" / "ckpt.pt").ema
     recipe = load_recipe(recipe_path, ["ternary.alpha_init=randn"])
     network = build.build_network(recipe)
@@ -60,21 +62,23 @@ def test_learned_scales_come_along(
     assert all(torch.equal(p, theirs[name]) for name, p in network.named_parameters())
 
 
-def test_random_scales_stay_random(recipe_path: Path, twin: Path) -> None:
+def test_random_scales_stay_random(recipe_path: Path, baseline: Path) -> None:
     recipe = load_recipe(recipe_path, ["ternary.alpha_init=randn"])
     seed_weights(1)
     network = build.build_network(recipe)
     before = {n: p.clone() for n, p in network.named_parameters() if n.endswith(".alphas")}
-    copy_weights(network, twin)
+    copy_weights(network, baseline)
     own = dict(network.named_parameters())
     assert all(own[name].abs().max() > 0 for name in before)
     assert any(own[name] < 0 for name in before)
 
 
 @pytest.mark.slow
-def test_a_resumed_run_does_without_the_first_one(train: Train, twin: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_does_without_the_first_one(
+    train: Train, baseline: Path, tmp_path: Path
+) -> None:
     first = tmp_path / "first"
-    shutil.copytree(twin, first)
+    shutil.copytree(baseline, first)
     word = f"train.init_from={first}"
     train(tmp_path / "run", word, "train.steps=1")
     shutil.rmtree(first)
@@ -91,16 +95,16 @@ def test_a_resumed_run_does_without_the_first_one(train: Train, twin: Path, tmp_
     ],
 )
 def test_weights_of_another_model_are_refused(
-    recipe_path: Path, twin: Path, words: list[str], problem: str
+    recipe_path: Path, baseline: Path, words: list[str], problem: str
 ) -> None:
     network = build.build_network(load_recipe(recipe_path, words))
     with pytest.raises(UsageError, match="do not fit the model") as caught:
-        copy_weights(network, twin)
+        copy_weights(network, baseline)
     assert problem in str(caught.value)
 
 
 def test_a_ternary_start_of_a_full_precision_run_is_refused(
-    train: Train, recipe_path: Path, twin: Path, tmp_path: Path
+    train: Train, recipe_path: Path, baseline: Path, tmp_path: Path
 ) -> None:
     train(tmp_path / "ternary", "train.steps=1")
     network = build.build_network(load_recipe(recipe_path, [TWIN]))

@@ -125,17 +125,17 @@ def test_alphas_have_a_rate_of_their_own(kind: str) -> None:
 
 def test_muon_is_for_the_matrices_of_blocks() -> None:
     """Its step has orthogonal rows or columns; AdamW moves the rest as it would by itself."""
-    dit, twin = network(), network()
-    twin.load_state_dict(dit.state_dict())
+    dit, baseline = network(), network()
+    baseline.load_state_dict(dit.state_dict())
     before = {name: p.detach().clone() for name, p in dit.named_parameters()}
-    alone = build_optimizer(twin, OptimSection(lr=1e-2, weight_decay=0.1))
+    alone = build_optimizer(baseline, OptimSection(lr=1e-2, weight_decay=0.1))
     muon = build_optimizer(dit, OptimSection(kind="muon", lr=1e-2, weight_decay=0.1))
     torch.manual_seed(0)
-    for ours, theirs in zip(dit.parameters(), twin.parameters(), strict=True):
+    for ours, theirs in zip(dit.parameters(), baseline.parameters(), strict=True):
         ours.grad = theirs.grad = torch.randn_like(ours)
     muon.step()
     alone.step()
-    adams = dict(twin.named_parameters())
+    adams = dict(baseline.named_parameters())
     matrices = 0
     for name, parameter in dit.named_parameters():
         if not re.fullmatch(r"layers\.0\..*(w[1-3qkvo]|adaLN_modulation\.1)\.weight", name):

@@ -1,8 +1,8 @@
 """What the quantiser costs in training: a recipe's steps, ternary against full precision.
 
 Both networks train on the same random images, eager and compiled, in turns. The full-precision
-twin is the recipe with `ternary.enabled=false`, which also leaves out the norm after adaLN where
-the recipe does not ask for it.
+baseline is the recipe with `ternary.enabled=false`, which also leaves out the norm after adaLN
+where the recipe does not ask for it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def compare(options: Options) -> list[TrainingRow]:
     for compiled in (False, True):
         console.note(f"bench: training, {'compiled' if compiled else 'eager'}")
         more = [*words, f"train.compile={str(compiled).lower()}"]
-        recipes = [load_recipe(Path(path), [*more, *twin]) for twin in ([], [TWIN])]
+        recipes = [load_recipe(Path(path), [*more, *baseline]) for baseline in ([], [TWIN])]
         rows.append(_compare(recipes, options))
     return rows
 

@@ -116,12 +116,12 @@ class Findings:
     def ratio(
         self, name: str, cfg_scale: float, n: int | None = None, other: str | None = None
     ) -> Mean | None:
-        """Return a variant's distance : the twin's, seed by seed; None without a common seed.
+        """Return a variant's distance : the baseline's, seed by seed; None without a common seed.
 
         Args:
-            other: the variant to stand in the twin's place.
+            other: the variant to stand in the baseline's place.
         """
-        pair = (name, other or self.study.headline.twin)
+        pair = (name, other or self.study.headline.baseline)
         ours, theirs = (self.distance(one, cfg_scale, n) for one in pair)
         if ours is None or theirs is None:
             return None
@@ -184,7 +184,7 @@ class Findings:
         study = self.study
         word = "met" if ratio.mean <= pair.goal else "not met"
         ours, theirs = (
-            sum(study.steps_taken(study.variant(name))) for name in (pair.ternary, pair.twin)
+            sum(study.steps_taken(study.variant(name))) for name in (pair.ternary, pair.baseline)
         )
         return word if ours == theirs else f"{word} in {ours:,} steps in all : {theirs:,}"
 
@@ -197,7 +197,7 @@ class Findings:
         for pair in self.study.pairs:
             parts = []
             for scale in self.study.evaluation.cfg_scales:
-                ratio = self.ratio(pair.ternary, scale, n, pair.twin)
+                ratio = self.ratio(pair.ternary, scale, n, pair.baseline)
                 if ratio is not None:
                     spread = f" ({ratio.spread})" if ratio.spread else ""
                     met = self.verdict_of(ratio, pair)
@@ -211,8 +211,8 @@ class Findings:
 def pair_named(study: Study, pair: Pair, again: bool = False) -> str:
     """Return what the ratio of a pair is called; `again`: that to `pair.again`."""
     if pair is study.headline:
-        return "ternary : twin as long" if again else "ternary : twin"
-    return f"{pair.ternary} : {pair.again if again else pair.twin}"
+        return "ternary : baseline as long" if again else "ternary : baseline"
+    return f"{pair.ternary} : {pair.again if again else pair.baseline}"
 
 
 def steps_named(study: Study, variant: Variant) -> str:
@@ -222,7 +222,7 @@ def steps_named(study: Study, variant: Variant) -> str:
 
 def guidance(scale: float) -> str:
     """Return what a guidance scale is called."""
-    return "unguided" if scale == 1 else f"guided {scale:g}"
+    return "unguided" if scale == 1 else f"CFG scale {scale:g}"
 
 
 def collect(study: Study, folder: Folder) -> Findings:

@@ -164,13 +164,13 @@ def bar_plot(name: str, title: str, note: str, bars: Sequence[Bar], x_name: str)
 def _number(findings: Findings, name: str) -> int:
     """Return the number of a variant's colour: the headline's pair has the first two."""
     headline = findings.study.headline
-    first = [headline.ternary, headline.twin]
+    first = [headline.ternary, headline.baseline]
     others = [v.name for v in findings.study.variants if v.name not in first]
     return [*first, *others].index(name)
 
 
 def _of_kind(study: Study, variant: Variant, points: Sequence[Point]) -> Series:
-    """Return a variant's points in a figure of all; twin and ternary look as the headline's."""
+    """Return a variant's points in a figure of all; baseline and ternary look as the headline's."""
     if variant.ternarize is not None:
         return Series(variant.label, 2, points, kind="ternarized after training")
     source = variant if variant.of is None else study.variant(variant.of)  # a trained one

@@ -435,7 +435,7 @@ class Runner:
     @cached_property
     def _base(self) -> Recipe:
         study = self._study
-        variant = study.variant(study.headline.twin)
+        variant = study.variant(study.headline.baseline)
         return recipe_of(study, variant, study.seeds_of(variant)[0])
 
     @cached_property

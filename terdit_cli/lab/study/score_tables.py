@@ -19,8 +19,8 @@ def main_table(findings: Findings, scale: float, n: int | None = None) -> Table:
     """Return the distances and what goes with them, of one guidance.
 
     Args:
-        n: images of a model of a pair, beside its own twin; None: as many as all variants have,
-            all beside the headline's twin.
+        n: images of a model of a pair, beside its own baseline; None: as many as all variants have,
+            all beside the headline's baseline.
     """
     study = findings.study
     rows = []
@@ -29,8 +29,8 @@ def main_table(findings: Findings, scale: float, n: int | None = None) -> Table:
         distance = findings.distance(variant.name, scale, n)
         if distance is None:
             continue
-        twin = None if n is None else study.twin_of(variant.name)
-        ratio = findings.ratio(variant.name, scale, n, twin)
+        baseline = None if n is None else study.baseline_of(variant.name)
+        ratio = findings.ratio(variant.name, scale, n, baseline)
         rows.append(
             (
                 variant.label,

@@ -149,19 +149,19 @@ class Pair(Section):
     """Two variants whose ratio is a result."""
 
     ternary: str
-    twin: str  # full precision, all else equal
+    baseline: str  # full precision, all else equal
     again: str | None = None  # full precision that has taken as many steps in all as `ternary`
-    goal: Annotated[float, Field(gt=0)] = 1.10  # ternary distance : twin's, at most
+    goal: Annotated[float, Field(gt=0)] = 1.10  # ternary distance : baseline's, at most
 
 
 class Headline(Pair):
-    """The first pair, to whose twin all other variants are compared."""
+    """The first pair, to whose baseline all other variants are compared."""
 
     n: Annotated[int, Field(ge=10)] | None = None  # images of every pair; None: evaluation.n
 
 
 def _named(pair: Pair) -> tuple[str, ...]:
-    return tuple(filter(None, (pair.ternary, pair.twin, pair.again)))
+    return tuple(filter(None, (pair.ternary, pair.baseline, pair.again)))
 
 
 class Quick(Section):
@@ -205,7 +205,7 @@ class Study(Section):
                 raise ValueError(f"variants: the name {name!r} stands twice")
         mentions = {
             "headline.ternary": [self.headline.ternary],
-            "headline.twin": [self.headline.twin],
+            "headline.baseline": [self.headline.baseline],
             "headline.again": [self.headline.again] if self.headline.again else [],
             **{f"also.{i}": _named(pair) for i, pair in enumerate(self.also)},
             "grids": self.grids,
@@ -260,7 +260,7 @@ class Study(Section):
     @property
     def paired(self) -> tuple[str, ...]:
         """Return the names of the variants of all pairs, each once."""
-        names = (name for pair in self.pairs for name in (pair.twin, pair.ternary))
+        names = (name for pair in self.pairs for name in (pair.baseline, pair.ternary))
         return tuple(dict.fromkeys(names))
 
     @property
@@ -268,10 +268,10 @@ class Study(Section):
         """Return the variants that are looked at one by one: those of `grids`, or all."""
         return self.grids or tuple(variant.name for variant in self.variants)
 
-    def twin_of(self, name: str) -> str:
+    def baseline_of(self, name: str) -> str:
         """Return the full-precision variant of the first pair of a variant, or the headline's."""
-        found = (pair.twin for pair in self.pairs if name in (pair.ternary, pair.twin))
-        return next(found, self.headline.twin)
+        found = (pair.baseline for pair in self.pairs if name in (pair.ternary, pair.baseline))
+        return next(found, self.headline.baseline)
 
     def seeds_of(self, variant: Variant) -> tuple[int, ...]:
         return tuple(dict.fromkeys(variant.seeds or self.seeds))

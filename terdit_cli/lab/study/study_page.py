@@ -102,7 +102,7 @@ def _headline(findings: Findings) -> Iterator[Block]:
     yield Heading(3, "At the last step")
     yield Text(
         'Means over the seeds (and their range). "ratio" is the ratio to '
-        f"{_label(findings, study.headline.twin)} of the same seed; "
+        f"{_label(findings, study.headline.baseline)} of the same seed; "
         '"accuracy": generated images that a linear probe on the same features takes for their '
         'class; "memorised": images closer to a training image than 99 % of the training images '
         "are to each other, as about 1 % of new images would be. Steps of A + B: initialised from "
@@ -264,12 +264,12 @@ def _cards(findings: Findings) -> Iterator[Card]:
         if pair.again is not None:
             for scale in study.evaluation.cfg_scales:
                 yield from _ratio_card(findings, pair, scale, study.evaluation.n, again=True)
-    found = [cost_of(findings, name) for name in (headline.ternary, headline.twin)]
+    found = [cost_of(findings, name) for name in (headline.ternary, headline.baseline)]
     costs = [model.footprint.bytes for model in found if model is not None and model.footprint]
     if len(costs) == 2:
         small, large = map(console.byte_size, costs)
         words = f"{large} in bfloat16, {small} as .tdt"
-        yield Card("bytes on disk, twin : ternary", f"{costs[1] / costs[0]:.1f}", words)
+        yield Card("bytes on disk, baseline : ternary", f"{costs[1] / costs[0]:.1f}", words)
 
 
 def _ratio_card(
@@ -277,7 +277,7 @@ def _ratio_card(
 ) -> Iterator[Card]:
     """Yield a pair's ratio, or that to full precision which trained as long, if it is there."""
     study, ternary = findings.study, pair.ternary
-    other = pair.again if again and pair.again else pair.twin
+    other = pair.again if again and pair.again else pair.baseline
     goal = None if again else pair.goal
     ratio = findings.ratio(ternary, scale, n, other)
     distances = [findings.distance(name, scale, n) for name in (ternary, other)]

@@ -50,28 +50,35 @@ title: Small models
 recipe: recipe.yaml
 seeds: [0, 1]
 steps: [10, 20, 40]
-headline: {ternary: ternary, twin: twin}
+headline: {ternary: ternary, baseline: baseline}
 variants:
-  - {name: twin, label: full precision, question: "What is there to lose?",
+  - {name: baseline, label: full precision, question: "What is there to lose?",
      overrides: [ternary.enabled=false]}
   - {name: ternary, label: ternary, question: "What does training ternary lose?"}
   - {name: no-norm, label: no norm after adaLN, question: "Is the norm needed?",
      overrides: [ternary.adaln_norm=false], seeds: [0]}
-  - {name: ptq, label: "after training, per row", question: "Is training needed?",
-     of: twin, ternarize: row}
+  - {name: ptq, label: "PTQ, per row", question: "Is training needed?",
+     of: baseline, ternarize: row}
   - {name: packed, label: packed int8, question: "What does packing cost?", of: ternary,
      pack: {codec: t5, rest: bf16, activations: int8}, seeds: [0]}
 bars:
-  - {title: Equal steps, variants: [twin, ternary, no-norm, ptq]}
-grids: [twin, ternary, ptq]
+  - {title: Equal steps, variants: [baseline, ternary, no-norm, ptq]}
+grids: [baseline, ternary, ptq]
 evaluation: {n: 40, curve_n: 20, sampling_steps: 3, batch_size: 20, loss_n: 64, grid: 2}
-quick: {steps: [10], overrides: [train.steps=10], seeds: [0], variants: [twin, ternary]}
+quick: {steps: [10], overrides: [train.steps=10], seeds: [0], variants: [baseline, ternary]}
 """
 CLASSES = [
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
     "Ankle boot",
 ]  # fmt: skip
-QUALITY = {"twin": 1.0, "ternary": 1.06, "no-norm": 1.31, "ptq": 4.2, "packed": 1.09, "warm": 1.02}
+QUALITY = {
+    "baseline": 1.0,
+    "ternary": 1.06,
+    "no-norm": 1.31,
+    "ptq": 4.2,
+    "packed": 1.09,
+    "warm": 1.02,
+}
 STAMP = {"machine": "a processor, 2 CPUs, Linux", "date": "2026-01-01T00:00:00+00:00"}
 
 
@@ -140,7 +147,7 @@ def _invent_model(study: Study, folder: Folder, variant: Variant, seed: int) -> 
         images = rng.integers(0, 256, (20, 28, 28, 3), dtype=np.uint8)
         np.savez(path, arr_0=images, labels=np.arange(20) // 2)
         save(place.grid_record(scale), Grid(asked=drawn_by(study, scale), **about))
-    packed = variant.name != "twin"
+    packed = variant.name != "baseline"
     scale = max(study.evaluation.cfg_scales)
     if variant.name in study.paired:
         near = {"distances": [30.5, 12.5, 31.5], "held_out": [29.5, 13.5, 33.5], "searched": 1000}
@@ -191,7 +198,7 @@ def _line(step: int, variant: Variant) -> dict[str, Any]:
         "step": step, "loss": 1 / step, "mse": 0.9 / step, "vb": 0.1 / step, "lr": 1e-3,
         "images_per_second": 200.0,
     }  # fmt: skip
-    if variant.name != "twin":
+    if variant.name != "baseline":
         zero = 0.31 + 0.1 * math.tanh(step / 20)
         rest = (1 - zero) / 2
         entry |= {

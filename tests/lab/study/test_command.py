@@ -42,11 +42,11 @@ def test_pages_of_what_is_there(
     values = json.loads(done.stdout)
     assert values["studies"] == ["small"]
     assert values["missing"] == 0
-    assert "guided 2 1.060, met" in values["verdicts"][0]
+    assert "CFG scale 2 1.060, met" in values["verdicts"][0]
     assert out.exists()
     assert out.with_suffix(".html").exists()
     plain = CliRunner().invoke(app, words, catch_exceptions=False)
-    assert "ternary : twin" in plain.stdout
+    assert "ternary : baseline" in plain.stdout
 
 
 def test_words_with_an_equals_sign_change_the_recipes(
@@ -118,7 +118,7 @@ def test_what_is_refused(study_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"wrong name for --out.*r\.md"):
         command.run([study_file], out=tmp_path / "r.html")
     with pytest.raises(UsageError, match="--only is for one study"):
-        command.run([study_file, study_file], only=["twin"], out=tmp_path / "r.md")
+        command.run([study_file, study_file], only=["baseline"], out=tmp_path / "r.md")
     with pytest.raises(UsageError, match="two studies of one name"):
         command.run([study_file, study_file], out=tmp_path / "r.md")
     with pytest.raises(UsageError, match="no such variant"):

@@ -109,13 +109,13 @@ def test_the_headline_is_the_mean_of_the_ratios_seed_by_seed(
             json.loads(
                 folder.place(study.variant(name), seed).score(40, 2.0, 40).read_text()
             )["evaluation"]["metrics"]["fd-efficientnet-lite0"]
-            for name in ("ternary", "twin")
+            for name in ("ternary", "baseline")
         )  # fmt: skip
         ratios.append(ours / theirs)
     ratio = found.ratio("ternary", 2.0)
     assert ratio is not None
     assert ratio.mean == pytest.approx(sum(ratios) / 2)
-    assert f"guided 2 {ratio.mean:.3f}" in found.verdict
+    assert f"CFG scale 2 {ratio.mean:.3f}" in found.verdict
     assert "met" in found.verdict
     row = next(line for line in text.splitlines() if line.startswith("| **ternary**"))
     distance = found.distance("ternary", 2.0)  # of the first table
@@ -150,7 +150,9 @@ def test_other_pairs_have_their_own_ratio_and_goal(
 ) -> None:
     values = study.model_dump()
     values["headline"]["n"] = 90
-    values["also"] = [{"ternary": "no-norm", "twin": "ternary", "again": "twin", "goal": 0.5}]
+    values["also"] = [
+        {"ternary": "no-norm", "baseline": "ternary", "again": "baseline", "goal": 0.5}
+    ]
     study, folder = Study.model_validate(values), Folder(tmp_path / "runs" / study.name)
     assert study.images_at(study.variant("no-norm"), 40) == (20, 40, 90)
     invent(study, folder)
@@ -158,22 +160,22 @@ def test_other_pairs_have_their_own_ratio_and_goal(
     ratio = found.ratio("no-norm", 2.0, 90, "ternary")
     assert ratio is not None
     first, second = found.verdict.split(". fd")
-    assert "ternary : twin (goal at most 1.1)" in first
+    assert "ternary : baseline (goal at most 1.1)" in first
     assert "no-norm : ternary (goal at most 0.5)" in second
-    assert f"guided 2 {ratio.mean:.3f}" in second
+    assert f"CFG scale 2 {ratio.mean:.3f}" in second
     assert second.endswith(", not met")
-    row = next(line for line in text.splitlines() if "no-norm : ternary, guided 2" in line)
+    row = next(line for line in text.splitlines() if "no-norm : ternary, CFG scale 2" in line)
     assert f"| {ratio.mean:.3f} |" in row
-    longer = found.ratio("no-norm", 2.0, 40, "twin")
+    longer = found.ratio("no-norm", 2.0, 40, "baseline")
     assert longer is not None
-    row = next(line for line in text.splitlines() if "no-norm : twin, guided 2" in line)
+    row = next(line for line in text.splitlines() if "no-norm : baseline, CFG scale 2" in line)
     assert f"| {longer.mean:.3f} |" in row
     _, few, _, many = re.split("### At the last step|The pairs with 90 images", text)
     label = study.variant("no-norm").label
-    for part, twin in ((few, "twin"), (many, "ternary")):  # of the headline; its own
-        shown = found.ratio("no-norm", 2.0, 90 if twin == "ternary" else None, twin)
+    for part, baseline in ((few, "baseline"), (many, "ternary")):  # of the headline; its own
+        shown = found.ratio("no-norm", 2.0, 90 if baseline == "ternary" else None, baseline)
         assert shown is not None
-        guided = part[part.index("| guided 2 |") :]
+        guided = part[part.index("| CFG scale 2 |") :]
         row = next(line for line in guided.splitlines() if line.startswith(f"| **{label}** |"))
         assert f"| **{shown.mean:.3f}** |" in row
     assert found.missing == 0
@@ -184,7 +186,7 @@ def test_a_variant_that_begins_with_another_names_it(
 ) -> None:
     _, text, _ = pages(with_warm(study), folder, tmp_path / "r.md")
     row = next(line for line in text.splitlines() if line.startswith("| begun with it |"))
-    label = study.variant("twin").label
+    label = study.variant("baseline").label
     assert f"train.init_from=ckpt.pt of {label}" in row
     assert row.endswith("| 40 + 40 |")
 
@@ -197,17 +199,22 @@ def test_the_command_of_a_variant_after_another_names_its_checkpoint(
     invent(changed, folder)
     path = folder.place(changed.variant("warm"), 0).training
     record = json.loads(path.read_text())
-    record["command"] = f"terdit train x.yaml {option}=runs/twin.pt name=small-warm"
+    record["command"] = f"terdit train x.yaml {option}=runs/baseline.pt name=small-warm"
     path.write_text(json.dumps(record))
     _, text, _ = pages(changed, folder, tmp_path / "r.md")
     line = next(line for line in text.splitlines() if f"name={changed.name}-warm" in line)
-    assert f"{option}=runs/twin.pt" in line
+    assert f"{option}=runs/baseline.pt" in line
     assert "$after" not in line
 
 
 def with_warm(study: Study, option: str = "train.init_from", **headline: str) -> Study:
     values = study.model_dump()
-    warm = {"name": "warm", "label": "begun with it", "question": "Does it help?", "after": "twin"}
+    warm = {
+        "name": "warm",
+        "label": "begun with it",
+        "question": "Does it help?",
+        "after": "baseline",
+    }
     values["variants"] += ({**warm, "overrides": (f"{option}=$after",)},)
     values["headline"] |= headline
     return Study.model_validate(values)
@@ -220,29 +227,29 @@ def test_a_ratio_at_unequal_steps_is_not_simply_met(
     folder = Folder(tmp_path / "runs" / study.name)
     invent(again, folder)
     found, text, html = pages(again, folder, tmp_path / "r.md", drawn=True)
-    assert "guided 2 1.020, met in 80 steps in all : 40" in found.verdict
+    assert "CFG scale 2 1.020, met in 80 steps in all : 40" in found.verdict
     assert "goal at most 1.1, met in 80 steps in all : 40" in text
     assert "chip good" not in html
-    row = next(line for line in text.splitlines() if "twin as long, guided 2" in line)
+    row = next(line for line in text.splitlines() if "baseline as long, CFG scale 2" in line)
     assert f"| {1.02 / 1.06:.3f} |" in row
     assert "| **12.0s + 12.0s** |" in text  # the time of both trainings
     root, _ = figure(html, "small--distance-0-cfg-2")
-    assert "80" in [text.text for text in root.iter("text")]  # it goes on where the twin's ended
+    assert "80" in [text.text for text in root.iter("text")]  # where the baseline's ended
 
 
 @pytest.mark.slow
 def test_a_line_joins_the_ends_of_trainings(study: Study, tmp_path: Path, invent: Invent) -> None:
     values = with_warm(study).model_dump()
-    values["lines"] = ({"title": "Ends", "variants": (("twin", "warm"), "ternary")},)
+    values["lines"] = ({"title": "Ends", "variants": (("baseline", "warm"), "ternary")},)
     joined, folder = Study.model_validate(values), Folder(tmp_path / "runs" / study.name)
     invent(joined, folder)
     _, text, html = pages(joined, folder, tmp_path / "r.md", drawn=True)
-    assert "**Ends, guided 2.**" in text
+    assert "**Ends, CFG scale 2.**" in text
     _, found = figure(html, "small--distance-0-cfg-2")
     points = [(label, value.partition(" at ")[2]) for _, label, value in found]
-    twin, ternary = study.variant("twin").label, study.variant("ternary").label
+    baseline, ternary = study.variant("baseline").label, study.variant("ternary").label
     halfway = [(ternary, f"{step:.1f}") for step in study.steps_of(study.variant("ternary"))]
-    assert points == [(twin, "40.0"), (twin, "80.0"), *halfway]
+    assert points == [(baseline, "40.0"), (baseline, "80.0"), *halfway]
     assert (tmp_path / "r" / "small--distance-0-cfg-2.svg").exists()
 
 
@@ -253,10 +260,10 @@ def test_the_warning_of_one_seed_is_of_what_is_there(
     shutil.rmtree(folder.path / "ternary" / "seed-1")
     found, text, _ = pages(study, folder, tmp_path / "r.md")
     assert "One seed of 3 of 5 variants: no" in text
-    twin = found.distance("twin", 2.0)
-    assert twin is not None
-    card = next(line for line in text.splitlines() if "ternary : twin, guided 2" in line)
-    assert f" : {twin.values[0]:.1f}; one seed" in card  # not the mean of both of the twin's
+    baseline = found.distance("baseline", 2.0)
+    assert baseline is not None
+    card = next(line for line in text.splitlines() if "ternary : baseline, CFG scale 2" in line)
+    assert f" : {baseline.values[0]:.1f}; one seed" in card  # not the mean of both
 
 
 def test_what_needs_a_failed_training_is_not_waited_for(
@@ -265,10 +272,10 @@ def test_what_needs_a_failed_training_is_not_waited_for(
     study, folder = with_warm(study), Folder(tmp_path / "runs" / study.name)
     invent(study, folder)
     for seed in (0, 1):
-        for name in ("twin", "ptq", "warm"):
+        for name in ("baseline", "ptq", "warm"):
             shutil.rmtree(folder.place(study.variant(name), seed).folder)
-        place = folder.place(study.variant("twin"), seed)
-        asked = model_asked(study, study.variant("twin"), seed)
+        place = folder.place(study.variant("baseline"), seed)
+        asked = model_asked(study, study.variant("baseline"), seed)
         failed = {"command": "c", "machine": "m", "date": "d", "seconds": 0, "failed": "diverged"}
         save(place.training, Training(asked=asked, steps=40, **failed))
     assert collect(study, folder).missing == 0
@@ -359,7 +366,7 @@ def test_figures_of_all_variants_show_kinds(study: Study, folder: Folder, tmp_pa
         "full precision": SERIES[1],
         "ternary": SERIES[0],
         "no norm after adaLN": SERIES[0],
-        "after training, per row": SERIES[2],
+        "PTQ, per row": SERIES[2],
         "packed int8": SERIES[0],  # of a variant trained as ternary
     }
     kinds = ["full precision", "trained as ternary", "ternarized after training"]

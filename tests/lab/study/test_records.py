@@ -63,11 +63,11 @@ def test_a_field_that_did_not_exist_then_counts_as_its_default(study: Study) -> 
 
 def test_full_precision_does_not_depend_on_how_ternary_would_be(study_file: Path) -> None:
     plain, rows = (load_study(study_file, words) for words in ([], ["ternary.granularity=row"]))
-    for name, found in (("twin", []), ("ternary", ["recipe.ternary.granularity"])):
+    for name, found in (("baseline", []), ("ternary", ["recipe.ternary.granularity"])):
         asked = [model_asked(study, plain.variant(name), 0) for study in (plain, rows)]
         assert differences(*asked) == found
     norm = load_study(study_file, ["ternary.adaln_norm=true"])
-    asked = [model_asked(study, plain.variant("twin"), 0) for study in (plain, norm)]
+    asked = [model_asked(study, plain.variant("baseline"), 0) for study in (plain, norm)]
     assert differences(*asked) == ["recipe.ternary.adaln_norm"]
 
 

@@ -51,13 +51,13 @@ title: Dots
 recipe: recipe.yaml
 seeds: [0]
 steps: [2, 4]
-headline: {ternary: ternary, twin: twin}
+headline: {ternary: ternary, baseline: baseline}
 variants:
-  - {name: twin, label: full precision, question: "a?", overrides: [ternary.enabled=false]}
+  - {name: baseline, label: full precision, question: "a?", overrides: [ternary.enabled=false]}
   - {name: ternary, label: ternary, question: "b?"}
-  - {name: ptq, label: after, question: "c?", of: twin, ternarize: row}
+  - {name: ptq, label: after, question: "c?", of: baseline, ternarize: row}
   - {name: packed, label: packed, question: "d?", of: ternary, pack: {codec: t5, rest: bf16}}
-  - {name: scaled, label: scaled, question: "e?", of: twin, eps_scale: 0.9}
+  - {name: scaled, label: scaled, question: "e?", of: baseline, eps_scale: 0.9}
 evaluation:
   {features: "FEATURES", n: 12, curve_n: 10, sampling_steps: 2, batch_size: 12, loss_n: 16,
    cfg_scales: [2.0], grid: 1}
@@ -150,16 +150,16 @@ def findings(study: Study, folder: Folder) -> dict[str, Any]:
 def test_a_study_finds_all_of_every_variant(tiny: Study, done: Folder) -> None:
     found = collect(tiny, done)
     assert found.missing == 0
-    assert "ternary : twin" in found.verdict
-    names = {"twin", "ternary", "ptq", "packed", "scaled"}
+    assert "ternary : baseline" in found.verdict
+    names = {"baseline", "ternary", "ptq", "packed", "scaled"}
     assert {model.variant.name for model in found.models} == names
     by_name = {model.variant.name: model for model in found.models}
     assert set(by_name["ternary"].scores) == {(2, 2.0, 10), (4, 2.0, 10), (4, 2.0, 12)}
     assert set(by_name["ptq"].scores) == {(4, 2.0, 12)}
     costs = {name: model.footprint for name, model in by_name.items()}
-    assert costs["twin"] is not None
-    assert set(costs["twin"].file_bytes) == {"bf16", "fp32"}
-    assert costs["twin"].bytes == 2 * costs["twin"].parameters
+    assert costs["baseline"] is not None
+    assert set(costs["baseline"].file_bytes) == {"bf16", "fp32"}
+    assert costs["baseline"].bytes == 2 * costs["baseline"].parameters
     assert costs["packed"] is not None
     assert costs["packed"].form == "t5"
     assert found.probe is not None
@@ -170,18 +170,18 @@ def test_a_study_finds_all_of_every_variant(tiny: Study, done: Folder) -> None:
 @pytest.mark.slow
 def test_a_scaled_variant_is_the_same_model_sampled_otherwise(tiny: Study, done: Folder) -> None:
     by_name = {model.variant.name: model for model in collect(tiny, done).models}
-    twin, scaled = by_name["twin"], by_name["scaled"]
-    assert scaled.losses[4] == twin.losses[4].model_copy(
+    baseline, scaled = by_name["baseline"], by_name["scaled"]
+    assert scaled.losses[4] == baseline.losses[4].model_copy(
         update={key: getattr(scaled.losses[4], key) for key in ("asked", "command", "date")}
     )
-    ours, theirs = (model.scores[4, 2.0, 12].evaluation for model in (scaled, twin))
+    ours, theirs = (model.scores[4, 2.0, 12].evaluation for model in (scaled, baseline))
     assert ours["provenance"]["eps_scale"] == 0.9
     assert theirs["provenance"]["eps_scale"] == 1.0
     assert ours["provenance"]["model_sha256"] == theirs["provenance"]["model_sha256"]
     assert ours["metrics"] != theirs["metrics"]
     assert scaled.footprint is not None
-    assert twin.footprint is not None
-    assert scaled.footprint.file_bytes == twin.footprint.file_bytes
+    assert baseline.footprint is not None
+    assert scaled.footprint.file_bytes == baseline.footprint.file_bytes
     assert not list(done.place(tiny.variant("scaled"), 0).folder.glob("step-*"))
 
 
@@ -191,7 +191,7 @@ def test_the_losses_tell_the_models_apart_and_fall(tiny: Study, done: Folder) ->
     assert losses[4].loss < losses[2].loss
     assert losses[4].loss == pytest.approx(losses[4].mse + losses[4].vb)
     assert losses[4].loss == pytest.approx(np.mean(losses[4].quarters))
-    assert losses[4].loss != by_name["twin"].losses[4].loss
+    assert losses[4].loss != by_name["baseline"].losses[4].loss
 
 
 def test_only_what_is_kept_for_scores_stays_on_disk(tiny: Study, done: Folder) -> None:
@@ -331,7 +331,7 @@ def test_a_stopped_scoring_does_not_go_on_under_other_settings(
 
 
 LED = """\
-  - {name: led, label: led, question: "e?", after: twin,
+  - {name: led, label: led, question: "e?", after: baseline,
      overrides: [train.init_from=$after, distill.teacher=$after, distill.weight=1,
                  distill.schedule=linear]}
   - {name: ptq, """
@@ -339,7 +339,7 @@ LED = """\
 
 @pytest.fixture(scope="module")
 def led(place: Path) -> tuple[Path, Folder]:
-    """A study whose ternary variant begins with its twin and is led by it, and its folder."""
+    """A study whose ternary variant begins with its baseline and is led by it, and its folder."""
     path = place / "led.yaml"
     text = (place / "dots.yaml").read_text().replace("ternary: ternary, ", "ternary: led, ")
     path.write_text(text.replace("  - {name: ptq, ", LED))
@@ -353,15 +353,15 @@ def test_a_variant_begins_with_another_and_is_led_by_it(led: tuple[Path, Folder]
     path, folder = led
     study = load_study(path)
     found = collect(study, folder)
-    assert {model.variant.name for model in found.models} == {"twin", "led"}
+    assert {model.variant.name for model in found.models} == {"baseline", "led"}
     assert study.steps_taken(study.variant("led")) == (4, 4)
     assert found.ratio("led", 2.0) is not None
     first, second = (model.losses[2].loss for model in found.models)
     assert second < first  # four steps ahead
-    twin = str(folder.place(study.variant("twin"), 0).model(4, study.variant("twin")))
+    baseline = str(folder.place(study.variant("baseline"), 0).model(4, study.variant("baseline")))
     training = found.models[1].training
     assert training is not None
-    assert f"train.init_from={twin} distill.teacher={twin}" in training.command
+    assert f"train.init_from={baseline} distill.teacher={baseline}" in training.command
 
 
 @pytest.mark.slow
@@ -390,8 +390,8 @@ def test_a_half_done_training_does_not_go_on_from_another_parent(
     shutil.copytree(led[1].path, folder.path)
     study = load_study(path)
     folder.place(study.variant("led"), 0).training.unlink()
-    shutil.rmtree(folder.place(study.variant("twin"), 0).folder)
-    changed = path.with_name("changed-twin.yaml")
+    shutil.rmtree(folder.place(study.variant("baseline"), 0).folder)
+    changed = path.with_name("changed-baseline.yaml")
     old = "overrides: [ternary.enabled=false]"
     changed.write_text(path.read_text().replace(old, f"{old[:-1]}, optim.lr=1e-3]"))
     with pytest.raises(UsageError, match=r"led of other settings.*after\.recipe\.optim\.lr"):
@@ -428,7 +428,7 @@ def test_a_changed_conversion_is_made_and_measured_again(
     old, new = (findings(s, f)["ptq/0/losses"] for s, f in ((tiny, done), (study, folder)))
     assert old != new
     verbs.clear()
-    os.utime(folder.place(study.variant("twin"), 0).model(4, study.variant("twin")))
+    os.utime(folder.place(study.variant("baseline"), 0).model(4, study.variant("baseline")))
     Runner(study, folder, run, lambda: None).work(["ptq"])
     assert verbs == []
     folder.place(study.variant("ptq"), 0).grid_record(2.0).unlink()
@@ -447,8 +447,8 @@ def test_a_training_that_diverges_is_a_finding(place: Path, tiny: Study) -> None
             raise ChildFailed(words, 5)
         return terdit(words, tick)
 
-    Runner(tiny, folder, run, lambda: None).work(["twin", "ptq"])
-    training = read(folder.place(tiny.variant("twin"), 0).training, Training)
+    Runner(tiny, folder, run, lambda: None).work(["baseline", "ptq"])
+    training = read(folder.place(tiny.variant("baseline"), 0).training, Training)
     assert training is not None
     assert training.failed == "training diverged: no finite losses any more"
     assert collect(tiny, folder).models[0].scores == {}

@@ -13,9 +13,9 @@ SHIPPED = sorted((Path(__file__).parents[3] / "recipes" / "studies").glob("*.yam
 
 
 def test_variants_become_recipes_with_one_seed_and_one_name_each(study: Study) -> None:
-    twin, ternary = study.variant("twin"), study.variant("ternary")
-    recipe = recipe_of(study, twin, 1)
-    assert (recipe.seed, recipe.name, recipe.ternary.enabled) == (1, "small-twin", False)
+    baseline, ternary = study.variant("baseline"), study.variant("ternary")
+    recipe = recipe_of(study, baseline, 1)
+    assert (recipe.seed, recipe.name, recipe.ternary.enabled) == (1, "small-baseline", False)
     other = recipe_of(study, ternary, 1)
     ours, theirs = (
         r.model_dump(exclude={"name": True, "ternary": {"enabled"}}) for r in (recipe, other)
@@ -28,7 +28,7 @@ def test_overrides_of_the_command_line_come_after_the_study_and_before_the_varia
 ) -> None:
     study = load_study(study_file, ["optim.lr=1e-3", "ternary.enabled=true"])
     assert recipe_of(study, study.variant("ternary"), 0).optim.lr == 1e-3
-    assert not recipe_of(study, study.variant("twin"), 0).ternary.enabled
+    assert not recipe_of(study, study.variant("baseline"), 0).ternary.enabled
 
 
 def test_which_models_are_scored_with_how_many_images(study: Study) -> None:
@@ -59,27 +59,27 @@ def test_what_a_variant_needs_comes_with_it(study: Study) -> None:
 
 def test_a_variant_trained_after_another_gets_its_checkpoint(study_file: Path) -> None:
     warm = """\
-  - {name: warm, label: from the twin, question: "Does a start help?", after: twin,
+  - {name: warm, label: from the baseline, question: "Does a start help?", after: baseline,
      overrides: [data.path=$after]}
 bars:"""
     study_file.write_text(study_file.read_text().replace("bars:", warm))
     study = load_study(study_file)
     words = words_of(study, study.variant("warm"), 0, Path("x/ckpt.pt"))
     assert words == ["data.path=x/ckpt.pt", "seed=0", "name=small-warm"]
-    assert [variant.name for variant in study.closure(["warm"])] == ["twin", "warm"]
+    assert [variant.name for variant in study.closure(["warm"])] == ["baseline", "warm"]
 
 
 def test_the_shortened_version_keeps_what_it_names(study_file: Path) -> None:
-    lines = "lines:\n  - {title: All, variants: [[ternary, no-norm], twin]}\nbars:"
+    lines = "lines:\n  - {title: All, variants: [[ternary, no-norm], baseline]}\nbars:"
     study_file.write_text(study_file.read_text().replace("bars:", lines))
     quick = load_study(study_file, quick=True)
     assert quick.name == "small-quick"
-    assert [variant.name for variant in quick.variants] == ["twin", "ternary"]
+    assert [variant.name for variant in quick.variants] == ["baseline", "ternary"]
     assert (quick.steps, quick.seeds) == ((10,), (0,))
     assert recipe_of(quick, quick.variants[0], 0).train.steps == 10
-    assert quick.grids == ("twin", "ternary")
-    assert [figure.variants for figure in quick.bars] == [("twin", "ternary")]
-    assert [figure.groups for figure in quick.lines] == [(("twin",),)]
+    assert quick.grids == ("baseline", "ternary")
+    assert [figure.variants for figure in quick.bars] == [("baseline", "ternary")]
+    assert [figure.groups for figure in quick.lines] == [(("baseline",),)]
 
 
 def test_a_study_without_a_shortened_version_says_so(study_file: Path) -> None:
@@ -94,23 +94,23 @@ def test_a_study_without_a_shortened_version_says_so(study_file: Path) -> None:
     [
         ("title: Small models", "titel: x", ["2 mistakes", "did you mean 'title'?", "missing"]),
         ("label: ternary,", "lable: ternary,", ["variants.1.lable", "did you mean 'label'?"]),
-        ("twin: twin", "twin: twn", ["headline.twin", "did you mean 'twin'?"]),
+        ("baseline: baseline", "baseline: baselin", ["headline.baseline", "did you mean 'baseline'?"]),
         (
             "bars:",
-            "lines: [{title: x, variants: [[twin, ternry]]}]\nbars:",
+            "lines: [{title: x, variants: [[baseline, ternry]]}]\nbars:",
             ["lines.0", "did you mean 'ternary'?"],
         ),
         (
             "headline: {ternary: ternary,",
-            "also: [{ternary: ternray, twin: twin}]\nheadline: {ternary: ternary,",
+            "also: [{ternary: ternray, baseline: baseline}]\nheadline: {ternary: ternary,",
             ["also.0", "did you mean 'ternary'?"],
         ),
-        ("of: twin, ternarize: row", "of: twin", ["ternarized or packed"]),
-        ("of: twin, ternarize: row", "ternarize: row", ["need `of`"]),
-        ("of: twin, ternarize: row", "eps_scale: 0.99", ["need `of`"]),
+        ("of: baseline, ternarize: row", "of: baseline", ["ternarized or packed"]),
+        ("of: baseline, ternarize: row", "ternarize: row", ["need `of`"]),
+        ("of: baseline, ternarize: row", "eps_scale: 0.99", ["need `of`"]),
         (
-            "of: twin, ternarize: row",
-            "of: twin, eps_scale: 0",
+            "of: baseline, ternarize: row",
+            "of: baseline, eps_scale: 0",
             ["variants.3.eps_scale: got 0", "greater than 0"],
         ),
         (
@@ -118,11 +118,11 @@ def test_a_study_without_a_shortened_version_says_so(study_file: Path) -> None:
             "ternarize: row, eps_scale: 0.99, pack: {codec: t5, ",
             ["ternarized or packed"],
         ),
-        ("of: twin,", "of: packed,", ["ptq.of", "no trained variant above"]),
-        ("of: twin,", "of: twin, seeds: [7],", ["ptq.seeds", "twin does not have"]),
-        ("of: twin,", "of: twin, steps: [15],", ["ptq.steps", "twin is not kept"]),
-        ("name: ternary,", "name: twin,", ["'twin' stands twice"]),
-        ("steps: [10, 20, 40]", "steps: [10, 50]", ["step 50 of twin", "train.steps = 40"]),
+        ("of: baseline,", "of: packed,", ["ptq.of", "no trained variant above"]),
+        ("of: baseline,", "of: baseline, seeds: [7],", ["ptq.seeds", "baseline does not have"]),
+        ("of: baseline,", "of: baseline, steps: [15],", ["ptq.steps", "baseline is not kept"]),
+        ("name: ternary,", "name: baseline,", ["'baseline' stands twice"]),
+        ("steps: [10, 20, 40]", "steps: [10, 50]", ["step 50 of baseline", "train.steps = 40"]),
         ("n: 40,", "n: yes,", ["evaluation.n", "yes/no"]),
         ("[ternary.enabled=false]", "[ternary.enabld=no]", ["did you mean 'enabled'?"]),
         ("[ternary.enabled=false]", '["model.dim=$after"]', ["`after` and $after"]),
