@@ -94,7 +94,7 @@ def test_a_study_without_a_shortened_version_says_so(study_file: Path) -> None:
     [
         ("title: Small models", "titel: x", ["2 mistakes", "did you mean 'title'?", "missing"]),
         ("label: ternary,", "lable: ternary,", ["variants.1.lable", "did you mean 'label'?"]),
-        ("baseline: baseline", "baseline: baselin", ["headline.baseline", "did you mean 'baseline'?"]),
+        ("baseline: baseline", "baseline: baselin", ["did you mean 'baseline'?"]),
         (
             "bars:",
             "lines: [{title: x, variants: [[baseline, ternry]]}]\nbars:",
