@@ -83,7 +83,8 @@ class DiTConfig:
         if self.input_size % self.patch_size:
             raise self._error("input_size", f"a multiple of patch_size {self.patch_size}")
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
-            raise self._error("dim", f"a multiple of {2 * self.n_heads} (2 x n_heads)")
+            least = 2 * self.n_heads
+            raise self._error("dim", f"a multiple of {least}, 2 x n_heads {self.n_heads}")
         if self.kv_heads < 1 or self.n_heads % self.kv_heads:
             raise self._error("n_kv_heads", f"a divisor of n_heads {self.n_heads}")
         if self.pos_embed and self.dim % 4:
