@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import unicodedata
 from collections import Counter
 
 from terdit_cli.errors import UsageError, did_you_mean
@@ -48,23 +49,17 @@ def shown_names(names: list[list[str]]) -> list[str]:
     ]
 
 
-def find_class(query: str, names: list[list[str]], ids: bool = True) -> int:
-    """Return the id of the class meant by an id or by one of its names, in any case.
+def find_class(query: str, names: list[list[str]]) -> int:
+    """Return the id of the class meant by one of its names, in any case, or by its id.
 
-    Args:
-        ids: a number is an id; False: a name like others.
+    A number that is a class's name means that class, and where all names are numbers nothing
+    else: of the folders 1, 2 and 10 the class 10 is the last.
 
     Raises:
         UsageError: an id out of range, an unknown name (with the nearest one), or a name that
             several classes share (with their ids).
     """
     query = query.strip()
-    if ids and query.removeprefix("-").isdecimal():
-        if 0 <= int(query) < len(names):
-            return int(query)
-        raise UsageError(
-            "class id out of range", got=query, expected=f"0 to {len(names) - 1}", fix=_FIX
-        )
     found = _matches(query, names)
     if len(found) == 1:
         return found[0]
@@ -75,19 +70,26 @@ def find_class(query: str, names: list[list[str]], ids: bool = True) -> int:
             got=f"{query!r}, which classes {owners} share",
             fix=f"name the class by its id: one of {owners}",
         )
-    near = did_you_mean(query.lower(), [name.lower() for group in names for name in group])
+    by_id = not all(group[0].isdecimal() for group in names) or _are_ids(names)
+    if by_id and query.removeprefix("-").isdecimal():
+        if 0 <= int(query) < len(names):
+            return int(query)
+        raise UsageError(
+            "class id out of range", got=query, expected=f"0 to {len(names) - 1}", fix=_FIX
+        )
+    near = did_you_mean(_folded(query), [_folded(name) for group in names for name in group])
     raise UsageError(
         "unknown class",
         got=repr(query) + near,
-        expected="a class name" + (f" or an id from 0 to {len(names) - 1}" if ids else ""),
+        expected="a class name" + (f" or an id from 0 to {len(names) - 1}" if by_id else ""),
         fix=_FIX,
     )
 
 
-def find_classes(query: str, names: list[list[str]], ids: bool = True) -> list[int]:
+def find_classes(query: str, names: list[list[str]]) -> list[int]:
     """Return the class ids meant by `all`, one class, or a comma separated list, in its order.
 
-    `ids` is `find_class`'s. A name that matches as a whole is not split at its commas.
+    A name that matches as a whole is not split at its commas.
 
     Raises:
         UsageError: as `find_class`, for the first part that does not name one class.
@@ -95,8 +97,16 @@ def find_classes(query: str, names: list[list[str]], ids: bool = True) -> list[i
     if query.strip().lower() == "all":
         return list(range(len(names)))
     if "," not in query or _matches(query.strip(), names):
-        return [find_class(query, names, ids)]
-    return [find_class(part, names, ids) for part in query.split(",")]
+        return [find_class(query, names)]
+    return [find_class(part, names) for part in query.split(",")]
+
+
+def numbers_that_are_names(query: str, names: list[list[str]]) -> str | None:
+    """Return a line on the numbers in a query that name classes of other ids, None without any."""
+    parts = [part.strip() for part in query.split(",")]
+    found = {part: find_class(part, names) for part in parts if part.isdecimal()}
+    taken = [f"{part} (id {place})" for part, place in found.items() if int(part) != place]
+    return f"taken as names of classes, not as ids: {', '.join(taken)}" if taken else None
 
 
 _FIX = "give ids (207), names (golden retriever), a list (3,7,9) or all"
@@ -107,10 +117,19 @@ def _matches(query: str, names: list[list[str]]) -> list[int]:
 
     Joined as ImageNet's lists have them, without the wnid, which comes last here.
     """
-    wanted = query.lower()
+    wanted = _folded(query)
     return [
         index
         for index, group in enumerate(names)
         if wanted
-        in (name.lower() for name in [*group, ", ".join(group), ", ".join(group[:-1])] if name)
+        in (_folded(name) for name in [*group, ", ".join(group), ", ".join(group[:-1])] if name)
     ]
+
+
+def _are_ids(names: list[list[str]]) -> bool:
+    return all(group[0] == str(index) for index, group in enumerate(names))
+
+
+def _folded(name: str) -> str:
+    """Return a name for comparing: any case, and accents as one character or two (as on macOS)."""
+    return unicodedata.normalize("NFC", name).casefold()

@@ -56,7 +56,7 @@ def _at_home(path: Path) -> Path:
 
 UserPath = Annotated[Path, AfterValidator(_at_home)]
 DataSource = Literal[
-    "embedded", "folder", "zip", "tars", "parquet", "cifar10", "fashion-mnist", "latents"
+    "embedded", "folder", "zip", "tars", "parquet", "npz", "cifar10", "fashion-mnist", "latents"
 ]
 
 
@@ -165,7 +165,7 @@ class DataSection(Section):
     path: UserPath | None = None
     """Where they are: a folder, file or pattern. Not for `embedded`."""
     split: str | None = None
-    """Part of the data: train or heldout, or a split's name; null: all."""
+    """Part of the data: train, heldout, all, or a parquet set's own name; null: train, else all."""
     image_size: PositiveInt = 256
     """Side of the training images, in pixels."""
     channels: Literal[1, 3] = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from terdit_cli.class_names import find_class, find_classes, imagenet_class_names
-from terdit_cli.data.idx import FASHION_CLASSES
+from terdit_cli.data.sources.idx import FASHION_CLASSES
 from terdit_cli.errors import UsageError
 
 IMAGENET = imagenet_class_names()
@@ -80,3 +80,25 @@ def test_queries_that_fit_nothing_or_too_much(query: str, parts: list[str]) -> N
     for part in parts:
         assert part in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_numbers_as_names() -> None:
+    """Folders 0 to 11 in the order of text: 10 is the class of that name, as everywhere else."""
+    folders = [[name] for name in sorted(map(str, range(12)))]
+    assert [find_class(str(number), folders) for number in (0, 2, 10)] == [0, 4, 2]
+    assert find_classes("10,11", folders) == [2, 3]
+    with pytest.raises(UsageError, match=r"unknown class: got '12'.*expected a class name"):
+        find_class("12", folders)
+    mixed = [["1"], ["cat"], ["dog"]]
+    assert [find_class(query, mixed) for query in ("1", "0", "2")] == [0, 0, 2]
+    ids = [[str(number)] for number in range(12)]
+    assert [find_class(str(number), ids) for number in (0, 2, 10)] == [0, 2, 10]
+    with pytest.raises(UsageError, match="class id out of range: got 12, expected 0 to 11"):
+        find_class("12", ids)
+
+
+def test_accents_as_one_character_or_two() -> None:
+    names = [["cafe\u0301"], ["th\u00e9"]]
+    assert find_classes("caf\u00e9,the\u0301", names) == [0, 1]
+    with pytest.raises(UsageError, match="did you mean"):
+        find_class("cafee\u0301", names)

@@ -25,7 +25,8 @@ import torch
 import terdit_cli
 from terdit_cli import console
 from terdit_cli.class_names import names_of_classes
-from terdit_cli.data.collection import ImageSet, open_image_set, unreadable_images
+from terdit_cli.data.image_set import ImageSet, unreadable_images
+from terdit_cli.data.image_sources import open_image_set
 from terdit_cli.data.images import BadImagePolicy
 from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.errors import InputFileError, UsageError
@@ -140,8 +141,7 @@ class SetSource:
         return names_of_classes(self.images.class_names, len(self.images.class_names))
 
     def class_id(self, image: int) -> int:
-        assert self.images.classes is not None, "a set with class names has classes"
-        return int(self.images.classes[self.indices[image]])
+        return int(self.images.labels[self.indices[image]])
 
     def facts(self) -> dict[str, Any]:
         return {"images_sha256": self.sha256}
@@ -163,7 +163,9 @@ def open_set(where: str, n: int | None, on_bad_image: BadImagePolicy) -> SetSour
         InputFileError: fewer images than asked for, or than two.
     """
     images = open_image_set(where)
-    indices = list(range(images.count))
+    for note in images.notes:
+        console.note(note)
+    indices = list(range(len(images)))
     skipped: list[str] = []
     if on_bad_image == "skip":
         bad = dict(unreadable_images(images, indices))

@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 
 from terdit_cli import console
-from terdit_cli.data.images import list_images
+from terdit_cli.data.image_set import ImageSet
+from terdit_cli.data.image_sources import open_labelled
 from terdit_cli.data.latent_shards import INDEX, LatentIndex, damage_of, read_index
 from terdit_cli.data.latent_work import LatentWork, make_plan
-from terdit_cli.data.listing import Listing
 from terdit_cli.data.vae import VaeSpace
 from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.generate.generator import usable_device
@@ -93,8 +93,10 @@ def run(
     check_writable(folder / INDEX)
     with join_job() as job:
         data = recipe.data
-        listing = list_images(data.source, data.path, data.split)
-        build.check_classes(recipe, len(listing.class_names))
+        listing = open_labelled(data.source, data.path, data.split)
+        build.check_classes(recipe, listing.class_names)
+        for note in listing.notes:
+            console.note(note)
         place = usable_device(job.device_named(device))
         fix = f"--batch-size {batch_size // 2}" if batch_size > 1 else ELSEWHERE
         fits = partial(explained, f"the VAE and {batch_size} images at once", place, fix)
@@ -179,7 +181,7 @@ def _make_shards(
     work: LatentWork,
     missing: list[int],
     job: Job,
-    listing: Listing,
+    listing: ImageSet,
     space: VaeSpace,
     recipe: Recipe,
 ) -> float | None:

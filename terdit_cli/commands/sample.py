@@ -14,7 +14,7 @@ from PIL import Image
 
 import terdit_cli
 from terdit_cli import console
-from terdit_cli.class_names import find_classes
+from terdit_cli.class_names import find_classes, numbers_that_are_names
 from terdit_cli.diffusion.sampler import SamplerConfig, prepare
 from terdit_cli.errors import UsageError
 from terdit_cli.generate.find_model import find_model
@@ -89,6 +89,8 @@ def run(
         generator = open_generator(file, replace(loading, device=job.device_named(loading.device)))
         names = generator.class_names
         classes = find_classes(prompt_class, names)
+        if (line := numbers_that_are_names(prompt_class, names)) is not None:
+            console.note(line)
         _check_count(n * len(classes), output, generator.model.info.image_size)
         indices = [copy * len(names) + class_id for class_id in classes for copy in range(n)]
         config = generator.fit(asked)

@@ -13,6 +13,7 @@ import io
 import re
 import struct
 import zlib
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +21,24 @@ from PIL import Image, ImageFile
 
 from terdit_cli.errors import InputFileError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+# Pillow's decoders that run, whatever a file's content says it is, and the suffixes of their files.
+# No others: Pillow's EPS reader, for one, starts another program.
+_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp", ".dib"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+    "JPEG2000": (".jp2", ".j2k"),
+    "AVIF": (".avif",),
+}
+IMAGE_SUFFIXES = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
+FORMATS_READ = "JPEG, PNG, WebP, BMP, PPM, TIFF, GIF, JPEG 2000 or AVIF"
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses: 2 * 1 GiB / 4 / 3 bytes
 MAX_FILE_BYTES = 256 << 20
 
-# Only these decoders run, whatever the file's content says it is: Pillow's EPS reader, for one,
-# starts another program.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 # What Pillow's decoders raise on broken input (SyntaxError is its word for a broken PNG).
 _DECODE_ERRORS = (
     OSError,
@@ -42,11 +54,11 @@ _DECODE_ERRORS = (
 )
 
 
-def is_image_name(name: str) -> bool:
-    """Say whether a relative path (with /) names an image and no part of it is hidden."""
-    if not name.lower().endswith(IMAGE_SUFFIXES):
-        return False
-    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+@cache
+def _formats() -> list[str]:
+    """Return the decoders that this build of Pillow has."""
+    Image.init()
+    return [name for name in _SUFFIXES if name in Image.OPEN]
 
 
 class UnreadableImage(InputFileError):
@@ -58,30 +70,25 @@ def unreadable(name: str, reason: str) -> UnreadableImage:
     return UnreadableImage(
         "unreadable image",
         got=reason,
-        expected="a whole 8-bit JPEG, PNG, WebP, BMP, PPM or TIFF file",
+        expected=f"a whole 8-bit {FORMATS_READ} file",
         where=name,
         fix="repair or remove the file, or leave such files out: data.on_bad_image=skip, for "
         "eval-fid --on-bad-image skip",
     )
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode the bytes of one image file into an RGB image; see `decode_with_mode`."""
-    return decode_with_mode(data, name)[0]
-
-
 def decode_with_mode(data: bytes, name: str) -> tuple[Image.Image, str]:
     """Decode the bytes of one image file into an RGB image, and say which mode it had.
 
-    Transparency is dropped, as Pillow's convert("RGB") does, and orientation tags do not turn the
-    image. `name` is for the message.
+    Transparency is dropped, as Pillow's convert("RGB") does, orientation tags do not turn the
+    image, and of an animation the first frame counts. `name` is for the message.
 
     Raises:
         UnreadableImage: not an image, truncated, of a depth other than 8 bits, or larger than
             MAX_PIXELS.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise unreadable(name, f"{image.width} x {image.height} pixels, over {MAX_PIXELS}")
             if _is_deep(image):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from terdit_cli.data.decode import to_pixels
+from terdit_cli.data.image_set import ImageSet
 from terdit_cli.data.latent_shards import (
     INDEX,
     PLAN,
@@ -34,7 +34,6 @@ from terdit_cli.data.latent_shards import (
     write_json,
     write_shard,
 )
-from terdit_cli.data.listing import Listing
 from terdit_cli.data.vae import VaeSpace
 from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.recipe import DataSection
@@ -46,7 +45,7 @@ Progress = Callable[[int], None]
 
 
 def make_plan(
-    data: DataSection, listing: Listing, space: VaeSpace, shard_bytes: int, batch_size: int
+    data: DataSection, listing: ImageSet, space: VaeSpace, shard_bytes: int, batch_size: int
 ) -> LatentPlan:
     """Say what a recipe's latents will be: about `shard_bytes` a shard, in whole batches.
 
@@ -68,7 +67,7 @@ def make_plan(
         encoder_sha256=space.encoder_sha256(),
         scale_factor=data.scale_factor,
         class_names=listing.class_names,
-        listed=len(listing.labels),
+        listed=len(listing),
         listing_sha256=names.hexdigest(),
         images_a_shard=batches * batch_size,
         batch_size=batch_size,
@@ -187,7 +186,7 @@ class LatentWork:
     def make(
         self,
         number: int,
-        listing: Listing,
+        listing: ImageSet,
         space: VaeSpace,
         pool: ThreadPoolExecutor,
         skip_bad: bool,
@@ -212,7 +211,7 @@ class LatentWork:
 
         def decode(index: int) -> Pixels | None:
             try:
-                return to_pixels(listing.load(index), self.plan.image_size, listing.names[index])
+                return listing.cropped(index, self.plan.image_size)
             except InputFileError:
                 if skip_bad:
                     return None

@@ -7,7 +7,8 @@ names, and names where it has numbers too: of the folders 1, 2 and 10, the label
 
 from __future__ import annotations
 
-from terdit_cli.class_names import find_classes, shown_names
+from terdit_cli import console
+from terdit_cli.class_names import find_classes, numbers_that_are_names, shown_names
 from terdit_cli.errors import UsageError
 from terdit_cli.evaluate.image_features import Source
 from terdit_cli.evaluate.scores import ClassMembers, class_members
@@ -51,8 +52,9 @@ def classes_asked_for(asked: str, ours: Source, where: str, theirs: Source | Non
     if asked.strip().lower() == "all":
         wanted = sorted(set(our_places))
     else:
-        ids = ours.sha256 is None or not _numbers(known)  # a model knows its classes by number
-        wanted = find_classes(asked, known, ids)
+        wanted = find_classes(asked, known)
+        if (line := numbers_that_are_names(asked, known)) is not None:
+            console.note(line)
     shown = [*shown_names(known), ""]  # -1, the last: a class that our side does not have
     return class_members(
         _of_each_image(ours, our_places, shown),

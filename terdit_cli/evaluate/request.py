@@ -27,7 +27,9 @@ class EvalOptions:
         None, "Generate the images with this model: a path or the name of a packaged one."
     )
     images: str | None = option(
-        None, "Score these: folder, zip, tars, .npz, or embedded[:train|:heldout]."
+        None,
+        "Score these: folder, zip, tars, .npz, parquet, CIFAR-10 or Fashion-MNIST folder, or "
+        "embedded; with :SPLIT for a part (:train, :heldout).",
     )
     reference: str | None = option(
         None, "Images as above, or an .npz of statistics (ours, ADM's, pytorch-fid's)."

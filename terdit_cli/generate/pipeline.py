@@ -15,7 +15,7 @@ from typing import Literal
 
 from PIL import Image
 
-from terdit_cli.class_names import find_classes
+from terdit_cli.class_names import find_class, find_classes
 from terdit_cli.errors import UsageError
 from terdit_cli.generate.generator import ImageGenerator, open_generator, sampler_for
 from terdit_cli.generate.options import ModelOptions, SamplingOptions
@@ -64,7 +64,7 @@ class Pipeline:
         the seed, the class and j alone.
 
         Args:
-            classes: ids or names, or "all".
+            classes: ids (int) or what `--prompt-class` takes (str): names, "3,7,9", "all".
             n: images per class.
             steps, sampler, cfg_scale, eps_scale: None: as the card of a packaged model advises,
                 else the published sampler's.
@@ -81,11 +81,17 @@ class Pipeline:
         config = self.generator.fit(sampler_for(self.generator.file, options))
         names = self.generator.class_names
         each = [classes] if isinstance(classes, int | str) else list(classes)
-        ids = [found for one in each for found in find_classes(str(one), names)]
+        ids = [found for one in each for found in self._ids(one)]
         indices = [copy * len(names) + class_id for class_id in ids for copy in range(n)]
         size = self.generator.batch_size(batch_size, config.guided)
         batches = self.generator.images(indices, config, seed, size)
         return [Image.fromarray(image) for images, _ in batches for image in images]
+
+    def _ids(self, query: int | str) -> list[int]:
+        names = self.generator.class_names
+        if isinstance(query, str):
+            return find_classes(query, names)
+        return [find_class(str(query), [[str(index)] for index in range(len(names))])]
 
 
 def load_pipeline(

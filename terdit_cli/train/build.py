@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from terdit_cli import console
-from terdit_cli.data.images import ImageSource, open_images
+from terdit_cli.data.images import TrainingImages, open_images
 from terdit_cli.data.latents import LatentSource, LatentSpace
 from terdit_cli.data.loader import BatchSource
 from terdit_cli.data.vae import PixelSpace, Space, VaeSpace
@@ -69,26 +69,33 @@ def open_data(recipe: Recipe) -> BatchSource:
         UsageError: another number of classes than the model has; latents of another recipe.
     """
     data = recipe.data
-    source = LatentSource(data) if data.source == "latents" else _open_images(recipe)
-    check_classes(recipe, len(source.class_names))
+    if data.source == "latents":
+        source: BatchSource = LatentSource(data)
+    else:
+        source = images = _open_images(recipe)
+        for note in images.notes:
+            console.note(note)
+    check_classes(recipe, source.class_names)
     if source.skipped:
         console.warn(f"{len(source.skipped)} unreadable images skipped, first: {source.skipped[0]}")
     return source
 
 
-def check_classes(recipe: Recipe, count: int) -> None:
-    """Raise UsageError unless the model has as many classes as the data."""
+def check_classes(recipe: Recipe, names: list[str]) -> None:
+    """Raise UsageError unless the model has as many classes as the data has names."""
+    count = len(names)
     if count != recipe.model.num_classes:
+        shown = ", ".join(names[:5]) + (", ..." if count > 5 else "")
         raise UsageError(
             "the data has another number of classes than the model",
-            got=f"{count} classes in the data",
+            got=f"{count} classes in the data ({shown})",
             expected=f"model.num_classes = {recipe.model.num_classes}",
             where=recipe.data.path or recipe.data.source,
             fix=f"set model.num_classes={count}",
         )
 
 
-def _open_images(recipe: Recipe) -> ImageSource:
+def _open_images(recipe: Recipe) -> TrainingImages:
     data = recipe.data
     meter: dict[str, int] = {"last": 0}
 

@@ -30,7 +30,7 @@ Evil = Callable[[Path], object]
         (["data.source=folder", "data.split=null", "data.path=none"], 3, ["none", "Fix: "]),
         (["data.source=zip", "data.split=null", "data.path=none.zip"], 3, ["none.zip", "Fix: "]),
         (["data.source=zip", "data.split=null", "data.path=bad.zip"], 3, ["bad.zip", "Fix: "]),
-        (["data.source=folder", "data.split=null", "data.path=empty"], 3, ["no class folder"]),
+        (["data.source=folder", "data.split=null", "data.path=empty"], 3, ["no images found"]),
         (["--resume", "nowhere"], 3, ["nowhere", "--resume auto"]),
         (["--out", "taken"], 4, ["taken", "Fix: name a folder you can write to"]),
         (["--out", "taken/below"], 4, ["taken/below", "a file where a folder is needed"]),

@@ -191,7 +191,7 @@ def test_extractors_that_give_no_features(
         (["--reference", "empty"], 3, ["no images found", "empty"]),
         (["--images", "nowhere"], 3, ["images not found (nowhere)", "check the path"]),
         (["--reference", "nowhere"], 3, ["nowhere"]),
-        (["--images", "a.txt"], 3, ["a.txt", "a folder, .zip, .tar or .npz"]),
+        (["--images", "a.txt"], 3, ["a.txt", "a folder, .zip, .tar, .npz or .parquet"]),
         (["--images", "embedded:test"], 2, ["got 'test', expected one of train, heldout"]),
         (["-n", 50], 3, ["too few images: got 40, expected -n 50", "Fix: -n 40"]),
         (["-n", 1], 2, ["wrong -n: got 1, expected at least 2. Fix: -n 2"]),

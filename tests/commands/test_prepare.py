@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from terdit_cli.cli.prepare_cli import prepare as prepare_verb
 from terdit_cli.commands import prepare as command
 from terdit_cli.commands import train as train_command
-from terdit_cli.data import parquet
 from terdit_cli.data.images import open_images
 from terdit_cli.data.latent_shards import read_index
 from terdit_cli.data.latents import LatentSpace
+from terdit_cli.data.sources import parquet
 from terdit_cli.data.vae import VaeSpace
 from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.model.ckpt import load_ckpt
@@ -255,7 +255,10 @@ def test_folder_of_other_latents(place: Place, whole: Path) -> None:
     [
         (["data.vae=null"], "nothing is to prepare"),
         (["data.source=latents"], "trains on latents already"),
-        (["model.num_classes=5"], "3 classes in the data, expected model.num_classes = 5"),
+        (
+            ["model.num_classes=5"],
+            "got 3 classes in the data",
+        ),
     ],
 )
 def test_recipes_that_cannot_be_prepared(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,12 +17,15 @@ from terdit_cli.data import decode
 from terdit_cli.data.decode import (
     UnreadableImage,
     center_crop,
-    decode_image,
     decode_with_mode,
-    is_image_name,
     to_pixels,
 )
+from terdit_cli.data.files import is_image
 from terdit_cli.errors import InputFileError
+
+
+def decoded(data: bytes, name: str) -> Image.Image:
+    return decode_with_mode(data, name)[0]
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -110,7 +114,7 @@ def test_halving_comes_before_the_bicubic_step() -> None:
 
 def test_grey_becomes_three_equal_channels() -> None:
     grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    pixels = to_pixels(decode_image(encode(grey), "grey.png"), 16)
+    pixels = to_pixels(decoded(encode(grey), "grey.png"), 16)
     for channel in range(3):
         assert np.array_equal(pixels[..., channel], np.asarray(grey))
 
@@ -118,14 +122,14 @@ def test_grey_becomes_three_equal_channels() -> None:
 @pytest.mark.parametrize("mode", ["RGBA", "P", "1", "CMYK", "LA"])
 def test_other_modes_become_rgb(mode: str) -> None:
     kind = "JPEG" if mode == "CMYK" else "PNG"
-    image = decode_image(encode(noise(9, 7).convert(mode), kind), "x")
+    image = decoded(encode(noise(9, 7).convert(mode), kind), "x")
     assert image.mode == "RGB"
     assert image.size == (7, 9)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF"])
 def test_formats(kind: str) -> None:
-    assert decode_image(encode(noise(5, 6), kind), "x").size == (6, 5)
+    assert decoded(encode(noise(5, 6), kind), "x").size == (6, 5)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +156,7 @@ def test_formats(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bad_bytes_name_the_file_and_the_reason(data: bytes, reason: str) -> None:
     with pytest.raises(UnreadableImage) as caught:
-        decode_image(data, "dog/7.png")
+        decoded(data, "dog/7.png")
     message = str(caught.value)
     assert "dog/7.png" in message
     assert reason in message.lower()
@@ -172,7 +176,7 @@ def test_bad_bytes_name_the_file_and_the_reason(data: bytes, reason: str) -> Non
     ],
 )
 def test_fewer_than_8_bits_are_scaled(data: bytes, pixels: tuple[int, ...]) -> None:
-    assert to_pixels(decode_image(data, "x"))[0, 0].tolist() == list(pixels)
+    assert to_pixels(decoded(data, "x"))[0, 0].tolist() == list(pixels)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "LA", "RGBA", "P", "CMYK"])
@@ -187,7 +191,7 @@ def test_mode_is_told_and_the_pixels_are_pillow_s(mode: str) -> None:
 
 def test_transparent_pixels_keep_the_colour_below() -> None:
     image = Image.new("RGBA", (2, 2), (10, 200, 30, 0))
-    assert to_pixels(decode_image(encode(image), "x"))[1, 1].tolist() == [10, 200, 30]
+    assert to_pixels(decoded(encode(image), "x"))[1, 1].tolist() == [10, 200, 30]
 
 
 def test_orientation_tags_do_not_turn_an_image() -> None:
@@ -195,7 +199,7 @@ def test_orientation_tags_do_not_turn_an_image() -> None:
     exif[0x0112] = 6  # rotated by a quarter
     buffer = io.BytesIO()
     noise(5, 9).save(buffer, format="PNG", exif=exif)
-    image = decode_image(buffer.getvalue(), "x")
+    image = decoded(buffer.getvalue(), "x")
     assert np.array_equal(np.asarray(image), np.asarray(noise(5, 9)))
 
 
@@ -208,7 +212,7 @@ def test_damaged_files_never_crash(kind: str, position: int, value: int, cut: in
     data[position % len(data)] = value
     data = data[: max(1, cut % (2 * len(data)))]
     try:
-        image = decode_image(bytes(data), "x")
+        image = decoded(bytes(data), "x")
     except InputFileError:
         return
     assert image.mode == "RGB"
@@ -218,24 +222,36 @@ def test_pixel_bound_is_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decode.MAX_PIXELS == 2 * (1 << 30) // 4 // 3
     monkeypatch.setattr(decode, "MAX_PIXELS", 99)
     with pytest.raises(InputFileError, match="10 x 10 pixels, over 99"):
-        decode_image(encode(noise(10, 10)), "x")
+        decoded(encode(noise(10, 10)), "x")
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "expected", "suffix"),
     [
-        ("cat/1.jpg", True),
-        ("cat/1.JPEG", True),
-        ("1.webp", True),
-        ("cat/1.txt", False),
-        ("cat/._1.jpg", False),
-        (".git/1.jpg", False),
-        ("__MACOSX/cat/1.jpg", False),
-        ("cat", False),
+        ("cat/1.jpg", True, ""),
+        ("cat/1.JPEG", True, ""),
+        ("1.webp", True, ""),
+        ("cat/photo.jfif", True, ""),
+        ("cat/photo.JPE", True, ""),
+        ("cat/first.gif", True, ""),
+        ("cat/1.txt", False, ".txt"),
+        ("cat/1.HEIC", False, ".heic"),
+        ("cat", False, "without suffix"),
+        ("cat/._1.jpg", False, ""),
+        (".git/1.jpg", False, ""),
+        ("__MACOSX/cat/1.jpg", False, ""),
+        ("cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_B.jpg", False, ""),
+        ("$RECYCLE.BIN/1.jpg", False, ""),
+        ("lost+found/1.jpg", False, ""),
+        (".ipynb_checkpoints/1-checkpoint.png", False, ""),
+        (".thumbnails/1.png", False, ""),
+        ("cat/Thumbs.db", False, ""),
     ],
 )
-def test_image_names(name: str, expected: bool) -> None:
-    assert is_image_name(name) is expected
+def test_image_names(name: str, expected: bool, suffix: str) -> None:
+    left_out: Counter[str] = Counter()
+    assert is_image(name, left_out) is expected
+    assert left_out == ({suffix: 1} if suffix else {})
 
 
 def test_crop_of_a_line() -> None:

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from terdit_cli.data import files, images
-from terdit_cli.data.images import ImageSource, open_images
+from terdit_cli.data import images
+from terdit_cli.data.images import TrainingImages, open_images
+from terdit_cli.data.sources import zips
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.system.torchvision_shim import import_vision
 
@@ -182,20 +183,20 @@ def test_zip_survives_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        ({}, "no "),
-        ({"readme.txt": b"x"}, "no "),
-        ({"a.png": png(0)}, "no "),
-        ({"ant/notes.txt": b"x"}, "no images in class folders"),
+        ({}, "no images found: got nothing"),
+        ({"readme.txt": b"x"}, "no images found: got 1 file of other kinds"),
+        ({"a.png": png(0)}, "no training images with classes: got 1 image without classes"),
+        ({"ant/notes.txt": b"x"}, "no images found: got 1 file of other kinds"),
     ],
 )
 def test_no_images(kind: str, data: dict[str, bytes], reason: str, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     path = make_source(kind, tmp_path, data)
-    with pytest.raises(InputFileError, match="no training images") as caught:
+    with pytest.raises(InputFileError, match="images") as caught:
         open_images(kind, path, 12)
     assert str(path) in str(caught.value)
     assert reason in str(caught.value)
-    assert "Fix: sort the images into class folders" in str(caught.value)
+    assert "Fix: " in str(caught.value)
 
 
 def test_class_folder_without_images(tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_corrupt_zip(damage: str, tmp_path: Path) -> None:
 
 def test_zip_member_over_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_zip(tmp_path / "x.zip", contents())
-    monkeypatch.setattr(files, "MAX_FILE_BYTES", 20)
+    monkeypatch.setattr(zips, "MAX_FILE_BYTES", 20)
     with pytest.raises(InputFileError, match=r"6 of 6 images unreadable.*over 20"):
         open_images("zip", path, 12)
 
@@ -480,7 +481,7 @@ def test_broken_gzip_and_missing_idx(tmp_path: Path) -> None:
         (("embedded", Path("x"), 28), ["takes no path", "got x", "Fix: remove data.path"]),
         (("embedded", None, 28, "ignore"), ["'ignore'", "error or skip"]),
         (("embedded", None, 28, "error", "test"), ["'test'", "train, heldout, all"]),
-        (("zip", Path("x"), 28, "error", "train"), ["'train'", "Fix: set data.split=null"]),
+        (("zip", Path("x"), 28, "error", "train"), ["'train'", "Fix: leave the split out"]),
         (("embedded", None, 0), ["got 0", "at least 1 pixel"]),
     ],
 )
@@ -493,7 +494,7 @@ def test_bad_arguments(arguments: tuple, parts: list[str]) -> None:
 
 def test_sources_share_one_interface() -> None:
     source = open_images("embedded", None, 28, split="heldout")
-    assert isinstance(source, ImageSource)
+    assert isinstance(source, TrainingImages)
     assert source.skipped == []
     assert source.image_size == 28
     assert source.name(3) == "Fashion-MNIST subset image 3"

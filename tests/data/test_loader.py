@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from terdit_cli.data.images import ImageSource
+from terdit_cli.data.images import TrainingImages
 from terdit_cli.data.loader import PREFETCH, BatchLoader
 from terdit_cli.data.order import batch_indices, flip_mask
 from terdit_cli.errors import InputFileError, UsageError
 
 
-class Made(ImageSource):
+class Made(TrainingImages):
     """37 made-up images, in memory or decoded slowly in a different order than asked for."""
 
     def __init__(self, in_memory: bool, bad: int | None = None) -> None:

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from terdit_cli.data import npz_images
-from terdit_cli.data.npz_images import NpzImages
+from terdit_cli.data.sources import npz_images
+from terdit_cli.data.sources.npz_images import NpzImages
 from terdit_cli.errors import InputFileError
 
 

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from terdit_cli.data import tars
-from terdit_cli.data.tars import TarFiles, is_pattern, match_shards, shards_in
+from terdit_cli.data import patterns
+from terdit_cli.data.patterns import is_pattern
+from terdit_cli.data.sources import tars
+from terdit_cli.data.sources.tars import TarFiles, match_shards, shards_in
 from terdit_cli.errors import InputFileError, UsageError
 
 
@@ -194,7 +196,7 @@ def test_patterns_that_match_no_tar(pattern: str, got: str, where: str, tmp_path
 def test_patterns_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputFileError, match="nothing there"):
         match_shards(f"{tmp_path}/{{0..999999999}}{{0..999999999}}.tar")
-    monkeypatch.setattr(tars, "MAX_SHARDS", 3)
+    monkeypatch.setattr(patterns, "MAX_FILES", 3)
     for number in range(5):
         write(tmp_path / f"{number}.tar", entry("a.png", png()))
     with pytest.raises(UsageError, match=r"over 3 in .*\{0\.\.4\}\.tar.*Fix: check the range"):

@@ -22,8 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from terdit_cli.data.image_sources import has_held_out
 from terdit_cli.data.images import open_images
-from terdit_cli.data.npz_images import NpzImages
+from terdit_cli.data.sources.npz_images import NpzImages
 from terdit_cli.diffusion.objectives import OBJECTIVES, objective_of
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.evaluate.feature_shards import FACTS_FILE, FeatureShards
@@ -39,7 +40,6 @@ from terdit_cli.train import build
 QUARTERS = 4
 _BATCH = 64
 HELD_OUT = "heldout"  # a split
-_WITH_SPLITS = ("embedded", "cifar10", "fashion-mnist")
 
 Samples = NDArray[np.float32]
 
@@ -55,11 +55,6 @@ class FixedNoise:
     images: str  # what they are, for the page
 
 
-def has_held_out(recipe: Recipe) -> bool:
-    """Return whether the recipe's data have a split that no model is trained on."""
-    return recipe.data.source in _WITH_SPLITS
-
-
 def fix_noise(recipe: Recipe, n: int) -> FixedNoise:
     """Return `n` images, held-out ones where the source has them, with timesteps and noise.
 
@@ -72,7 +67,7 @@ def fix_noise(recipe: Recipe, n: int) -> FixedNoise:
             "a study needs images, not prepared latents", got="data.source=latents",
             fix="set data.source and data.path to the images",
         )  # fmt: skip
-    split = HELD_OUT if has_held_out(recipe) else data.split
+    split = HELD_OUT if has_held_out(data.source) else data.split
     source = open_images(data.source, data.path, data.image_size, data.on_bad_image, split)
     chosen = spread(len(source), min(n, len(source)))
     pixels = torch.from_numpy(np.stack([source.read(index) for index in chosen]))

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from terdit_cli.data.image_sources import has_held_out
 from terdit_cli.data.images import open_images
 from terdit_cli.evaluate.statistics import spread
-from terdit_cli.lab.study.measure import HELD_OUT, has_held_out
+from terdit_cli.lab.study.measure import HELD_OUT
 from terdit_cli.recipe import Recipe
 
 _CHUNK = 4096  # training images at a time
@@ -46,7 +47,7 @@ def find_nearest(recipe: Recipe, images: Images) -> NearestImages:
     where = (data.source, data.path, data.image_size, data.on_bad_image)
     training = open_images(*where, data.split)
     others = None
-    if has_held_out(recipe):
+    if has_held_out(data.source):
         held_out = open_images(*where, HELD_OUT)
         chosen = spread(len(held_out), min(len(images), len(held_out)))
         others = np.stack([held_out.read(index) for index in chosen])

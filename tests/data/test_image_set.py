@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from terdit_cli.data.collection import ImageSet, open_image_set, unreadable_images
+from terdit_cli.data.image_set import ImageSet, unreadable_images
+from terdit_cli.data.image_sources import open_image_set
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.evaluate.statistics import spread
 
@@ -75,13 +76,13 @@ def classes_of(images: ImageSet) -> list[str] | None:
 def test_images_in_the_order_of_their_names(kind: str, tmp_path: Path) -> None:
     path = make(kind, tmp_path, a_set())
     images = open_image_set(str(path))
-    assert (images.where, images.count) == (str(path), 4)
+    assert (images.where, len(images)) == (str(path), 4)
     for index in (3, 0, 2, 1):
         pixels, mode = images.read(index)
         assert np.array_equal(pixels, picture(index))
         assert pixels.dtype == np.uint8
         assert mode == "RGB"
-        assert images.describe(index).rsplit(" ", 2)[0].endswith(NAMES[index])
+        assert images.fingerprint(index).rsplit(" ", 2)[0].endswith(NAMES[index])
     assert classes_of(images) is None
     assert images.class_names == []
 
@@ -134,7 +135,7 @@ def test_hash_of_names_that_are_not_unicode(tmp_path: Path) -> None:
     except OSError:
         pytest.skip("this disk takes only UTF-8 names")
     images = open_image_set(str(path))
-    assert images.count == 2
+    assert len(images) == 2
     assert len(images.sha256([0, 1])) == 64
 
 
@@ -142,7 +143,7 @@ def test_packaged_images() -> None:
     images = open_image_set("embedded:heldout")
     assert images.where == "embedded:heldout"
     assert images.read(0)[0].shape == (28, 28, 3)
-    assert len(classes_of(images) or []) == images.count
+    assert len(classes_of(images) or []) == len(images)
     assert images.sha256([0, 1]) != open_image_set("embedded:train").sha256([0, 1])
     with pytest.raises(UsageError, match="heldouts"):
         open_image_set("embedded:heldouts")
@@ -154,7 +155,7 @@ def test_npz(save: object, tmp_path: Path) -> None:
     assert callable(save)
     save(tmp_path / "x.npz", images, np.array([30, 2, 2, 100, 30], np.int32))
     found = open_image_set(str(tmp_path / "x.npz"))
-    assert found.count == 5
+    assert len(found) == 5
     for index in (4, 0, 2, 1, 3):
         pixels, mode = found.read(index)
         assert np.array_equal(pixels, images[index])
@@ -187,7 +188,7 @@ def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
     (path / "link").symlink_to(elsewhere)
     (path / "deep" / "loop").symlink_to(path)
     images = open_image_set(str(path))
-    found = [images.describe(index).rsplit(" ", 2)[0] for index in range(images.count)]
+    found = [images.fingerprint(index).rsplit(" ", 2)[0] for index in range(len(images))]
     assert found == sorted([*NAMES, "link/q.png"])
 
 
@@ -238,10 +239,10 @@ def test_nothing_to_read(tmp_path: Path) -> None:
     for name, reason in (
         ("nowhere", "images not found"),
         ("nowhere.npz", "images not found"),
-        ("empty", "no images found: expected JPEG, PNG"),
+        ("empty", "no images found: got nothing, expected JPEG, PNG"),
         ("texts.zip", "no images found"),
         ("none.tar", "no images found"),
-        ("x.tgz", "got .tgz, expected a folder, .zip, .tar or .npz"),
+        ("x.tgz", "got .tgz, expected a folder, .zip, .tar, .npz or .parquet"),
         ("x.tar", "cannot read the tar of images"),
         ("x.zip", "cannot open the zip of images"),
         ("x.npz", "cannot read images from the .npz"),
@@ -262,7 +263,7 @@ def test_tars_beside_images_are_ambiguous(tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
     assert "'*" not in str(caught.value)
     assert "/*.tar'" in str(caught.value)
-    assert open_image_set(f"{path}/*.tar").count == 4
+    assert len(open_image_set(f"{path}/*.tar")) == 4
 
 
 def a_zip(compression: int) -> bytes:
@@ -297,7 +298,7 @@ def test_damaged_zips_never_crash(
     path.write_bytes(damaged[: max(1, cut % (20 * len(data)))])
     with suppress(InputFileError):
         images = open_image_set(str(path))
-        dict(unreadable_images(images, list(range(images.count))))
+        dict(unreadable_images(images, list(range(len(images)))))
 
 
 def test_a_part_is_spread_over_sorted_and_over_periodic_sets() -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terdit_cli.data.files import require_folder
+from terdit_cli.data.image_set import ImageSet, array_set
 from terdit_cli.errors import InputFileError
 
 FASHION_CLASSES = [
@@ -36,6 +37,8 @@ FASHION_CLASSES = [
 ]
 EMBEDDED_TRAIN = 9_000  # of the 10,000 embedded images; the rest is held out
 _MAX_BYTES = 1 << 30
+
+EMBEDDED = "embedded"
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -122,10 +125,13 @@ def _mismatch(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> str | Non
     return None
 
 
+def _places(root: Path, name: str) -> list[Path]:
+    folders = (root, root / "FashionMNIST" / "raw")
+    return [folder / file for folder in folders for file in (name, f"{name}.gz")]
+
+
 def _find(root: Path, name: str) -> Path:
-    places = [root / name, root / f"{name}.gz"]
-    places += [root / "FashionMNIST" / "raw" / place.name for place in places]
-    for place in places:
+    for place in _places(root, name):
         if place.is_file():
             return place
     raise InputFileError(
@@ -155,3 +161,26 @@ def _not_idx(got: str, axes: int, where: object) -> InputFileError:
         where=where,
         fix="copy or download the file again",
     )
+
+
+def open_embedded(split: str) -> ImageSet:
+    """Open the embedded Fashion-MNIST subset."""
+    where = EMBEDDED if split == "all" else f"{EMBEDDED}:{split}"
+    return array_set(
+        where,
+        *embedded_arrays(split),
+        FASHION_CLASSES,
+        "Fashion-MNIST subset",
+        lambda index: f"{where} {index}",
+    )
+
+
+def open_fashion_mnist(root: Path, split: str) -> ImageSet:
+    """Open the full Fashion-MNIST; see `fashion_arrays`."""
+    return array_set("Fashion-MNIST", *fashion_arrays(root, split), FASHION_CLASSES)
+
+
+def is_fashion_mnist(root: Path) -> bool:
+    """Say whether the idx files of Fashion-MNIST lie in a folder."""
+    name = "train-images-idx3-ubyte"
+    return any(place.is_file() for place in _places(root, name))

@@ -11,6 +11,7 @@ import hashlib
 import io
 import math
 import struct
+import threading
 import tokenize
 import zipfile
 import zlib
@@ -19,9 +20,11 @@ from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from terdit_cli.data.decode import MAX_PIXELS
-from terdit_cli.data.files import ZIP_ERRORS
+from terdit_cli.data.image_set import ImageSet, numbered
+from terdit_cli.data.sources.zips import ZIP_ERRORS
 from terdit_cli.errors import InputFileError
 
 IMAGE_KEYS, LABEL_KEYS = ("arr_0", "images"), ("arr_1", "labels")
@@ -60,6 +63,7 @@ class NpzImages:
         self._start = len(header)  # of the images in the member
         self._crc, self._checked = zlib.crc32(header), 0  # of that many images so far
         self._stream: IO[bytes] | None = None
+        self._lock = threading.Lock()
         labels = next((key for key in map(_member, LABEL_KEYS) if key in members), None)
         self.labels = None if labels is None else self._read_labels(members[labels])
 
@@ -88,6 +92,11 @@ class NpzImages:
             raise self._bad(str(error) or type(error).__name__) from error
         return np.frombuffer(content, dtype=dtype, count=self.count).astype(np.int64)
 
+    @property
+    def is_compressed(self) -> bool:
+        """Whether reading image i means unpacking all before it."""
+        return not self._stored
+
     def sha256(self) -> str:
         """Return a hash of the shape and of the checksum that the archive holds of the pixels."""
         facts = f"{self.count}x{self.height}x{self.width} {self._member.CRC:08x}"
@@ -96,11 +105,16 @@ class NpzImages:
     def read(self, index: int) -> NDArray[np.uint8]:
         """Return image `index`, uint8 [H, W, 3]; of a compressed file quickest in ascending order.
 
-        The archive's checksum is compared once all images were read in order.
+        The archive's checksum is compared once all images were read in order. Safe to call from
+        several threads.
 
         Raises:
             InputFileError: the file is damaged or ends too early.
         """
+        with self._lock:
+            return self._read(index)
+
+    def _read(self, index: int) -> NDArray[np.uint8]:
         size = self.height * self.width * 3
         try:
             if self._stream is None:
@@ -168,3 +182,40 @@ def _read_header(
     else:
         raise ValueError(f"npy format version {version}")
     return shape, fortran_order, dtype, content.getvalue()[: content.tell()]
+
+
+def open_npz(path: Path, with_classes: bool) -> ImageSet:
+    """Open the images of an .npz; its classes are its labels.
+
+    Raises:
+        InputFileError: not such a file, or no labels where classes are needed.
+    """
+    if not path.is_file():
+        got = "a folder" if path.is_dir() else "nothing there"
+        raise InputFileError(".npz not found", got=got, where=path, fix="check the path")
+    images = NpzImages(path)
+    class_names: list[str] = []
+    classes = None
+    if images.labels is not None:
+        class_names, classes = numbered(images.labels)
+    elif with_classes:
+        raise InputFileError(
+            "no training images with classes",
+            got="an .npz without labels",
+            expected=f"integers [{images.count}] under {' or '.join(LABEL_KEYS)}",
+            where=path,
+            fix="save them with numpy.savez(path, images, labels)",
+        )
+
+    def fingerprint(index: int) -> str:
+        return f"{index} {images.sha256()}"
+
+    return ImageSet(
+        str(path),
+        [f"{path.name} image {index}" for index in range(images.count)],
+        lambda index: (Image.fromarray(images.read(index)), "RGB"),
+        fingerprint,
+        class_names,
+        classes,
+        sequential=images.is_compressed,
+    )
