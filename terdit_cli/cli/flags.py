@@ -15,6 +15,7 @@ from terdit_cli.errors import UsageError
 from terdit_cli.generate.options import Weights
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 Ema = Annotated[
     bool,
     typer.Option("--ema/--raw", help="EMA weights of a checkpoint, or those of the last step."),

@@ -10,7 +10,7 @@ import typer
 
 from terdit_cli import console
 from terdit_cli.cli import tables
-from terdit_cli.cli.flags import Ema, Json, weights_of
+from terdit_cli.cli.flags import Ema, Force, Json, weights_of
 from terdit_cli.errors import UsageError
 
 EXAMPLES = (
@@ -46,13 +46,14 @@ def pack(
         typer.Option(help="Dtype of non-ternary tensors; fp32 keeps outputs bit for bit."),
     ] = "fp32",
     ema: Ema = True,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Pack a ternary model into one verified .tdt file."""
     from terdit_cli.commands import pack as command
 
     fields = _parse_fields(overrides or [])
-    result = command.run(source, out, codec, rest, weights_of(ema), fields)
+    result = command.run(source, out, codec, rest, weights_of(ema), fields, force)
     if json:
         console.result_json(dataclasses.asdict(result) | {"ratio": result.ratio})
         return

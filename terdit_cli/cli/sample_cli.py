@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from terdit_cli import console
-from terdit_cli.cli.flags import Json
+from terdit_cli.cli.flags import Force, Json
 from terdit_cli.generate.options import ModelOptions, SamplingOptions
 
 EXAMPLES = (
@@ -36,11 +36,12 @@ def sample(
     ] = None,
     n: Annotated[int, typer.Option("-n", help="Images per class.")] = 1,
     out: Annotated[
-        Path,
+        str,
         typer.Option(
             "--out", "-o", help=".png a labelled grid, .npz an array, otherwise a folder of PNGs."
         ),
-    ] = Path("sample.png"),
+    ] = "sample.png",
+    force: Force = False,
     sampling: SamplingOptions,
     loading: ModelOptions,
     json: Json = False,
@@ -48,7 +49,9 @@ def sample(
     """Generate images of named classes."""
     from terdit_cli.commands import sample as command
 
-    result = command.run(prompt_class, model, n=n, output=out, sampling=sampling, loading=loading)
+    result = command.run(
+        prompt_class, model, n=n, output=out, force=force, sampling=sampling, loading=loading
+    )
     if json:
         console.result_json(dataclasses.asdict(result))
         return

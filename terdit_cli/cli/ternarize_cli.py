@@ -10,7 +10,7 @@ import typer
 
 from terdit_cli import console
 from terdit_cli.cli import tables
-from terdit_cli.cli.flags import Ema, Json, weights_of
+from terdit_cli.cli.flags import Ema, Force, Json, weights_of
 
 EXAMPLES = (
     "terdit ternarize runs/quickstart -o quickstart.safetensors",
@@ -24,6 +24,7 @@ def ternarize(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
     ema: Ema = True,
+    force: Force = False,
     granularity: Annotated[
         Literal["tensor", "row", "group128"] | None,
         typer.Option(
@@ -36,7 +37,7 @@ def ternarize(
     """Freeze a checkpoint into ternary weights and scales, with a table of every layer."""
     from terdit_cli.commands import ternarize as command
 
-    result = command.run(checkpoint, out, weights_of(ema), granularity)
+    result = command.run(checkpoint, out, weights_of(ema), granularity, force)
     if json:
         console.result_json(dataclasses.asdict(result))
     else:

@@ -43,7 +43,7 @@ def run(source: Path, out: Path | None = None) -> ExportResult:
         UsageError: ckpt.pt would take the place of that of another step, or an unknown suffix.
         EnvironmentProblem: disk full or not writable.
     """
-    if out is not None and out.suffix not in FORMATS:
+    if out is not None and out.suffix.lower() not in FORMATS:
         raise UsageError(
             "unknown kind of export", got=out.name,
             expected="a name that ends in " + ", ".join(FORMATS), fix="-o ckpt.pt",
@@ -67,7 +67,7 @@ def run(source: Path, out: Path | None = None) -> ExportResult:
             expected=f"step {saved.step}, as the checkpoint", where=path,
             fix="name another file: -o early.pt",
         )  # fmt: skip
-    FORMATS[path.suffix](saved, path)
+    FORMATS[path.suffix.lower()](saved, path)
     return ExportResult(saved.path, path, saved.step)
 
 

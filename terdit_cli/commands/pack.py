@@ -44,6 +44,7 @@ def run(
     rest: RestDtype = "fp32",
     weights: Literal["ema", "raw"] = "ema",
     overrides: Mapping[str, Any] | None = None,
+    force: bool = False,
 ) -> PackResult:
     """Pack a model, read the result back and verify it before it appears under its name.
 
@@ -54,12 +55,13 @@ def run(
         rest: dtype of everything that is not ternary; fp32 keeps the outputs bit for bit.
         weights: of a checkpoint, the average or the last step's.
         overrides: `DiTConfig` fields that a released folder does not show (n_heads=32).
+        force: replace an output that exists.
 
     Raises:
         InputFileError, UsageError, EnvironmentProblem.
     """
     file = ModelFile.open(source)
-    file.refuse_output(output)
+    file.refuse_output(output, force)
     started = time.monotonic()
     with file.exported(weights, **(overrides or {})) as model:
         steps = 2 * len(model.ternary_names()) + len(model.rest_names())

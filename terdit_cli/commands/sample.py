@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,13 +23,11 @@ from terdit_cli.generate.generator import (
     open_generator,
     sampler_for,
 )
+from terdit_cli.generate.image_output import SOFTWARE, ImageOutput
 from terdit_cli.generate.options import ModelOptions, SamplingOptions
 from terdit_cli.report.grid import draw_grid, save_png
-from terdit_cli.system.atomic import atomic_path, check_writable, make_folder
+from terdit_cli.system.atomic import atomic_path
 from terdit_cli.system.job import Job, join_job
-
-GRID_LIMIT = 256  # images in one picture
-FOLDER_LIMIT = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,8 @@ def run(
     model: Path | None = None,
     *,
     n: int = 1,
-    output: Path = Path("sample.png"),
+    output: str | Path = "sample.png",
+    force: bool = False,
     sampling: SamplingOptions | None = None,
     loading: ModelOptions | None = None,
 ) -> SampleResult:
@@ -73,17 +71,19 @@ def run(
         prompt_class: an id, a name, a comma separated list of either, or "all".
         model: a path, the name of a packaged model, or None: see `find_model`.
         output: .png (a labelled grid), .npz (arr_0 uint8 [N, H, W, 3], labels int64 [N]) or a
-            folder (one PNG per image).
+            folder (one PNG per image, numbered in the order of `prompt_class`).
+        force: replace what is there.
 
     Raises:
         UsageError, InputFileError, EnvironmentProblem.
     """
     sampling, loading = sampling or SamplingOptions(), loading or ModelOptions()
+    target = ImageOutput.named(output)
     with join_job() as job:
         for name, value in (("-n", n), ("--batch-size", sampling.batch_size)):
             if value is not None and value < 1:
                 raise UsageError(f"wrong {name}", got=value, expected="a positive number")
-        _check_output(output)
+        target.check(force)
         file = find_model(model, prompt_class)
         asked = sampler_for(file, sampling)
         generator = open_generator(file, replace(loading, device=job.device_named(loading.device)))
@@ -91,7 +91,7 @@ def run(
         classes = find_classes(prompt_class, names)
         if (line := numbers_that_are_names(prompt_class, names)) is not None:
             console.note(line)
-        _check_count(n * len(classes), output, generator.model.info.image_size)
+        target.check_count(n * len(classes), generator.model.info.image_size)
         indices = [copy * len(names) + class_id for class_id in classes for copy in range(n)]
         config = generator.fit(asked)
         _ = generator.space  # a VAE that cannot be opened is found before the work
@@ -99,12 +99,12 @@ def run(
         size = job.smallest(generator.batch_size(sampling.batch_size, config.guided))
         if size < (sampling.batch_size or DEFAULT_BATCH):
             console.note(f"--batch-size {size}: the GPU has too little memory for {DEFAULT_BATCH}")
-        if not output.suffix and job.size > 1:
+        if target.kind == "folder":
             if job.is_main:
-                make_folder(output)
-            job.require_shared(output, "-o")
+                target.clear()
+            job.require_shared(target.path, "-o")
         text = {
-            "software": f"terdit {terdit_cli.__version__}",
+            SOFTWARE: f"terdit {terdit_cli.__version__}",
             "model": file.path.name,
             "model_sha256": file.sha256,
             "seed": str(sampling.seed),
@@ -114,11 +114,11 @@ def run(
         }
         prepare(config)
         started = time.monotonic()
-        drawn = _draw(generator, config, sampling.seed, indices, size, job, output, text)
+        drawn = _draw(generator, config, sampling.seed, indices, size, job, target, text)
         seconds = time.monotonic() - started
         if drawn is not None:
             labels = [index % len(names) for index in indices]
-            if output.suffix == ".png":
+            if target.kind == "grid":
                 captions = [names[class_id][0] for class_id in labels]
                 how = f"{config.name} {config.steps} steps, cfg {config.cfg_scale:g}"
                 if config.eps_scale != 1:
@@ -126,12 +126,12 @@ def run(
                 title = f"{file.path.name}, {how}, seed {sampling.seed}"
                 columns = n * max(1, round(math.sqrt(len(indices)) / n))  # a class never wraps
                 grid = draw_grid(drawn, captions, title, columns)
-                save_png(grid, output, text | {"class": ", ".join(dict.fromkeys(captions))})
+                save_png(grid, target.path, text | {"class": ", ".join(dict.fromkeys(captions))})
             else:
-                with atomic_path(output) as temporary, temporary.open("wb") as handle:
+                with atomic_path(target.path) as temporary, temporary.open("wb") as handle:
                     np.savez(handle, arr_0=drawn, labels=np.array(labels, dtype=np.int64))
     return SampleResult(
-        output=output,
+        output=target.path,
         images=len(indices),
         classes=classes,
         sampler=config.name,
@@ -153,7 +153,7 @@ def _draw(
     indices: list[int],
     batch_size: int,
     job: Job,
-    output: Path,
+    target: ImageOutput,
     text: dict[str, str],
 ) -> NDArray[np.uint8] | None:
     """Draw the images `indices` together with the other processes.
@@ -161,7 +161,7 @@ def _draw(
     Whole batches are dealt out: each is computed as if there were one process.
 
     Returns:
-        uint8 [N, H, W, 3] in the main process. None in the others, and where `output` is a folder:
+        uint8 [N, H, W, 3] in the main process. None in the others, and where `target` is a folder:
         there each process writes its own.
     """
     starts = range(0, len(indices), batch_size)
@@ -180,21 +180,23 @@ def _draw(
         for start in mine:
             batch = indices[start : start + batch_size]
             images, labels = next(generator.images(batch, config, seed, len(batch), on_step))
-            if not output.suffix:
-                for index, image, class_id in zip(batch, images, labels, strict=True):
-                    name = f"class{class_id:04d}-image{index:06d}.png"
+            if target.kind == "folder":
+                numbers = range(start, start + len(batch))
+                for number, index, image, class_id in zip(
+                    numbers, batch, images, labels, strict=True
+                ):
                     words = text | {
                         "class": generator.class_names[class_id][0],
                         "index": str(index),
                     }
-                    save_png(Image.fromarray(image), output / name, words)
+                    save_png(Image.fromarray(image), target.image_path(number, class_id), words)
             elif job.is_main:
                 if whole is None:  # the first batch of all is the main process's
                     whole = np.empty((len(indices), *images.shape[1:]), np.uint8)
                 whole[start : start + len(batch)] = images
             else:
                 parts.append(images)
-        if not output.suffix:
+        if target.kind == "folder":
             job.wait()
             on_step(0)
             return None
@@ -206,33 +208,3 @@ def _draw(
                     job.receive(whole[start : start + batch_size], number % job.size)
                     on_step(0)
     return whole
-
-
-def _check_count(count: int, output: Path, image_size: int) -> None:
-    """Refuse more images than a picture, a folder or, for an .npz, the memory holds."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = {".png": GRID_LIMIT, ".npz": memory // (3 * image_size**2)}
-    limit = limits.get(output.suffix, FOLDER_LIMIT)
-    if count > limit:
-        raise UsageError(
-            "too many images",
-            got=count,
-            expected=f"at most {limit:,}",
-            where=output,
-            fix="write a folder: -o samples/" if output.suffix else "draw fewer with -n",
-        )
-
-
-def _check_output(output: Path) -> None:
-    """Refuse, before any work, unknown kinds of file and what cannot be written."""
-    if output.suffix not in ("", ".png", ".npz"):
-        raise UsageError(
-            "unknown kind of output",
-            got=output.suffix,
-            expected=".png (grid), .npz or a folder",
-            where=output,
-            fix="-o sample.png",
-        )
-    if output.suffix == "" and output.is_file():
-        raise UsageError("the output folder is a file", where=output, fix="name another with -o")
-    check_writable(output if output.suffix else output / "file")

@@ -44,6 +44,7 @@ def run(
     output: Path,
     weights: Literal["ema", "raw"] = "ema",
     granularity: Granularity | None = None,
+    force: bool = False,
 ) -> TernarizeResult:
     """Ternarize a checkpoint into a safetensors file.
 
@@ -52,13 +53,14 @@ def run(
         weights: the averaged or the raw weights.
         granularity: scales of a post-training fit (default "tensor"); an error for a ternary
             checkpoint, whose scales were trained.
+        force: replace an output that exists.
 
     Raises:
         InputFileError, UsageError, EnvironmentProblem.
     """
     file = ModelFile.open(checkpoint)
     found = file.checkpoint()
-    file.refuse_output(output)
+    file.refuse_output(output, force)
     export = CheckpointExport(found, weights, granularity or "tensor")
     if granularity is not None and not export.fitted:
         raise UsageError(

@@ -169,7 +169,7 @@ def check_options(options: EvalOptions) -> None:
             ("--max-regression", options.max_regression),
             ("--per-class", options.per_class),
             ("--confidence", options.confidence or None),
-            ("--report", next((f for f in options.report if f.suffix != ".png"), None)),
+            ("--report", next((f for f in options.report if f.suffix.lower() != ".png"), None)),
         ):
             if value is not None:
                 raise UsageError(f"{option} needs a reference", fix="give --reference")

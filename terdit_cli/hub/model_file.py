@@ -20,7 +20,7 @@ from terdit_cli.pack.exported import ExportedModel
 from terdit_cli.pack.read_checkpoint import CheckpointExport
 from terdit_cli.pack.read_release import ReleasedFolder, is_released_folder, released_weights
 from terdit_cli.pack.tdt import TdtFile
-from terdit_cli.system.atomic import file_sha256
+from terdit_cli.system.atomic import file_sha256, refuse_existing
 
 Kind = Literal["checkpoint", "tdt", "release"]  # "tdt": ternarized .safetensors as well
 
@@ -128,23 +128,27 @@ class ModelFile:
                 fix="leave them out: this file knows its configuration",
             )
 
-    def refuse_output(self, output: Path) -> None:
-        """Raise UsageError if an output would take this model's place, or a checkpoint's name."""
+    def refuse_output(self, output: Path, force: bool) -> None:
+        """Raise UsageError if an output would take this model's place, or a checkpoint's name.
+
+        Or the place of any file, unless `force`.
+        """
         if output.exists() and output.samefile(self.weights_file):
             raise UsageError(
                 "the output is the input", where=output, fix="name another file with -o"
             )
-        if output.suffix in (".pt", ".pth"):
+        if output.suffix.lower() in (".pt", ".pth"):
             raise UsageError(
                 "the output is no checkpoint", got=output.name, expected="a name as model.tdt",
                 where=output, fix="name another file with -o",
             )  # fmt: skip
+        refuse_existing(output, force)
 
 
 def _kind(path: Path) -> Kind:
     """Return what a path holds; raises InputFileError for a folder without a finished model."""
     if not path.is_dir():
-        return "checkpoint" if path.suffix in (".pt", ".pth") else "tdt"
+        return "checkpoint" if path.suffix.lower() in (".pt", ".pth") else "tdt"
     if is_released_folder(path):
         return "release"
     if (path / CKPT).exists():

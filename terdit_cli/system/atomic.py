@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from terdit_cli.errors import EnvironmentProblem
+from terdit_cli.errors import EnvironmentProblem, UsageError
 
 
 @contextmanager
@@ -63,6 +63,15 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, 64 hexadecimal digits; raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_existing(target: Path, force: bool, what: str = "the output exists") -> None:
+    """Raise UsageError if a file is there that nobody asked to replace."""
+    if not force and os.path.isfile(target):  # noqa: PTH113 - False where it may not be looked at
+        raise UsageError(
+            what, got=target.name, where=target.parent,
+            fix="name another with -o, or replace it with --force",
+        )  # fmt: skip
 
 
 def check_writable(target: Path) -> None:

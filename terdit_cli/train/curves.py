@@ -97,7 +97,8 @@ def plot_runs(runs: Sequence[Path], out: Path) -> Path:
     """
     if not runs:
         raise UsageError("there is no run to plot", fix="terdit plot runs/quickstart")
-    if out.suffix not in SUFFIXES:
+    suffix = out.suffix.lower()
+    if suffix not in SUFFIXES:
         raise UsageError(
             "curves can't be drawn into this kind of file", got=out.name,
             expected=", ".join(SUFFIXES[:-1]) + f" or {SUFFIXES[-1]}", fix="-o curves.png",
@@ -112,9 +113,9 @@ def plot_runs(runs: Sequence[Path], out: Path) -> Path:
                 expected="the folder of a run that has logged a step",
                 fix="name a run folder, such as runs/quickstart",
             )  # fmt: skip
-    if out.suffix == ".html":
+    if suffix == ".html":
         _write_page(out, entries)
-    elif out.suffix == ".svg":
+    elif suffix == ".svg":
         write_whole(out, figures.standalone(figures.svg(draw_curves(entries), TITLE)))
     else:
         write_whole(out, figures.png(draw_curves(entries)))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 Terdit = Callable[..., Any]
@@ -120,12 +121,12 @@ def test_models_that_cannot_be_used(
     path = damaged(kind, tmp_path, small_run, small_tdt, evil)
     (tmp_path / "old.tdt").write_bytes(b"precious")
     sample = ("sample", "--prompt-class", 1, "--steps", 2, "--model", path, "-o", "x.png")
-    for words in (("pack", path, "-o", "old.tdt"), sample):
+    for words in (("pack", path, "-o", "old.tdt", "--force"), sample):
         message = refused(3, *words)
         assert path.name in message
         assert "Fix: " in message
     if path.suffix != ".tdt":
-        assert path.name in refused(3, "ternarize", path, "-o", "old.tdt")
+        assert path.name in refused(3, "ternarize", path, "-o", "old.tdt", "--force")
     assert (tmp_path / "old.tdt").read_bytes() == b"precious"
     assert not (tmp_path / "ran").exists()
 
@@ -178,12 +179,18 @@ def test_pack(
         (["--prompt-class", "1", "--vae", "some/vae"], 2, ["some/vae", "no VAE"]),
         (["--prompt-class", "1", "--backend", "gpu"], 4, ["'gpu' cannot run", "--backend auto"]),
         (["--prompt-class", "1", "--backend", "qpu"], 2, ["unknown backend"]),
-        (["--prompt-class", "1", "-o", "x.jpg"], 2, [".jpg", "-o sample.png"]),
+        (["--prompt-class", "1", "-o", "x.jpg"], 2, [".jpg", "-o x.png", "-o x.jpg/"]),
         (["--prompt-class", "1", "-o", "file"], 2, ["the output folder is a file"]),
         (["--prompt-class", "1", "-o", "file/x.png"], 4, ["file/x.png"]),
         (["--prompt-class", "1", "-o", "file/x.npz"], 4, ["file/x.npz"]),
         (["--prompt-class", "1", "-o", "file/x"], 4, ["file/x"]),
-        (["--prompt-class", "1", "-o", "folder.png"], 4, ["folder.png"]),
+        (
+            ["--prompt-class", "1", "-o", "old.npz"],
+            2,
+            ["the output exists: got old.npz", "--force"],
+        ),
+        (["--prompt-class", "1", "-o", "theirs.png"], 2, ["the output exists: got theirs.png"]),
+        (["--prompt-class", "1", "-o", "full"], 2, ["the folder holds images: got a.png"]),
         (["--prompt-class", "all", "-n", "30"], 2, ["got 300", "at most 256", "-o samples/"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
@@ -193,7 +200,10 @@ def test_sample(
     parts: list[str],
 ) -> None:  # fmt: skip
     (tmp_path / "file").touch()
-    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "old.npz").write_bytes(b"precious")
+    (tmp_path / "full").mkdir()
+    for name in ("theirs.png", "full/a.png"):
+        Image.new("L", (2, 2)).save(tmp_path / name)
     first = ("sample", "--model", small_tdt)
     message = refused(code, *first, "--steps", 2, *words)
     for part in parts:

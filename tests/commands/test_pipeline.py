@@ -125,7 +125,7 @@ def test_a_full_precision_run_is_fitted_with_a_plain_warning(
     errors = []
     for granularity in ("tensor", "row", "group128"):
         output = tmp_path / f"{granularity}.safetensors"
-        words = ("ternarize", parent_run, "-o", output, "--granularity", granularity)
+        words = ("ternarize", parent_run, "-o", output, "--force", "--granularity", granularity)
         done = terdit(*words)
         assert done.code == 0
         assert "warning:" in done.err
@@ -142,7 +142,7 @@ def test_pack_and_its_sizes(
     terdit: Terdit, small_run: Path, tmp_path: Path, codec: str, rest: str
 ) -> None:
     output = tmp_path / "new folder" / "m.tdt"
-    words = ("pack", small_run, "-o", output, "--codec", codec, "--rest", rest)
+    words = ("pack", small_run, "-o", output, "--force", "--codec", codec, "--rest", rest)
     done = terdit(*words)
     assert done.code == 0
     assert f"{output.stat().st_size:,} bytes" in done.out
@@ -226,7 +226,9 @@ def test_the_last_weights_of_a_run(terdit: Terdit, small_run: Path, tmp_path: Pa
         images[flag] = np.load(out)["arr_0"]
         assert terdit("pack", small_run, "-o", model, "--rest", "fp32", flag).code == 0
         exact = ("--backend", "reference", "--activations", "fp32")
-        values = one_object(terdit("sample", "--model", model, "-o", out, *words, *exact).out)
+        values = one_object(
+            terdit("sample", "--model", model, "-o", out, "--force", *words, *exact).out
+        )
         assert values["weights"] == flag[2:]
         assert np.array_equal(np.load(out)["arr_0"], images[flag])
     assert not np.array_equal(images["--ema"], images["--raw"])
@@ -240,7 +242,7 @@ def test_threads_of_the_environment(
     runtime_left_alone: None,
 ) -> None:
     words = ("sample", "--model", small_tdt, "--prompt-class", 1, "--steps", 2, "--json")
-    words += ("-o", tmp_path / "a.npz")
+    words += ("-o", tmp_path / "a.npz", "--force")
     monkeypatch.setenv("TERDIT_THREADS", "2")
     assert one_object(terdit(*words).out)["threads"] == 2
     assert one_object(terdit(*words, "--threads", 1).out)["threads"] == 1  # a flag wins
@@ -285,7 +287,7 @@ def test_runtime_options_that_cannot_be(
 def drawn(terdit: Terdit, model: Path, output: Path, *words: object) -> Any:
     """Return the .npz that `terdit sample` writes."""
     steps = ("--sampler", "ddpm", "--steps", 8)
-    done = terdit("sample", "--model", model, "-o", output, *steps, *words)
+    done = terdit("sample", "--model", model, "-o", output, "--force", *steps, *words)
     assert done.code == 0, done.err
     return np.load(output)
 
@@ -320,7 +322,18 @@ def test_the_batch_that_a_gpu_has_room_for(
     monkeypatch.setattr(LoadedModel, "largest_batch", lambda model, guided: 3 if guided else 6)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 8 * 10**9))
     output = tmp_path / "a.npz"
-    words = ("sample", "--model", small_tdt, "--prompt-class", "all", "--steps", 2, "-o", output)
+    words = (
+        "sample",
+        "--model",
+        small_tdt,
+        "--prompt-class",
+        "all",
+        "--steps",
+        2,
+        "--force",
+        "-o",
+        output,
+    )
     done = terdit(*words, "--device", "auto")
     assert done.code == 0, done.err
     assert "--batch-size 3: the GPU has too little memory for 8" in done.err
@@ -373,15 +386,59 @@ def test_a_folder_of_images(terdit: Terdit, small_run: Path, tmp_path: Path) -> 
     values = one_object(done.out)
     assert (values["images"], values["nfe"], values["classes"]) == (4, 4, [2, 4])
     assert sorted(path.name for path in output.iterdir()) == [
-        "class0002-image000002.png",
-        "class0002-image000012.png",
-        "class0004-image000004.png",
-        "class0004-image000014.png",
+        "000000-class0002.png",
+        "000001-class0002.png",
+        "000002-class0004.png",
+        "000003-class0004.png",
     ]
-    with Image.open(output / "class0004-image000014.png") as picture:
+    with Image.open(output / "000003-class0004.png") as picture:
         assert picture.size == (28, 28)
         assert picture.text["class"] == "Coat"  # type: ignore[attr-defined]
         assert picture.text["index"] == "14"  # type: ignore[attr-defined]
+
+
+def test_nothing_of_the_user_is_replaced_without_being_asked(
+    terdit: Terdit, small_run: Path, small_tdt: Path, tmp_path: Path
+) -> None:
+    sample = ("sample", "--model", small_tdt, "--steps", 2, "--prompt-class")
+    for name, words in (
+        ("model.tdt", ("pack", small_run)),
+        ("model.safetensors", ("ternarize", small_run)),
+        ("a.npz", (*sample, 1)),
+        ("theirs.png", (*sample, 1)),
+    ):
+        path = tmp_path / name
+        path.write_bytes(b"precious")
+        done = terdit(*words, "-o", path)
+        assert (done.code, path.read_bytes()) == (2, b"precious")
+        assert f"the output exists: got {name}" in done.err
+        assert terdit(*words, "-o", path, "--force").code == 0
+        assert path.read_bytes() != b"precious"
+    # A grid of this command says how to make it again.
+    assert terdit(*sample, 2, "-o", tmp_path / "theirs.png").code == 0
+    folder = tmp_path / "cfg-1.5-seed-0"
+    assert terdit(*sample, "1,2", "-o", f"{folder}/").code == 0
+    assert terdit(*sample, "1,2", "-o", folder).code == 2
+    assert terdit(*sample, "3", "-o", folder, "--force").code == 0
+    assert [path.name for path in folder.iterdir()] == ["000000-class0003.png"]
+
+
+@pytest.mark.parametrize("name", ["DiT-256-cfg-1.5-seed-0/", "v1.5", "x.PNG/", "a.folder/"])
+def test_folders_with_dots_in_their_names(
+    terdit: Terdit, small_tdt: Path, tmp_path: Path, name: str
+) -> None:
+    words = ("sample", "--model", small_tdt, "--prompt-class", "1", "--steps", 2)
+    assert terdit(*words, "-o", f"{tmp_path}/{name}").code == 0
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["000000-class0001.png"]
+
+
+def test_suffixes_in_capitals(terdit: Terdit, small_tdt: Path, tmp_path: Path) -> None:
+    words = ("sample", "--model", small_tdt, "--prompt-class", "1", "--steps", 2)
+    assert terdit(*words, "-o", tmp_path / "OUT.PNG").code == 0
+    with Image.open(tmp_path / "OUT.PNG") as picture:
+        assert picture.format == "PNG"
+    assert terdit(*words, "-o", tmp_path / "OUT.NPZ").code == 0
+    assert np.load(tmp_path / "OUT.NPZ")["arr_0"].shape == (1, 28, 28, 3)
 
 
 def test_which_model_is_meant(

@@ -293,7 +293,7 @@ def test_more_processes_than_batches(terdit: Terdit, small_tdt: Path, tmp_path: 
 @pytest.mark.slow
 def test_a_process_that_cannot_write_ends_the_job(small_tdt: Path, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    blocked = tmp_path / "folder" / "class0007-image000037.png"  # of the second process
+    blocked = tmp_path / "folder" / "000003-class0007.png"  # of the second process
     blocked.mkdir()
     code, out, err = run_together(drawing(small_tdt, tmp_path / "folder"), 2)
     assert code != 0
