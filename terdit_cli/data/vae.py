@@ -11,22 +11,14 @@ h = H / downsample.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
-from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
-from terdit_cli.system.torchvision_shim import import_vision
+from terdit_cli.data.vae_files import load_autoencoder
+from terdit_cli.errors import InputFileError, UsageError
 
-VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
-# What the system says where a download cannot be kept.
-_NOT_KEPT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-_WEIGHTS = "diffusion_pytorch_model"
-_MAX_CONFIG_BYTES = 1 << 20
 _LUMA = (19595, 38470, 7471)  # of red, green and blue / 2**16, ITU-R 601, as Pillow rounds them
 
 
@@ -96,7 +88,7 @@ class VaeSpace:
     ) -> None:
         self.device = torch.device(device)
         self.dtype = dtype
-        vae = _load(vae_id_or_folder)
+        vae = load_autoencoder(vae_id_or_folder)
         if vae.config.in_channels != 3 or vae.config.out_channels != 3:
             raise InputFileError(
                 "the VAE is not for colour images",
@@ -201,128 +193,3 @@ def _to_images(pixels: torch.Tensor) -> torch.Tensor:
     """Turn [B, 1 or 3, H, W] around [-1, 1] into uint8 [B, H, W, 3], rounding as DiT does."""
     levels = (127.5 * pixels.float() + 128).clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
-
-
-def _load(vae: str) -> Any:
-    """Load an autoencoder from a folder, else from the hub."""
-    folder = Path(vae).expanduser()
-    # Looked at before diffusers sees it, whose answer to a wrong path is "no connection".
-    if folder.exists():
-        return _load_folder(folder)
-    if vae.startswith(("/", ".", "~")) or vae.count("/") > 1:
-        raise InputFileError("VAE folder not found", where=folder, fix="check the path")
-    return _load_hub(vae)
-
-
-def _load_folder(folder: Path) -> Any:
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        raise InputFileError(
-            "no VAE here",
-            got="no config.json",
-            expected="a folder in diffusers' format: config.json and the weights",
-            where=folder,
-            fix="give the folder that holds the VAE's config.json",
-        )
-    try:
-        if config_path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ValueError(f"{config_path.stat().st_size} bytes")
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputFileError(
-            "cannot read the VAE's config",
-            got=str(error),
-            expected="a JSON object",
-            where=config_path,
-            fix="copy or download the folder again",
-        ) from error
-    model_class = _model_class(config, config_path)
-    has_safetensors = (folder / f"{_WEIGHTS}.safetensors").is_file()
-    if not has_safetensors and not (folder / f"{_WEIGHTS}.bin").is_file():
-        raise InputFileError(
-            "the VAE has no weights",
-            expected=f"{_WEIGHTS}.safetensors or {_WEIGHTS}.bin",
-            where=folder,
-            fix="copy or download the folder again",
-        )
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError
-
-    try:
-        # diffusers reads .bin files with weights_only=True.
-        model, info = model_class.from_pretrained(
-            folder,
-            use_safetensors=has_safetensors,
-            output_loading_info=True,
-            low_cpu_mem_usage=False,
-        )
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        UnpicklingError,
-        SafetensorError,
-    ) as error:
-        raise _corrupt(folder, (str(error) or type(error).__name__).splitlines()[0]) from error
-    # diffusers leaves what the file lacks at random values.
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise _corrupt(folder, f"no values for {len(missing)} tensors, first {missing[0]}")
-    return model
-
-
-def _load_hub(vae: str) -> Any:
-    autoencoder = import_vision("diffusers").AutoencoderKL
-    try:
-        model_class = _model_class(autoencoder.load_config(vae), vae)
-        return model_class.from_pretrained(vae, low_cpu_mem_usage=False)
-    except (OSError, ValueError) as error:
-        if refusal := _refusal(error):
-            raise EnvironmentProblem(
-                "cannot keep the VAE", got=refusal.strerror, where=refusal.filename or vae,
-                fix="set HF_HOME to a folder with room that can be written to",
-            ) from error  # fmt: skip
-        raise EnvironmentProblem(
-            "cannot get the VAE",
-            # Not the library's reason: without a network it says that the model lacks a file.
-            got="no such folder here, and no such model from the hub or its cache",
-            expected="a folder, or a model id of the Hugging Face hub and a network",
-            where=vae,
-            fix="download it elsewhere and give its folder",
-        ) from error
-
-
-def _refusal(error: BaseException | None) -> OSError | None:
-    """Return what the system refused, behind the library's own errors; None if nothing."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _NOT_KEPT:
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _model_class(config: dict[str, Any], where: object) -> Any:
-    name = config.get("_class_name")
-    if name not in VAE_CLASSES:
-        raise InputFileError(
-            "not a supported VAE",
-            got=f"_class_name {name!r}",
-            expected=" or ".join(VAE_CLASSES),
-            where=where,
-            fix="give the folder or id of such a model",
-        )
-    return getattr(import_vision("diffusers"), name)
-
-
-def _corrupt(folder: Path, got: str) -> InputFileError:
-    return InputFileError(
-        "cannot load the VAE",
-        got=got,
-        expected="weights that fit its config.json",
-        where=folder,
-        fix="copy or download the folder again",
-    )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from terdit_cli.data import vae as vae_module
+from terdit_cli.data import vae_files
 from terdit_cli.data.vae import PixelSpace, VaeSpace
 from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.system.torchvision_shim import import_vision
@@ -210,7 +210,7 @@ def test_broken_folders(damage: str, reason: str, folders: dict[str, Path], tmp_
     elif damage == "list config":
         config.write_text("[]")
     elif damage == "large config":
-        config.write_text(" " * (vae_module._MAX_CONFIG_BYTES + 1))
+        config.write_text(" " * (vae_files._MAX_CONFIG_BYTES + 1))
     elif damage == "other class":
         config.write_text(json.dumps(values | {"_class_name": "UNet2DModel"}))
     elif damage == "no weights":
@@ -232,9 +232,13 @@ def test_broken_folders(damage: str, reason: str, folders: dict[str, Path], tmp_
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("path", ["/nowhere/vae", "./vae", "~/no/vae", "a/b/c"])
+@pytest.mark.parametrize(
+    "path", ["/nowhere/vae", "./vae", "~/no/vae", "a/b/c", "vae", "runs/vae/", "x/y.safetensors"]
+)
 def test_missing_folder(path: str) -> None:
-    with pytest.raises(InputFileError, match=r"VAE folder not found.*vae|b/c.*Fix: check the path"):
+    with pytest.raises(
+        InputFileError, match=r"VAE folder not found.*(vae|b/c|x/y).*Fix: check the path"
+    ):
         VaeSpace(path, 1.0)
 
 
@@ -248,5 +252,131 @@ def test_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         VaeSpace("someone/no-such-vae", SCALE)
     message = str(caught.value)
     assert "someone/no-such-vae" in message
-    assert "Fix: download it elsewhere and give its folder" in message
+    assert "hf download someone/no-such-vae" in message
+    assert "--vae" in message
     assert caught.value.exit_code == 4
+
+
+def test_cached_model_needs_no_network(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import_vision("diffusers")
+    import huggingface_hub
+
+    calls = []
+
+    def snapshot(name: str, *, local_files_only: bool, **_: Any) -> str:
+        calls.append(local_files_only)
+        if local_files_only:
+            raise FileNotFoundError
+        return str(folders["AutoencoderKL"])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert VaeSpace("someone/vae", SCALE).channels == 4
+    assert calls == [True, False]
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **_: str(folders["AutoencoderKL"])
+    )
+    assert VaeSpace("someone/vae", SCALE).channels == 4
+
+
+# --- folders as people have them ------------------------------------------------------------------
+
+
+def same(space: VaeSpace, folder: Path, tolerance: float = 0.0) -> None:
+    images = noise(1, 16, 16, 3)
+    expected = VaeSpace(str(folder), SCALE).encode(images)
+    torch.testing.assert_close(space.encode(images), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_half_precision_only(folders: dict[str, Path], tmp_path: Path) -> None:
+    make_vae("AutoencoderKL").half().save_pretrained(tmp_path / "vae", variant="fp16")
+    assert [file.name for file in (tmp_path / "vae").glob("*.safetensors")] == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]
+    space = VaeSpace(str(tmp_path / "vae"), SCALE)
+    assert space.encode(noise(1, 16, 16, 3)).dtype == torch.float32
+    same(space, folders["AutoencoderKL"], 2e-3)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_with_an_index(
+    variant: str | None, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "vae"
+    make_vae("AutoencoderKL").save_pretrained(folder, max_shard_size="20KB", variant=variant)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    same(VaeSpace(str(folder), SCALE), folders["AutoencoderKL"])
+    index = next(folder.glob("*.index*.json"))
+    values = json.loads(index.read_text())
+    for name in ("../elsewhere.safetensors", "gone.safetensors", 7):
+        values["weight_map"]["encoder.conv_in.weight"] = name
+        index.write_text(json.dumps(values))
+        with pytest.raises(InputFileError, match="which is no file of the folder"):
+            VaeSpace(str(folder), SCALE)
+
+
+def test_a_whole_pipeline(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    copy(folders["AutoencoderKL"], tmp_path / "pipeline" / "vae")
+    same(VaeSpace(str(tmp_path / "pipeline"), SCALE), folders["AutoencoderKL"])
+
+
+def test_one_file_beside_its_config(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(folders["AutoencoderKL"], tmp_path / "vae")
+    same(VaeSpace(str(folder / WEIGHTS), SCALE), folders["AutoencoderKL"])
+    with pytest.raises(InputFileError, match=r"not a VAE: got config\.json"):
+        VaeSpace(str(folder / "config.json"), SCALE)
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:500])
+    with pytest.raises(InputFileError, match="cannot load the VAE"):
+        VaeSpace(str(folder / WEIGHTS), SCALE)
+
+
+@pytest.mark.slow
+def test_stable_diffusions_own_file(tmp_path: Path) -> None:
+    """Names of tensors as in the original repository, no config: vae-ft-mse-840000's form."""
+    from safetensors.torch import save_file
+
+    config = {k: v for k, v in vae_files._STABLE_DIFFUSION.items() if not k.startswith("_")}
+    torch.manual_seed(0)
+    model = import_vision("diffusers").AutoencoderKL(**config)
+    model.save_pretrained(tmp_path / "vae")
+    save_file(original_names(model.state_dict()), tmp_path / "sd.safetensors")
+    same(VaeSpace(str(tmp_path / "sd.safetensors"), SCALE), tmp_path / "vae")
+
+
+def original_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return an autoencoder's tensors under the names of CompVis's repository."""
+    found = {}
+    for name, value in state.items():
+        half, _, rest = name.partition(".")
+        if half in ("quant_conv", "post_quant_conv"):
+            found[name] = value
+            continue
+        parts = rest.split(".")
+        if parts[0] in ("down_blocks", "up_blocks"):
+            up = parts[0] == "up_blocks"
+            level = 3 - int(parts[1]) if up else int(parts[1])
+            if parts[2] == "resnets":
+                tail = ".".join(parts[4:]).replace("conv_shortcut", "nin_shortcut")
+                new = f"{'up' if up else 'down'}.{level}.block.{parts[3]}.{tail}"
+            else:
+                sampler = "upsample" if up else "downsample"
+                new = f"{'up' if up else 'down'}.{level}.{sampler}.conv.{parts[-1]}"
+        elif parts[0] == "mid_block" and parts[1] == "resnets":
+            new = f"mid.block_{int(parts[2]) + 1}." + ".".join(parts[3:])
+        elif parts[0] == "mid_block":
+            renamed = {
+                "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out",
+            }  # fmt: skip
+            new = f"mid.attn_1.{renamed[parts[3]]}.{parts[-1]}"
+            if parts[3] != "group_norm" and value.ndim == 2:
+                value = value[:, :, None, None]
+        else:
+            new = rest.replace("conv_norm_out", "norm_out")
+        found[f"first_stage_model.{half}.{new}"] = value.contiguous()
+    return {
+        name if name.startswith("first") else f"first_stage_model.{name}": value
+        for name, value in found.items()
+    }
