@@ -209,7 +209,7 @@ def _download(vae: str) -> Path:
             got="no such folder here, and no such model from the hub or its cache",
             expected="a folder, or a model id of the Hugging Face hub and a network",
             where=vae,
-            fix=f"hf download {vae} --local-dir VAE, where there is a network; then give its folder "
+            fix=f"hf download {vae} --local-dir VAE where there is a network; then give its folder "
             "(sample and eval-fid --vae VAE, a recipe data.vae=VAE)",
         ) from error
 

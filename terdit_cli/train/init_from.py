@@ -2,41 +2,49 @@
 
 Master weights are copied. A learned alpha that the other run does not have is computed from the
 copied master weights, as `ternary.alpha_init` says, and a norm after adaLN that it does not have
-starts as ones. Continuing to train a full-precision model as a ternary one is the "16-to-1.58-bit"
-schedule of Nielsen et al. (arXiv 2502.11895).
+starts as ones. Of other classes, the rows of the label embedding whose names agree are copied, and
+the others stay freshly initialised. Continuing to train a full-precision model as a ternary one is
+the "16-to-1.58-bit" schedule of Nielsen et al. (arXiv 2502.11895).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from terdit_cli import console
 from terdit_cli.errors import UsageError
-from terdit_cli.model.ckpt import ckpt_in, load_ckpt
+from terdit_cli.model.ckpt import Checkpoint, ckpt_in, load_ckpt
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.layout import ADALN_NORM
 from terdit_cli.model.ternary import TernaryLinear
 
 _ALPHAS = ".alphas"
+_LABELS = "y_embedder.embedding_table.weight"
 
 
 @torch.no_grad()
-def copy_weights(network: DiT, path: Path) -> None:
+def copy_weights(network: DiT, path: Path, class_names: Sequence[str]) -> None:
     """Copy the EMA weights of a finished run into a freshly built network.
 
     Args:
         network: not yet sharded or replicated.
         path: a ckpt.pt, or the run folder that holds one.
+        class_names: of the network's classes, [num_classes].
 
     Raises:
         InputFileError: no checkpoint of terdit.
         UsageError: of another architecture, or ternary where the network is not.
     """
     path = ckpt_in(path)
-    theirs = load_ckpt(path).state_dict("ema")
+    checkpoint = load_ckpt(path)
+    theirs = dict(checkpoint.state_dict("ema"))
     own: dict[str, Tensor] = dict(network.named_parameters())
+    if _LABELS in theirs and theirs[_LABELS].shape[1:] == own[_LABELS].shape[1:]:
+        theirs[_LABELS] = _label_rows(network, own[_LABELS], checkpoint, class_names, path)
     _check_fit(own, theirs, path)
     for name, parameter in own.items():
         if name in theirs:
@@ -44,6 +52,32 @@ def copy_weights(network: DiT, path: Path) -> None:
     for name, module in network.named_modules():
         if isinstance(module, TernaryLinear) and name + _ALPHAS not in theirs:
             module.reset_alphas()
+
+
+def _label_rows(
+    network: DiT, own: Tensor, checkpoint: Checkpoint, class_names: Sequence[str], path: Path
+) -> Tensor:
+    """Return the label embedding to start from, [rows, A], and say which rows are new."""
+    theirs = checkpoint.state_dict("ema")[_LABELS]
+    config, other = network.config, checkpoint.info.config
+    places = {name: row for row, name in enumerate(checkpoint.info.class_names)}
+    kept = {row: places[name] for row, name in enumerate(class_names) if name in places}
+    alike = config.num_classes == other.num_classes and config.null_class == other.null_class
+    if alike and (not kept or kept == {row: row for row in range(config.num_classes)}):
+        return theirs
+    rows = own.clone()
+    for row, place in kept.items():
+        rows[row] = theirs[place]
+    null = "none" if config.null_class is None else "new"
+    if config.null_class is not None and other.null_class is not None:
+        rows[config.null_class] = theirs[other.null_class]
+        null = "kept"
+    console.note(
+        f"train.init_from {path}: {other.num_classes} classes there, {config.num_classes} here; "
+        f"label rows: {len(kept)} kept by name, {config.num_classes - len(kept)} new, "
+        f"null class {null}"
+    )
+    return rows
 
 
 def _check_fit(own: dict[str, Tensor], theirs: dict[str, Tensor], path: Path) -> None:

@@ -113,7 +113,7 @@ class Trainer:
         seed_weights(recipe.seed)
         self.network: DiT = build.build_network(recipe)  # owns the parameters
         if start is not None:
-            copy_weights(self.network, start)
+            copy_weights(self.network, start, source.class_names)
         self._teacher = load_teacher(recipe, job.device)
         self._features = None
         if self._teacher is not None and (weight := recipe.distill.features):

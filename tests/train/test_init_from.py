@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from terdit_cli.commands.train import TrainResult
+from terdit_cli.data.sources.idx import FASHION_CLASSES
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.ternary import least_squares_alphas, ternarize
@@ -58,7 +59,7 @@ def test_learned_scales_come_along(
     theirs = load_ckpt(tmp_path / "first" / "ckpt.pt").ema
     recipe = load_recipe(recipe_path, ["ternary.alpha_init=randn"])
     network = build.build_network(recipe)
-    copy_weights(network, tmp_path / "first")
+    copy_weights(network, tmp_path / "first", FASHION_CLASSES)
     assert all(torch.equal(p, theirs[name]) for name, p in network.named_parameters())
 
 
@@ -67,7 +68,7 @@ def test_random_scales_stay_random(recipe_path: Path, baseline: Path) -> None:
     seed_weights(1)
     network = build.build_network(recipe)
     before = {n: p.clone() for n, p in network.named_parameters() if n.endswith(".alphas")}
-    copy_weights(network, baseline)
+    copy_weights(network, baseline, FASHION_CLASSES)
     own = dict(network.named_parameters())
     assert all(own[name].abs().max() > 0 for name in before)
     assert any(own[name] < 0 for name in before)
@@ -99,7 +100,7 @@ def test_weights_of_another_model_are_refused(
 ) -> None:
     network = build.build_network(load_recipe(recipe_path, words))
     with pytest.raises(UsageError, match="do not fit the model") as caught:
-        copy_weights(network, baseline)
+        copy_weights(network, baseline, FASHION_CLASSES)
     assert problem in str(caught.value)
 
 
@@ -109,10 +110,40 @@ def test_a_ternary_start_of_a_full_precision_run_is_refused(
     train(tmp_path / "ternary", "train.steps=1")
     network = build.build_network(load_recipe(recipe_path, [TWIN]))
     with pytest.raises(UsageError, match="alphas"):
-        copy_weights(network, tmp_path / "ternary")
+        copy_weights(network, tmp_path / "ternary", FASHION_CLASSES)
 
 
 def test_no_checkpoint_there(train: Train, tmp_path: Path) -> None:
     with pytest.raises(InputFileError, match=r"none\.pt"):
         train(tmp_path / "run", f"train.init_from={tmp_path / 'none.pt'}")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "expected", "said"),
+    [
+        (["Bag", "Kimono"], [8, None, 10], "2 here; label rows: 1 kept by name, 1 new"),
+        ([f"new {k}" for k in range(12)], [None] * 12 + [10], "12 here; label rows: 0 kept"),
+        (FASHION_CLASSES[::-1], [*range(9, -1, -1), 10], "10 here; label rows: 10 kept by name"),
+        ([str(k) for k in range(10)], [*range(11)], None),  # as many without a name in common
+        (FASHION_CLASSES, [*range(11)], None),
+    ],
+)
+def test_other_classes_keep_the_rows_of_their_names(
+    recipe_path: Path,
+    baseline: Path,
+    names: list[str],
+    expected: list[int | None],
+    said: str | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    network = build.build_network(load_recipe(recipe_path, [f"model.num_classes={len(names)}"]))
+    fresh = network.y_embedder.embedding_table.weight.detach().clone()
+    copy_weights(network, baseline, names)
+    theirs = load_ckpt(baseline / "ckpt.pt").ema["y_embedder.embedding_table.weight"]
+    rows = network.y_embedder.embedding_table.weight
+    for row, place in enumerate(expected):
+        assert torch.equal(rows[row], fresh[row] if place is None else theirs[place]), row
+    told = capsys.readouterr().err
+    assert (said or "") in told
+    assert ("label rows" in told) == (said is not None)
