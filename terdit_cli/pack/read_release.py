@@ -1,9 +1,11 @@
-"""Other people's checkpoints in: the folders that TerDiT's authors released.
+"""Other people's checkpoints in: the folders that TerDiT's authors released, or trained.
 
 A folder holds `consolidated[_ema]_ternary.00-of-01.pth`, a flat state dict with uint8 matrices
-packed by quarters (`pack/trits.py`), and `model_args.pth`, the training arguments. Shapes come
-from the tensors; heads, which no shape shows, from the model's name or from the caller. Labels
-are in the text order of class numbers, because upstream trained on folders named "0", "1", "10".
+packed by quarters (`pack/trits.py`), and `model_args.pth`, the training arguments. A folder of
+their training holds `consolidated[_ema].00-of-01.pth` instead, with master weights, which are
+ternarized here as their forward does it. Shapes come from the tensors; heads, which no shape shows,
+from the model's name or from the caller. Labels are in the text order of class numbers, because
+upstream trained on folders named "0", "1", "10".
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ from terdit_cli.model.ckpt import check_state_dict, load_tensors
 from terdit_cli.model.dit import SIZES, DiTConfig
 from terdit_cli.model.info import LARGEST_INTEGER, ModelInfo, SpaceInfo, check_types
 from terdit_cli.model.layout import ADALN_NORM, GATE_MATRIX, KEY_MATRIX, Q_NORM
-from terdit_cli.model.ternary import TernaryConfig
+from terdit_cli.model.ternary import TernaryConfig, ternarize
 from terdit_cli.pack.exported import StateDictModel, check_fit
 from terdit_cli.pack.trits import CODECS, released_decode
 
 ARGUMENTS_FILE = "model_args.pth"
-_WEIGHT_FILES = ("consolidated_ema_ternary.00-of-01.pth", "consolidated_ternary.00-of-01.pth")
+_PACKED = "_ternary"
+_WEIGHT_FILES = tuple(
+    f"consolidated{ema}{packed}.00-of-01.pth" for packed in (_PACKED, "") for ema in ("_ema", "")
+)
 _SIZE_OF_NAME = {"600M": "600m", "3B": "4.2b", "7B": "7b"}
 _VAE_IDS = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 _VAE_DOWNSAMPLE = 8
@@ -43,12 +48,14 @@ _SHOWN = (
 
 
 def is_released_folder(path: Path) -> bool:
-    """Return whether `path` is a folder as TerDiT's authors release them."""
-    return path.is_dir() and ((path / ARGUMENTS_FILE).exists() or any(path.glob("*_ternary.*.pth")))
+    """Return whether `path` is a folder as TerDiT's authors release or train them."""
+    return path.is_dir() and (
+        (path / ARGUMENTS_FILE).exists() or any(path.glob("consolidated*.pth"))
+    )
 
 
 def released_weights(folder: Path) -> Path:
-    """Return the file of a released folder that holds its ternary weights, the averaged if both.
+    """Return the file that holds a folder's weights: packed before masters, averaged before raw.
 
     Raises:
         InputFileError: none is there.
@@ -57,7 +64,7 @@ def released_weights(folder: Path) -> Path:
         if (folder / name).exists():
             return folder / name
     raise InputFileError(
-        "no packed weights in the folder",
+        "no weights in the folder",
         got=", ".join(sorted(path.name for path in folder.glob("*.pth"))) or "no .pth files",
         expected=_WEIGHT_FILES[0],
         where=folder,
@@ -77,6 +84,7 @@ class ReleasedFolder(StateDictModel):
         _check_overrides(overrides, folder)
         self._where = folder
         self.path = weights = released_weights(folder)
+        self._factor = 4 if _PACKED in weights.name else 1  # rows of a matrix in one of the file
         self._state: dict[str, Tensor] = load_tensors(weights)
         check_state_dict(self._state, "the released file", weights)
         arguments = self._read_arguments()
@@ -95,7 +103,7 @@ class ReleasedFolder(StateDictModel):
         shapes = {key: tuple(tensor.shape) for key, tensor in self._state.items()}
         matrices = {f"{name}.weight" for name in self.ternary_names()}
         for key in matrices & shapes.keys():
-            shapes[key] = (4 * shapes[key][0], *shapes[key][1:]) if shapes[key] else ()
+            shapes[key] = (self._factor * shapes[key][0], *shapes[key][1:]) if shapes[key] else ()
         check_fit(config, info.ternary, shapes, folder, "download the released folder again")
 
     def _read_arguments(self) -> argparse.Namespace:
@@ -168,7 +176,7 @@ class ReleasedFolder(StateDictModel):
                 where=self._where,
                 fix="give patch_size and in_channels",
             )
-        n_heads, n_kv_heads = self._heads(arguments, overrides, dim, 4 * kv_rows)
+        n_heads, n_kv_heads = self._heads(arguments, overrides, dim, self._factor * kv_rows)
         image_size = self._argument(arguments, "image_size", 256)
         if "input_size" not in overrides and image_size % (_VAE_DOWNSAMPLE * patch_size):
             raise self._wrong(
@@ -192,7 +200,7 @@ class ReleasedFolder(StateDictModel):
             learn_sigma=outputs != patch_inputs,
             qk_norm=f"{layer}.{Q_NORM}" in self._state,
             adaln_norm=f"{layer}.{ADALN_NORM}" in self._state,
-            **_ffn_fields(dim, 4 * rows),
+            **_ffn_fields(dim, self._factor * rows),
         )
         return self._agreed(config, overrides)
 
@@ -248,12 +256,14 @@ class ReleasedFolder(StateDictModel):
         return n_heads, None if n_kv_heads == n_heads else n_kv_heads
 
     def matrix_shape(self, name: str) -> tuple[int, int]:
-        quarter, columns = self._shape(f"{name}.weight", 2)
-        return 4 * quarter, columns
+        rows, columns = self._shape(f"{name}.weight", 2)
+        return self._factor * rows, columns
 
     def trits(self, name: str) -> Tensor:
         key = f"{name}.weight"
         packed = self._state[key]
+        if self._factor == 1:
+            return ternarize(self._finite(key).float()).to(torch.int8)
         if packed.dtype != torch.uint8 or CODECS["t2"].has_invalid_codes(packed):
             raise InputFileError(
                 "the matrix is not packed trits",

@@ -214,7 +214,9 @@ def test_files_that_are_missing_or_foreign(folder, tmp_path):
     with pytest.raises(InputFileError, match=r"image_size = 'big'.*model_args.pth.*Fix: "):
         load_model(folder, n_heads=4)
     (folder / WEIGHTS).rename(folder / "consolidated_ema.00-of-01.pth")
-    with pytest.raises(InputFileError, match=r"no packed weights.*consolidated_ema.00-of-01"):
+    with pytest.raises(
+        InputFileError, match=r"no weights in the folder.*consolidated_ema_ternary.00-of-01"
+    ):
         load_model(folder, n_heads=4)
     torch.save([1], folder / WEIGHTS)
     with pytest.raises(InputFileError, match="the released file is not a state dict: got a list"):
@@ -302,3 +304,31 @@ def test_any_feed_forward_width_has_a_configuration(dim):
     for width in [4, 8, 12, 40, 132, 172, 340, 1000, 4100, 16388]:
         fields = _ffn_fields(dim, width)
         assert DiTConfig(dim=dim, n_heads=1, **fields).ffn_width == width
+
+
+@pytest.mark.parametrize("case_name", ["public_a", "public_b"])
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_a_folder_of_upstreams_training_is_ternarized(tmp_path, golden_case, case_name, weights):
+    """Master weights, consolidated[_ema].00-of-01.pth: the same model as its packed release."""
+    case = golden_case(case_name)
+    name = "consolidated_ema" if weights == "ema" else "consolidated"
+    torch.save(case.part("train"), tmp_path / f"{name}.00-of-01.pth")
+    torch.save(argparse.Namespace(image_size=64, qk_norm=True), tmp_path / ARGUMENTS_FILE)
+    heads = case.facts["model"]["n_heads"]
+    x, t, y = (case.tensors[f"in.{key}"] for key in "xty")
+    with torch.inference_mode():
+        network = load_model(tmp_path, activations="fp32", n_heads=heads)
+        assert (network(x, t, y) - case.tensors["out.packed"]).abs().max() <= 1e-5
+        with ReleasedFolder(tmp_path, n_heads=heads) as model:
+            assert model.info.weights == weights
+            write_tdt(model, tmp_path / "m.tdt", "t2", "fp32")
+        packed = load_model(tmp_path / "m.tdt", activations="fp32")
+        assert torch.equal(packed(x, t, y), network(x, t, y))
+
+
+def test_full_precision_training_of_others_is_not_taken_for_ternary(tmp_path, golden_case):
+    case = golden_case("public_a")
+    state = {key: value for key, value in case.part("train").items() if "alphas" not in key}
+    torch.save(state, tmp_path / "consolidated_ema.00-of-01.pth")
+    with pytest.raises(InputFileError, match="alphas"):
+        ReleasedFolder(tmp_path, n_heads=4)
