@@ -31,9 +31,14 @@ class TerditError(Exception):
         facts += [f"expected {expected}"] if expected is not None else []
         message = what + (": " + ", ".join(facts) if facts else "")
         message += f" ({where})" if where is not None else ""
-        message = message.rstrip(".") + "."
-        message += f" Fix: {fix.rstrip('.')}." if fix else ""
+        message = _sentence(message)
+        message += f" Fix: {_sentence(fix)}" if fix else ""
         super().__init__(message)
+
+
+def _sentence(text: str) -> str:
+    """Return a text with one full stop; the three of a list that goes on stay."""
+    return text if text.endswith("...") else text.rstrip(".") + "."
 
 
 class UsageError(TerditError):

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from terdit_cli.errors import InputFileError, UsageError, did_you_mean
 
 LARGEST_FILE = 1 << 20  # bytes
+MOST_KEYS = 10_000  # of one mapping
 _PLURALS = {"recipe": "recipes", "study": "studies"}
 
 
@@ -54,12 +55,22 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
+    if len(node.value) > MOST_KEYS:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{len(node.value)} keys, expected at most {MOST_KEYS}", node.start_mark
+        )
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} stands twice", node.start_mark
+                None, None, f"a {type(key).__name__} for a key", key_node.start_mark
             )
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} stands twice", key_node.start_mark
+            )
+        seen.add(key)
     return loader.construct_mapping(node)
 
 
@@ -83,12 +94,11 @@ def read_mapping(path: Path, kind: Literal["recipe", "study"]) -> dict[str, Any]
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST_FILE + 1)
-        text = data.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise InputFileError(
             f"cannot read the {kind}",
-            got=getattr(error, "strerror", None) or error,
+            got=error.strerror or error,
             where=path,
             fix=f"{_PLURALS[kind]} here: " + ", ".join(near)
             if near
@@ -99,6 +109,7 @@ def read_mapping(path: Path, kind: Literal["recipe", "study"]) -> dict[str, Any]
             f"the {kind} is too large", expected=f"at most {LARGEST_FILE} bytes", where=path,
             fix=f"give the path of a {kind}",
         )  # fmt: skip
+    text = _decoded(data, kind, path)
     try:
         values = parse_yaml(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -114,6 +125,21 @@ def read_mapping(path: Path, kind: Literal["recipe", "study"]) -> dict[str, Any]
             fix=f"start from a copy of a shipped {kind}",
         )  # fmt: skip
     return values
+
+
+def _decoded(data: bytes, kind: str, path: Path) -> str:
+    """Return the text of a file; raises InputFileError for other encodings than UTF-8."""
+    encoding = "UTF-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data else None
+    try:
+        if encoding is None:
+            return data.decode("utf-8-sig")  # Windows' editors begin with a mark
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        encoding = f"byte {data[error.start]:#04x} in line {line}, perhaps Latin-1 or Windows-1252"
+    raise InputFileError(
+        f"the {kind} is not UTF-8 text", got=encoding, expected="UTF-8", where=path,
+        fix="save it as UTF-8 in your editor",
+    )  # fmt: skip
 
 
 def mistakes(

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from terdit_cli import console
-from terdit_cli.errors import EnvironmentProblem
+from terdit_cli.errors import EnvironmentProblem, UsageError
 from terdit_cli.system.launcher import NEEDED
 
 
@@ -132,3 +132,10 @@ def test_a_pipe_gets_lines_whatever_the_environment_says(
         meter.update(1, "one")
         meter.update(2, "two")
     assert capsys.readouterr().err == "work: 1/2 one\nwork: 2/2 two\n"
+
+
+def test_an_error_ends_in_one_stop_and_a_list_that_goes_on_in_three() -> None:
+    assert str(UsageError("wrong.", fix="stop.")) == "wrong. Fix: stop."
+    assert (
+        str(UsageError("wrong", fix="name one of a, b, ...")) == "wrong. Fix: name one of a, b, ..."
+    )

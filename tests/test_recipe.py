@@ -133,7 +133,7 @@ def test_a_repeated_key_is_an_error(recipe_file: Path) -> None:
     recipe_file.write_text("name: a\noptim:\n  lr: 1\n  lr: 2\n")
     with pytest.raises(InputFileError, match="'lr' stands twice") as caught:
         load_recipe(recipe_file)
-    assert "line 3" in str(caught.value)
+    assert "line 4" in str(caught.value)
 
 
 def test_overrides_nested_split_at_the_first_equals_sign(recipe_file: Path) -> None:
@@ -189,8 +189,12 @@ def test_overrides_below_plain_values_and_broken_values(recipe_file: Path) -> No
         (b"# only a comment\n", "an empty file"),
         (b"- a\n- b\n", "a list"),
         (b"just text", "a str"),
-        (b"\x89PNG\r\n\x1a\n\x00\xff", "cannot read the recipe"),
-        (b"name: a\x00b", "not valid YAML"),
+        (b"\x89PNG\r\n\x1a\n\x00\xff", "is not UTF-8 text"),
+        (b"name: a\x00b", "not UTF-8 text: got UTF-16"),
+        ("name: caf\u00e9\n".encode("utf-16"), "not UTF-8 text: got UTF-16"),
+        ("name: a\n".encode("utf-16-le"), "not UTF-8 text: got UTF-16"),
+        ("a: 1\nname: caf\u00e9\n".encode("latin-1"), "got byte 0xe9 in line 2, perhaps Latin-1"),
+        (b"".join(b"k%d: 1\n" % key for key in range(60_000)), "60000 keys, expected at most"),
         (b"name: [a", "not valid YAML"),
         (b"{[1]: 2}", "not valid YAML"),
         (b"name: 2001-99-99", "not valid YAML"),
@@ -207,6 +211,12 @@ def test_files_that_are_no_recipe(recipe_file: Path, content: bytes, match: str)
     assert str(recipe_file) in str(caught.value)
     assert "Fix: " in str(caught.value)
     assert caught.value.exit_code == 3
+
+
+def test_a_byte_order_mark_is_no_mistake(recipe_file: Path) -> None:
+    """Windows' editors write one at the start of UTF-8."""
+    recipe_file.write_bytes(b"\xef\xbb\xbf" + b"name: marked\n")
+    assert load_recipe(recipe_file).name == "marked"
 
 
 def test_a_missing_file_names_the_recipes_beside_it(recipe_file: Path) -> None:

@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 import traceback
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -104,6 +105,8 @@ def main() -> None:
     A stop signal becomes an exception, so that half-written files are removed; training, while it
     runs, handles them itself (`train/loop.py`).
     """
+    # Of images with damaged tags, without saying which; their pixels are read whole or refused.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     code: Any = 0
     try:
         _refuse_empty(sys.argv[1:])

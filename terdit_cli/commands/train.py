@@ -172,6 +172,13 @@ def _find_checkpoint(resume: str | None, run_folder: Path, job: Job) -> Saved | 
             )
         console.note(f"no complete checkpoint in {run_folder}: starting a new run")
         return None
+    if Path(resume).is_file():
+        raise UsageError(
+            "--resume takes a checkpoint folder", got=f"the file {Path(resume).name}",
+            expected=f"RUN/{FOLDER}/step-*, which holds the state of the optimizer too",
+            where=resume,
+            fix=f"start a new run from these weights: train.init_from={resume}",
+        )  # fmt: skip
     if (Path(resume) / FOLDER).is_dir():
         raise UsageError(
             "--resume takes a checkpoint, not a run folder", where=resume,

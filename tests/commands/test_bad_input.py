@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ Evil = Callable[[Path], object]
         (["data.source=zip", "data.split=null", "data.path=bad.zip"], 3, ["bad.zip", "Fix: "]),
         (["data.source=folder", "data.split=null", "data.path=empty"], 3, ["no images found"]),
         (["--resume", "nowhere"], 3, ["nowhere", "--resume auto"]),
+        (["--resume", "bad.zip"], 2, ["checkpoint folder: got the file", "init_from=bad.zip"]),
         (["--out", "taken"], 4, ["taken", "Fix: name a folder you can write to"]),
         (["--out", "taken/below"], 4, ["taken/below", "a file where a folder is needed"]),
         (["sample.steps=1", "sample.sampler=ddpm"], 2, ["steps"]),
@@ -224,3 +227,23 @@ def test_guidance_of_a_model_without_a_null_class(
     output = folder.parent / "x.png"
     done = terdit(*sample, "--cfg-scale", 1, "-o", output, "--json")
     assert json.loads(done.out)["nfe"] == 2
+
+
+@pytest.mark.slow
+def test_a_damaged_tag_of_an_image_is_not_told_without_its_name(
+    small_recipe: Path, tmp_path: Path
+) -> None:
+    """Pillow warns of a JPEG's broken EXIF, without saying of which file."""
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    tags = b"Exif\0\0MM\0*\0\0\0\x08\0\x01"
+    for index in range(8):
+        path = tmp_path / "images" / "a" / f"{index}.jpg"
+        Image.new("RGB", (28, 28)).save(path, exif=tags)
+    data = ["data.source=folder", f"data.path={tmp_path / 'images'}", "data.split=null"]
+    words = ["train", small_recipe, *data, "model.num_classes=1", "train.steps=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "terdit_cli", *words, "--out", tmp_path / "run"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "EXIF" not in done.stderr

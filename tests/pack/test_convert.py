@@ -213,7 +213,7 @@ def test_files_that_are_missing_or_foreign(folder, tmp_path):
     torch.save(argparse.Namespace(image_size="big"), folder / ARGUMENTS_FILE)
     with pytest.raises(InputFileError, match=r"image_size = 'big'.*model_args.pth.*Fix: "):
         load_model(folder, n_heads=4)
-    (folder / WEIGHTS).rename(folder / "consolidated_ema.00-of-01.pth")
+    (folder / WEIGHTS).rename(folder / "consolidated_ema.00-of-02.pth")
     with pytest.raises(
         InputFileError, match=r"no weights in the folder.*consolidated_ema_ternary.00-of-01"
     ):
