@@ -14,7 +14,7 @@ from PIL import Image
 import terdit_cli
 from terdit_cli import console
 from terdit_cli.class_names import find_classes, numbers_that_are_names
-from terdit_cli.diffusion.sampler import SamplerConfig, prepare
+from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.errors import UsageError
 from terdit_cli.generate.find_model import find_model
 from terdit_cli.generate.generator import (
@@ -112,7 +112,6 @@ def run(
             "cfg_scale": f"{config.cfg_scale:g} ({config.cfg_channels} channels)",
             "eps_scale": f"{config.eps_scale:g}",
         }
-        prepare(config)
         started = time.monotonic()
         drawn = _draw(generator, config, sampling.seed, indices, size, job, target, text)
         seconds = time.monotonic() - started

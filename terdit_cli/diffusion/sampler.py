@@ -2,7 +2,7 @@
 
     ddpm      x_{t-1} = mean(x_t) + exp(log variance / 2) noise_k      (Ho et al. 2020)
     ddim      x_{t-1} = sqrt(ab') x0 + sqrt(1 - ab' - s^2) eps + s noise_k   (Song et al. 2021)
-    dpmpp-2m, unipc, euler    the ODE solvers of diffusers, deterministic
+    dpmpp-2m, unipc, euler    the ODE solvers of `solvers.py`, deterministic
     guidance  eps = eps_null + cfg_scale (eps_class - eps_null)        (Ho and Salimans 2022)
     scaling   eps = eps_scale eps, after guidance                      (Ning et al. 2024)
 
@@ -18,9 +18,9 @@ Shapes: B images, C channels, H, W pixels or latents. x stays float32. t [B] int
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,22 +35,14 @@ from terdit_cli.diffusion.process import (
     spaced_timesteps,
     split_output,
 )
+from terdit_cli.diffusion.solvers import SOLVERS
 from terdit_cli.errors import UsageError, did_you_mean
-from terdit_cli.system.torchvision_shim import import_vision
 
 SamplerName = Literal["ddpm", "ddim", "dpmpp-2m", "unipc", "euler"]
 CfgChannels = Literal["3", "all"]
 Noise = Callable[[int], Tensor]
 OnStep = Callable[[int, Tensor], None]
 
-SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dpmpp-2m": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "solver_order": 2},
-    ),
-    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
-    "euler": ("EulerDiscreteScheduler", {}),
-}
 NAMES = ("ddpm", "ddim", *SOLVERS)
 
 
@@ -159,12 +151,6 @@ def sample(
         clip_denoised=config.clip_denoised,
         on_step=on_step,
     )
-
-
-def prepare(config: SamplerConfig) -> None:
-    """Load what the sampler is made of: the solvers' library takes seconds to import."""
-    if config.name in SOLVERS:
-        _scheduler(config)
 
 
 def forward_with_cfg(
@@ -281,22 +267,22 @@ def solver_loop(
     *,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Return [B, C, H, W] by one of diffusers' ODE solvers over evenly spaced whole timesteps.
+    """Return [B, C, H, W] by one of the ODE solvers over evenly spaced whole timesteps.
 
     All three walk from timestep 999 down to 999 / steps, and from there to the clean image.
     Euler's state is x_t / sqrt(alpha_bar_t), so on_step sees it on that scale.
     """
-    scheduler = _scheduler(config)
+    timesteps = solver_timesteps(config.steps)
     schedule = make_schedule("")
-    x = z.float() * scheduler.init_noise_sigma
-    for k, timestep in enumerate(scheduler.timesteps):
-        t, told = _timesteps(int(timestep), x, y)
-        x_t = scheduler.scale_model_input(x, timestep)
-        # Only eps goes on: the solvers misread or refuse the variance channels.
+    solver = SOLVERS[config.name](sigmas_of(timesteps))
+    x = z.float() * solver.start
+    for k, timestep in enumerate(timesteps):
+        t, told = _timesteps(timestep, x, y)
+        x_t = solver.network_input(x, k)
         eps, _ = split_output(network(x_t, told, y), x_t)
         if config.clip_denoised:
             eps = schedule.eps_from_x0(x_t, t, schedule.x0_from_eps(x_t, t, eps).clamp(-1, 1))
-        x = scheduler.step(eps, timestep, x).prev_sample
+        x = solver.step(x, eps, k)
         if on_step is not None:
             on_step(k, x)
     return x
@@ -308,23 +294,24 @@ def _timesteps(step: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return t, t if y.device == x.device else torch.full((len(x),), step, device=y.device)
 
 
-def _scheduler(config: SamplerConfig) -> Any:
-    """Return diffusers' scheduler with its timesteps set: config.steps whole numbers from 999."""
-    class_name, options = SOLVERS[config.name]
-    scheduler = getattr(import_vision("diffusers"), class_name)(
-        num_train_timesteps=TRAIN_STEPS,
-        trained_betas=make_schedule("").betas.tolist(),
-        prediction_type="epsilon",
-        # "trailing" yields a timestep of -1 for 62 of the step counts (61, 103, 121, ...).
-        timestep_spacing="linspace",
-        **options,
-    )
-    if config.name == "euler":  # its own linspace has fractional timesteps: give it the others'
-        grid = np.linspace(0, TRAIN_STEPS - 1, config.steps + 1).round()[:0:-1]
-        scheduler.set_timesteps(timesteps=grid.tolist())
-    else:
-        scheduler.set_timesteps(config.steps)
-    return scheduler
+def solver_timesteps(steps: int) -> list[int]:
+    """Return `steps` whole timesteps from 999 on, evenly spaced, the last above 0.
+
+    diffusers' spacing "linspace"; its "trailing" yields -1 for 62 of the counts (61, 103, ...).
+    """
+    grid = np.linspace(0, TRAIN_STEPS - 1, steps + 1).round().astype(np.int64)
+    return grid[:0:-1].tolist()
+
+
+def sigmas_of(timesteps: Sequence[int]) -> Tensor:
+    """Return sqrt((1 - alpha_bar) / alpha_bar) of timesteps, and 0 after them: float32 [N + 1].
+
+    In float32 from the betas on, as diffusers computes it.
+    """
+    betas = make_schedule("").betas.float()
+    alpha_bar = torch.cumprod(1.0 - betas, dim=0)
+    sigmas = ((1 - alpha_bar) / alpha_bar) ** 0.5
+    return torch.cat([sigmas[torch.tensor(timesteps)], torch.zeros(1)])
 
 
 def _draw(noise: Noise, k: int, x: Tensor) -> Tensor:
