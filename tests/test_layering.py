@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
         "model", "hub", "diffusion", "data", "recipe", "console", "train", "pack", "runtime",
         "generate", "evaluate", "report", "commands",
     },
-    "cli": {"commands", "lab", "generate", "evaluate", "recipe", "console"},
+    "cli": {"commands", "lab", "generate", "evaluate", "data", "hub", "recipe", "console"},
     "__init__": {"runtime", "generate"},
     "__main__": {"cli"},
 }  # fmt: skip

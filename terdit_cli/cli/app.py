@@ -45,7 +45,6 @@ app = typer.Typer(
     help="Ternary diffusion transformers: train, ternarize, pack, sample and evaluate.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

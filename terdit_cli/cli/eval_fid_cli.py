@@ -10,8 +10,9 @@ import typer
 from terdit_cli import console
 from terdit_cli.cli import tables
 from terdit_cli.cli.flags import Json, names_of, refuse_given
-from terdit_cli.evaluate.request import EvalOptions
+from terdit_cli.evaluate.request import EvalOptions, check_options
 from terdit_cli.generate.options import ModelOptions, SamplingOptions
+from terdit_cli.hub import catalogue
 
 # Options that do something only beside another.
 _OF_MODELS = tuple(
@@ -49,6 +50,14 @@ def eval_fid(
         refuse_given(context, _OF_REFERENCES, "for a comparison with --reference")
     if options.max_regression is None:
         refuse_given(context, ("tolerance",), "for --max-regression")
+    check_options(options)
+    if options.model is not None:
+        catalogue.resolve(options.model)  # a wrong path shows before torch is imported
+    from terdit_cli.data.image_sources import find_images
+
+    for where in (options.images, options.reference):
+        if where is not None:
+            find_images(where)
     from terdit_cli.commands import eval_fid as command
 
     line = shlex.join(["terdit", *sys.argv[1:]])

@@ -10,6 +10,7 @@ import typer
 
 from terdit_cli import console
 from terdit_cli.cli.flags import Json
+from terdit_cli.errors import InputFileError
 
 EXAMPLES = (
     "terdit export runs/quickstart",
@@ -30,6 +31,8 @@ def export(
     json: Json = False,
 ) -> None:
     """Export the newest checkpoint of a run, or a named one, as one file."""
+    if not run.exists():  # shows before torch is imported
+        raise InputFileError("no such run", where=run, fix="name a run folder, runs/quickstart say")
     from terdit_cli.commands import export as command
 
     result = command.run(run, out)

@@ -12,6 +12,7 @@ from terdit_cli import console
 from terdit_cli.cli import tables
 from terdit_cli.cli.flags import Ema, Force, Json, weights_of
 from terdit_cli.errors import UsageError
+from terdit_cli.hub import catalogue
 
 EXAMPLES = (
     "terdit pack runs/quickstart -o quickstart.tdt",
@@ -50,6 +51,7 @@ def pack(
     json: Json = False,
 ) -> None:
     """Pack a ternary model into one verified .tdt file."""
+    catalogue.resolve(source)  # a wrong path shows before torch is imported
     from terdit_cli.commands import pack as command
 
     fields = _parse_fields(overrides or [])

@@ -51,14 +51,18 @@ def prepare(
 
     Rerun to resume; missing shards are regenerated.
     """
-    from terdit_cli.commands import prepare as command
-
     if (recipe is None) == (verify is None):
         raise UsageError(
             "prepare needs a recipe, or --verify with a folder",
             got="both" if recipe is not None else "neither",
             fix="terdit prepare RECIPE -o FOLDER, or terdit prepare --verify FOLDER",
         )
+    if recipe is not None:  # its mistakes show before torch is imported
+        from terdit_cli.recipe import load_recipe
+
+        load_recipe(recipe, overrides or [])
+    from terdit_cli.commands import prepare as command
+
     if verify is not None:
         checked = command.verify(verify)
         if json:

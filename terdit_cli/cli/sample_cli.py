@@ -11,6 +11,7 @@ import typer
 from terdit_cli import console
 from terdit_cli.cli.flags import Force, Json
 from terdit_cli.generate.options import ModelOptions, SamplingOptions
+from terdit_cli.hub import catalogue
 
 EXAMPLES = (
     "terdit sample --prompt-class sneaker",
@@ -47,6 +48,8 @@ def sample(
     json: Json = False,
 ) -> None:
     """Generate images of named classes."""
+    if model is not None:
+        catalogue.resolve(model)  # a wrong path shows before torch is imported
     from terdit_cli.commands import sample as command
 
     result = command.run(

@@ -11,6 +11,7 @@ import typer
 from terdit_cli import console
 from terdit_cli.cli import tables
 from terdit_cli.cli.flags import Ema, Force, Json, weights_of
+from terdit_cli.hub import catalogue
 
 EXAMPLES = (
     "terdit ternarize runs/quickstart -o quickstart.safetensors",
@@ -35,6 +36,7 @@ def ternarize(
     json: Json = False,
 ) -> None:
     """Freeze a checkpoint into ternary weights and scales, with a table of every layer."""
+    catalogue.resolve(checkpoint)  # a wrong path shows before torch is imported
     from terdit_cli.commands import ternarize as command
 
     result = command.run(checkpoint, out, weights_of(ema), granularity, force)

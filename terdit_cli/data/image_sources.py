@@ -129,14 +129,10 @@ def open_image_set(where: str) -> ImageSet:
     Raises:
         InputFileError: missing, empty, damaged or of another kind. UsageError: a wrong split.
     """
-    name, _, split = where.rpartition(":")
-    if Path(where).exists() or not name:
-        name, split = where, ""
+    name, split = find_images(where)
     if name == EMBEDDED:
         return SOURCES[EMBEDDED].open(Path(), _split(EMBEDDED, split, "all", where), False)
     path = Path(name)
-    if not path.exists() and not is_pattern(name):
-        raise InputFileError("images not found", where=where, fix="check the path")
     for source, row in SOURCES.items():
         if row.finds(path):
             return row.open(path, _split(source, split, "train", where), False)
@@ -147,6 +143,20 @@ def open_image_set(where: str) -> ImageSet:
         where=path,
         fix="put the images into a folder or a zip",
     )
+
+
+def find_images(where: str) -> tuple[str, str]:
+    """Return (path, split) of what is called so on the command line, without opening it.
+
+    Raises:
+        InputFileError: nothing there.
+    """
+    name, _, split = where.rpartition(":")
+    if Path(where).exists() or not name:
+        name, split = where, ""
+    if name != EMBEDDED and not Path(name).exists() and not is_pattern(name):
+        raise InputFileError("images not found", where=where, fix="check the path")
+    return name, split
 
 
 def _split(source: str, split: str | None, default: str, where: str) -> str:

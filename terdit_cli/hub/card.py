@@ -12,6 +12,7 @@ scores: {fd-efficientnet-lite0: 31.4, precision: 0.71}   # the primary distance 
 measured: 10,000 images against 10,000; terdit eval-fid ...
 sampler: {name: dpmpp-2m, steps: 20, cfg_scale: 2.0, eps_scale: 1.0}  # of the scores
 limits: what not to expect of it
+network: {parameters: 7507744, ternary: 7372800, image_size: 28, channels: 1, classes: [...]}
 sha256: of NAME.tdt, so that the card of another model is noticed
 ---
 Text for people.
@@ -48,6 +49,16 @@ class Advice(_Part):
     eps_scale: FiniteFloat = 1.0
 
 
+class Network(_Part):
+    """What the .tdt holds, for listing models without opening them."""
+
+    parameters: Count  # ternary weights + alphas + the rest
+    ternary: Count
+    image_size: Count  # pixels
+    channels: Count  # of the network's input
+    classes: Annotated[list[Line], Field(min_length=1)]
+
+
 class Card(_Part):
     """The head of a card, and the text below it."""
 
@@ -62,6 +73,7 @@ class Card(_Part):
     measured: Line
     sampler: Advice
     limits: Line
+    network: Network
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     text: str
 

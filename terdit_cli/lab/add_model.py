@@ -24,6 +24,7 @@ from typing import Any, Literal
 import yaml
 
 from terdit_cli import console
+from terdit_cli.class_names import names_of_classes
 from terdit_cli.commands import pack
 from terdit_cli.errors import InputFileError, TerditError, UsageError
 from terdit_cli.evaluate.result import EvalResult, load_result
@@ -31,7 +32,8 @@ from terdit_cli.hub import catalogue
 from terdit_cli.hub.card import Card, make_card, read_card
 from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.model.ckpt import Checkpoint
-from terdit_cli.pack.tdt import RestDtype
+from terdit_cli.pack.exported import count_weights
+from terdit_cli.pack.tdt import RestDtype, TdtFile
 from terdit_cli.system.atomic import atomic_path, file_sha256
 
 RECIPE_HEADING = "## Recipe"
@@ -82,7 +84,7 @@ def run(
                 fix=f"terdit pack {source} -o {name}.tdt --codec {codec} --rest {rest}, then "
                 f"terdit eval-fid --model {name}.tdt ... --json > {evaluation}",
             )
-        card = _card(name, checkpoint, result, words, sha256)
+        card = _card(name, checkpoint, result, words, network_facts(packed), sha256)
         content, markdown = packed.read_bytes(), card.to_markdown().encode()
     _check_size(name, len(content) + len(markdown))
     for path, data in ((target, content), (catalogue.card_path(name), markdown)):
@@ -114,7 +116,30 @@ def _complete(words: Words, name: str) -> Words:
     return words
 
 
-def _card(name: str, checkpoint: Checkpoint, result: EvalResult, words: Words, sha256: str) -> Card:
+def network_facts(path: Path) -> dict[str, Any]:
+    """Return the fields of a card's `network`, read from a .tdt."""
+    with TdtFile(path) as file:
+        info, ternary = file.info, count_weights(file)
+        scales = sum(file.alphas(matrix).numel() for matrix in file.ternary_names())
+        others = sum(file.rest(key).numel() for key in file.rest_names())
+    names = names_of_classes(info.class_names, info.config.num_classes)
+    return {
+        "parameters": ternary + scales + others,
+        "ternary": ternary,
+        "image_size": info.image_size,
+        "channels": info.config.in_channels,
+        "classes": [group[0] for group in names],
+    }
+
+
+def _card(
+    name: str,
+    checkpoint: Checkpoint,
+    result: EvalResult,
+    words: Words,
+    network: dict[str, Any],
+    sha256: str,
+) -> Card:
     recipe = yaml.safe_load(checkpoint.recipe) or {}
     how = result.provenance
     others = {key: value for key, value in result.metrics.items() if key != result.distance_name}
@@ -139,6 +164,7 @@ def _card(name: str, checkpoint: Checkpoint, result: EvalResult, words: Words, s
                 "eps_scale": how.get("eps_scale", 1.0),
             },
             "limits": words.limits,
+            "network": network,
             "sha256": sha256,
             "text": f"{text}\n\n{RECIPE_HEADING}\n\n```yaml\n{checkpoint.recipe.strip()}\n```\n",
         },

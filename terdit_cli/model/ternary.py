@@ -92,8 +92,9 @@ def fixed_point_sums(weights: Sequence[Tensor], largest: Tensor) -> Tensor:
     sums = []
     for weight, scale in zip(weights, scales.unbind(), strict=True):
         flat = weight.reshape(-1)
-        # In pieces that stay in the cache; compiled code and other devices make one pass anyway.
-        apart = flat.is_cpu and not torch.compiler.is_compiling()
+        # In pieces that stay in the cache; compiled code and other devices make one pass anyway,
+        # and so do tensors without values (a FakeTensor of the planner's).
+        apart = flat.is_cpu and type(flat) is Tensor and not torch.compiler.is_compiling()
         pieces = flat.split(CACHED_PIECE) if apart else (flat,)
         terms = [
             torch.mul(piece.float(), scale).round_().to(torch.int32).abs_().sum()

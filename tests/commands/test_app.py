@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -233,3 +234,56 @@ def test_the_help_of_long_verbs_has_headings(terdit: Terdit) -> None:
     assert places == sorted(places)
     assert places[2] < text.index("--max-fid") < places[3]
     assert places[4] < text.index("--cfg-scale") < places[5]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["models"],
+        ["sample", "--model", "nowhere.tdt", "--prompt-class", "1"],
+        ["pack", "nowhere"],
+        ["ternarize", "nowhere", "-o", "x.safetensors"],
+        ["export", "nowhere"],
+        ["plot", "nowhere"],
+        ["train", "nowhere.yaml"],
+        ["train", str(ROOT / "recipes" / "quickstart.yaml"), "train.stepz=1"],
+        ["prepare", "nowhere.yaml"],
+        ["eval-fid", "--model", "nowhere", "--reference", "embedded"],
+        ["eval-fid", "--images", "embedded", "--reference", "nowhere"],
+        ["eval-fid", "--images", "embedded"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_wrong_at_a_glance_needs_no_torch(words: list[str], tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.argv[1:] = {words!r}
+from terdit_cli.cli.app import main
+try:
+    main()
+except SystemExit as end:
+    print("torch" in sys.modules, end.code, file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    wanted = "False 0" if words == ["models"] else "False [23]"
+    assert re.search(wanted, done.stderr.splitlines()[-1]), done.stderr
+
+
+@pytest.mark.slow
+def test_sampling_imports_no_library_of_training_or_images(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.argv[1:] = ["sample", "--prompt-class", "Sneaker", "--steps", "2", "--sampler", "unipc"]
+from terdit_cli.cli.app import main
+try:
+    main()
+except SystemExit as end:
+    heavy = {"torchvision", "diffusers", "scipy.stats", "sympy", "torch._dynamo", "matplotlib"}
+    print(heavy & set(sys.modules), end.code, file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.stderr.splitlines()[-1] == "set() 0", done.stderr

@@ -31,6 +31,7 @@ from terdit_cli.generate.options import SamplingOptions
 from terdit_cli.hub import catalogue
 from terdit_cli.hub.card import Advice, Card, parse_card, read_card
 from terdit_cli.hub.model_file import ModelFile
+from terdit_cli.lab.add_model import network_facts
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.pack.tdt import TdtFile
 from tests.ckpt_file import save_ckpt
@@ -46,6 +47,13 @@ CARD = {
     "measured": "100 images",
     "sampler": {"name": "dpmpp-2m", "steps": 3, "cfg_scale": 1.5, "eps_scale": 0.99},
     "limits": "draws noise",
+    "network": {
+        "parameters": 9,
+        "ternary": 8,
+        "image_size": 28,
+        "channels": 1,
+        "classes": ["a", "b"],
+    },
     "sha256": "0" * 64,
 }
 TEXT = "# clothes\n\nA test.\n"
@@ -60,7 +68,8 @@ def package(shelf: Path, small_tdt: Path) -> Make:
         path = shelf / f"{name}.tdt"
         shutil.copy(model, path)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        values = {**CARD, "name": name, "sha256": sha256, "text": TEXT, **fields}
+        known = {**CARD, "name": name, "network": network_facts(path), "sha256": sha256}
+        values = {**known, "text": TEXT, **fields}
         (shelf / f"{name}.md").write_text(Card.model_validate(values).to_markdown())
         return path
 
@@ -108,6 +117,7 @@ def test_what_is_packaged_is_whole() -> None:
         text = (folder / f"{name}.md").read_text(encoding="utf-8")
         card = parse_card(text, folder / f"{name}.md")
         assert (card.name, card.sha256) == (name, hashlib.sha256(content).hexdigest())
+        assert card.network.model_dump() == network_facts(folder / f"{name}.tdt")
         SamplerConfig(**card.sampler.model_dump())
         with TdtFile(folder / f"{name}.tdt") as file:
             assert file.info.step == card.steps
@@ -257,7 +267,7 @@ def test_a_model_without_its_card_and_a_damaged_one(package: Make, shelf: Path) 
         command.run()
     package("clothes")
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputFileError, match=r"truncated.*clothes\.tdt"):
+    with pytest.raises(InputFileError, match=r"is damaged, or its card.*clothes\.tdt"):
         command.run()
 
 
