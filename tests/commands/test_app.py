@@ -168,7 +168,7 @@ def slow(model, name, codec):
         time.sleep(60)
     return encoded
 tdt._encode_matrix = slow
-sys.argv = ["terdit", "pack", {str(small_run)!r}, "-o", {str(output)!r}]
+sys.argv = ["terdit", "pack", {str(small_run)!r}, "--force", "-o", {str(output)!r}]
 main()
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
