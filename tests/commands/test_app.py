@@ -191,7 +191,7 @@ main()
         assert f"stopped by {number.name}" in err
         assert "Traceback" not in err
         assert [path.name for path in output.parent.iterdir()] == ["model.tdt"]
-    assert terdit("pack", small_run, "-o", output).code == 0
+    assert terdit("pack", small_run, "-o", output, "--force").code == 0
     assert output.read_bytes() != b"the old file"
 
 
