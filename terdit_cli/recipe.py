@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import (
@@ -27,8 +27,8 @@ from pydantic import (
     model_validator,
 )
 
-from terdit_cli.errors import UsageError
-from terdit_cli.strict_yaml import Section, mistakes, parse_yaml, read_mapping
+from terdit_cli.errors import InputFileError, UsageError, did_you_mean
+from terdit_cli.strict_yaml import Section, listed, mistakes, parse_yaml, read_mapping
 
 _PACKAGE = Path(__file__).parent
 _ROOTS = (_PACKAGE, _PACKAGE.parent)  # installed, or a checkout
@@ -40,11 +40,37 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """Return the file of each shipped recipe, by its name."""
+    folders = (root / "recipes" for root in _ROOTS)
+    found = next((folder for folder in folders if (folder / "quickstart.yaml").is_file()), None)
+    return {} if found is None else {path.stem: path for path in sorted(found.glob("*.yaml"))}
+
+
 def find_recipe(path: Path) -> Path:
-    """Return `path`, or the shipped file of that name where nothing of the user's is there."""
-    if path.parts[:1] != ("recipes",) or path.exists():
+    """Return the file that a path, or the bare name of a shipped recipe, means.
+
+    The user's files come first. A path recipes/NAME.yaml means the shipped one where there is no
+    such file, as the documentation calls them.
+
+    Raises:
+        InputFileError: a bare name that no recipe has.
+    """
+    shipped = shipped_recipes()
+    if path.is_file():
         return path
-    return next((root / path for root in _ROOTS if (root / path).is_file()), path)
+    if path.parts[:1] == ("recipes",):
+        return next((root / path for root in _ROOTS if (root / path).is_file()), path)
+    if len(path.parts) == 1 and path.suffix.lower() not in (".yaml", ".yml"):
+        if path.name not in shipped:
+            raise InputFileError(
+                "recipe not found",
+                got=repr(str(path)) + did_you_mean(path.name, shipped),
+                expected=f"a .yaml file, or one of {', '.join(shipped)}",
+                fix="see `terdit recipes`",
+            )
+        return shipped[path.name]
+    return path
 
 
 def _at_home(path: Path) -> Path:
@@ -181,21 +207,6 @@ class DataSection(Section):
     workers: NonNegativeInt = 4
     """Decoding threads."""
 
-    @model_validator(mode="after")
-    def _check(self) -> DataSection:
-        if self.source != "embedded" and self.path is None:
-            raise ValueError(f"data.path is needed for source {self.source!r}")
-        if self.source == "latents" and self.vae is None:
-            raise ValueError("data.vae is needed for source 'latents': the VAE that prepared them")
-        if self.source == "latents" and self.split is not None:
-            raise ValueError("data.split is chosen when latents are prepared: set data.split=null")
-        if self.vae is not None and self.image_size % VAE_DOWNSAMPLE:
-            raise ValueError(
-                f"data.image_size {self.image_size} must be a multiple of {VAE_DOWNSAMPLE}, "
-                "the VAE's downsampling"
-            )
-        return self
-
 
 class TrainSection(Section):
     """Steps, batches and arithmetic."""
@@ -217,15 +228,6 @@ class TrainSection(Section):
     max_skipped: NonNegativeInt = 10
     """Steps in a row without finite gradients that are skipped; one more ends the run."""
 
-    @model_validator(mode="after")
-    def _check(self) -> TrainSection:
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"train.global_batch_size {self.global_batch_size} must be a multiple of "
-                f"train.micro_batch_size {self.micro_batch_size}"
-            )
-        return self
-
 
 class DistillSection(Section):
     """A trained model whose predictions are learned beside the noise itself."""
@@ -238,12 +240,6 @@ class DistillSection(Section):
     """linear: the weight falls to 0 by the last step."""
     features: NonNegativeFloat = 0.0
     """Weight of the relative difference of the last blocks' outputs."""
-
-    @model_validator(mode="after")
-    def _check(self) -> DistillSection:
-        if self.features and self.teacher is None:
-            raise ValueError("distill.features needs distill.teacher: whose features are to be met")
-        return self
 
 
 class ParallelSection(Section):
@@ -261,14 +257,6 @@ class ParallelSection(Section):
     """Keep master weights and optimizer state in host memory; full precision only."""
     hang_seconds: PositiveFloat = 600
     """A job that makes no step for so long is ended."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ParallelSection:
-        if self.shard_size is not None and self.mode != "hsdp":
-            raise ValueError(f"parallel.shard_size needs parallel.mode=hsdp, not {self.mode!r}")
-        if self.cpu_offload and self.mode == "ddp":
-            raise ValueError("parallel.cpu_offload needs parallel.mode=fsdp or hsdp")
-        return self
 
 
 class OptimSection(Section):
@@ -379,18 +367,6 @@ class Recipe(Section):
     logging: LoggingSection = LoggingSection()
     checkpoint: CheckpointSection = CheckpointSection()
 
-    @model_validator(mode="after")
-    def _check(self) -> Recipe:
-        if self.input_size % self.model.patch_size:
-            pixels = self.model.patch_size * (VAE_DOWNSAMPLE if self.data.vae is not None else 1)
-            raise ValueError(
-                f"data.image_size {self.data.image_size} must be a multiple of {pixels}, the "
-                f"pixels that model.patch_size {self.model.patch_size} spans"
-            )
-        if self.parallel.cpu_offload and self.ternary.enabled:  # see train/ternary_cache.py
-            raise ValueError("parallel.cpu_offload needs ternary.enabled=false: trits stay on GPUs")
-        return self
-
     @property
     def in_channels(self) -> int:
         return VAE_CHANNELS if self.data.vae is not None else self.data.channels
@@ -410,8 +386,80 @@ class Recipe(Section):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+class Mistake(NamedTuple):
+    """What is wrong with a recipe whose fields are each possible, and the word that mends it."""
+
+    text: str
+    fix: str | None = None  # key=value
+
+
+def mistakes_between(recipe: Recipe) -> Iterator[Mistake]:
+    """Iterate over the fields that do not fit together."""
+    data, train, parallel = recipe.data, recipe.train, recipe.parallel
+    if data.source != "embedded" and data.path is None:
+        yield Mistake(f"data.path is needed for source {data.source!r}")
+    if data.source == "embedded" and data.path is not None:
+        yield Mistake(
+            f"data.path {data.path} is not for the source embedded, the packaged images: set "
+            "data.source"
+        )
+    if data.source == "latents" and data.vae is None:
+        yield Mistake("data.vae is needed for source 'latents': the VAE that prepared them")
+    if data.source == "latents" and data.split is not None:
+        yield Mistake("data.split is chosen when latents are prepared", "data.split=null")
+    if data.vae is not None and data.image_size % VAE_DOWNSAMPLE:
+        yield Mistake(
+            f"data.image_size {data.image_size} must be a multiple of {VAE_DOWNSAMPLE}, "
+            "the VAE's downsampling",
+            f"data.image_size={_nearest_multiple(data.image_size, VAE_DOWNSAMPLE)}",
+        )
+    elif recipe.input_size % recipe.model.patch_size:
+        pixels = recipe.model.patch_size * (VAE_DOWNSAMPLE if data.vae is not None else 1)
+        yield Mistake(
+            f"data.image_size {data.image_size} must be a multiple of {pixels}, the "
+            f"pixels that model.patch_size {recipe.model.patch_size} spans",
+            f"model.patch_size={nearest_divisor(recipe.input_size, recipe.model.patch_size)}",
+        )
+    if train.global_batch_size % train.micro_batch_size:
+        wanted = _nearest_multiple(train.global_batch_size, train.micro_batch_size)
+        yield Mistake(
+            f"train.global_batch_size {train.global_batch_size} must be a multiple of "
+            f"train.micro_batch_size {train.micro_batch_size}",
+            f"train.global_batch_size={wanted}",
+        )
+    if recipe.distill.features and recipe.distill.teacher is None:
+        yield Mistake("distill.features needs distill.teacher: whose features are to be met")
+    if parallel.shard_size is not None and parallel.mode != "hsdp":
+        yield Mistake(
+            f"parallel.shard_size needs parallel.mode=hsdp, not {parallel.mode!r}",
+            "parallel.mode=hsdp",
+        )
+    if parallel.cpu_offload and parallel.mode == "ddp":
+        yield Mistake("parallel.cpu_offload needs parallel.mode=fsdp or hsdp", "parallel.mode=fsdp")
+    if parallel.cpu_offload and recipe.ternary.enabled:  # see train/ternary_cache.py
+        yield Mistake("parallel.cpu_offload needs ternary.enabled=false: trits stay on GPUs")
+
+
+def nearest_divisor(number: int, near: int) -> int:
+    """Return the divisor of `number` nearest to `near`, of two equally near the smaller."""
+    divisors = (part for part in range(1, number + 1) if number % part == 0)
+    return min(divisors, key=lambda part: (abs(part - near), part))
+
+
+def _nearest_multiple(number: int, of: int) -> int:
+    return max(1, round(number / of)) * of
+
+
+def load_recipe(
+    path: Path,
+    overrides: Iterable[str] = (),
+    more: Callable[[Recipe], Iterable[Mistake]] | None = None,
+) -> Recipe:
     """Read, override and check a recipe, the user's or one that is shipped.
+
+    Args:
+        more: what else may be wrong; asked only where fields do not fit together, so that all is
+            told at once.
 
     Raises:
         InputFileError: the file is missing or not YAML.
@@ -422,16 +470,32 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     # A preset takes the place of what the file says; fields beside it win, on either side of it.
     for word in sorted(overrides, key=lambda word: not word.startswith("ternary.preset=")):
         _apply_override(values, word)
-    return parse_recipe(values, where=path)
+    return parse_recipe(values, path, more)
 
 
-def parse_recipe(values: Any, where: object) -> Recipe:
+def parse_recipe(
+    values: Any, where: object, more: Callable[[Recipe], Iterable[Mistake]] | None = None
+) -> Recipe:
     """Check plain values (as from YAML); raises UsageError listing every mistake."""
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        fix = "correct the recipe or pass key=value words"
-        raise mistakes(error, Recipe, "recipe", where, fix) from error
+        raise mistakes(error, Recipe, "recipe", where, _FIX) from error
+    found = list(mistakes_between(recipe))
+    if found:
+        raise refusal([*found, *(more(recipe) if more is not None else ())], where)
+    return recipe
+
+
+_FIX = "correct the recipe or pass key=value words"
+
+
+def refusal(found: Sequence[Mistake], where: object) -> UsageError:
+    """Return one error that lists all mistakes, and the words that mend them."""
+    words = " ".join(dict.fromkeys(mistake.fix for mistake in found if mistake.fix))
+    return listed(
+        [mistake.text for mistake in found], "recipe", where, f"add {words}" if words else _FIX
+    )
 
 
 def _apply_override(values: dict[str, Any], word: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -147,6 +147,11 @@ def mistakes(
 ) -> UsageError:
     """Return one error that lists everything pydantic found; `root` is what was validated."""
     lines = [_explain(problem, root) for problem in error.errors(include_url=False)]
+    return listed(lines, kind, where, fix)
+
+
+def listed(lines: Sequence[str], kind: str, where: object, fix: str) -> UsageError:
+    """Return one error with a line for each mistake."""
     count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
     return UsageError(
         f"the {kind} has {count}:\n  " + "\n  ".join(lines) + "\n", where=where, fix=fix

@@ -174,9 +174,10 @@ def test_overrides_below_plain_values_and_broken_values(recipe_file: Path) -> No
     # YAML would take the rest for a comment, and train on whatever lies in /data/set.
     with pytest.raises(UsageError, match=r"not valid YAML: got 'data\.path=/data/set #2'.*quote"):
         load_recipe(recipe_file, ["data.path=/data/set #2"])
-    quoted = load_recipe(recipe_file, ["data.path='/data/set #2'"])
+    folder = "data.source=folder"
+    quoted = load_recipe(recipe_file, [folder, "data.path='/data/set #2'"])
     assert quoted.data.path == Path("/data/set #2")
-    assert load_recipe(recipe_file, ["data.path=~/set"]).data.path == Path.home() / "set"
+    assert load_recipe(recipe_file, [folder, "data.path=~/set"]).data.path == Path.home() / "set"
     with pytest.raises(UsageError, match=r"model: got 5"):
         load_recipe(recipe_file, ["model=5"])
 

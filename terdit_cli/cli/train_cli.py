@@ -63,9 +63,10 @@ def train(
         refuse_given(context, ("resume", "out"), "for training")
     else:
         refuse_given(context, ("gpus", "gpu_memory", "mfu"), "for a --dry-run")
+    from terdit_cli.data.check_recipe import data_mistakes
     from terdit_cli.recipe import load_recipe
 
-    load_recipe(recipe, overrides or [])  # its mistakes show before torch is imported
+    load_recipe(recipe, overrides or [], data_mistakes)  # mistakes show before torch is imported
     from terdit_cli.commands import train as command
 
     if dry_run:

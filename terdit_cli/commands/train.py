@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from terdit_cli import console
+from terdit_cli.data.check_recipe import data_mistakes, has_images_here
 from terdit_cli.data.loader import BatchSource
 from terdit_cli.data.vae import Space
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.ckpt import CKPT
-from terdit_cli.recipe import Recipe, load_recipe
+from terdit_cli.recipe import Recipe, load_recipe, refusal
 from terdit_cli.system.atomic import atomic_path
 from terdit_cli.system.gpu_memory import explained
 from terdit_cli.system.job import Job, join_job
@@ -55,7 +56,9 @@ def plan(
     gpu_memory: str | None = None,
     mfu: float | None = None,
 ) -> tuple[Recipe, Plan]:
-    """Return the resolved recipe and what its run needs; trains nothing, reads no data.
+    """Return the resolved recipe and what its run needs; trains nothing, decodes no image.
+
+    Images that are on this machine are checked against the recipe.
 
     Args:
         gpus: processes to plan for.
@@ -64,11 +67,16 @@ def plan(
         mfu: share of the GPUs' peak that training is expected to reach; None: 0.4.
 
     Raises:
-        UsageError: an unknown GPU, a share of an unknown peak, or a batch that does not divide
-            over the processes.
+        UsageError: an unknown GPU, a share of an unknown peak, a batch that does not divide over
+            the processes, or images that do not fit the recipe.
     """
-    recipe = load_recipe(recipe_path, overrides)
+    recipe = load_recipe(recipe_path, overrides, data_mistakes)
     preview_sampler(recipe)
+    if has_images_here(recipe):
+        if found := list(data_mistakes(recipe)):
+            raise refusal(found, recipe_path)
+    elif recipe.data.source != "latents":
+        console.note(f"{recipe.data.path} is not here: the plan is of the recipe alone")
     return recipe, plan_run(recipe, gpus, gpu_memory, mfu)
 
 
@@ -89,7 +97,7 @@ def run(
         UsageError, InputFileError, EnvironmentProblem: before the first step.
         Interrupted, GateFailed: after saving; see `run_training`.
     """
-    recipe = load_recipe(recipe_path, overrides)
+    recipe = load_recipe(recipe_path, overrides, data_mistakes)
     preview_sampler(recipe)
     run_folder = out or build.default_run_folder(recipe)
     micro = recipe.train.micro_batch_size

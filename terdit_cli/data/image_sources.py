@@ -133,16 +133,26 @@ def open_image_set(where: str) -> ImageSet:
     if name == EMBEDDED:
         return SOURCES[EMBEDDED].open(Path(), _split(EMBEDDED, split, "all", where), False)
     path = Path(name)
-    for source, row in SOURCES.items():
-        if row.finds(path):
-            return row.open(path, _split(source, split, "train", where), False)
-    raise InputFileError(
-        "not a collection of images",
-        got=path.suffix or "a file without suffix",
-        expected="a folder, .zip, .tar, .npz or .parquet",
-        where=path,
-        fix="put the images into a folder or a zip",
-    )
+    source = source_of(path)
+    return SOURCES[source].open(path, _split(source, split, "train", where), False)
+
+
+def source_of(path: Path) -> str:
+    """Return which row of SOURCES an existing path, or a pattern, is.
+
+    Raises:
+        InputFileError: none.
+    """
+    found = next((source for source, row in SOURCES.items() if row.finds(path)), None)
+    if found is None:
+        raise InputFileError(
+            "not a collection of images",
+            got=path.suffix or "a file without suffix",
+            expected="a folder, .zip, .tar, .npz or .parquet",
+            where=path,
+            fix="put the images into a folder or a zip",
+        )
+    return found
 
 
 def find_images(where: str) -> tuple[str, str]:

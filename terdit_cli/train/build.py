@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from terdit_cli import console
+from terdit_cli.data.check_recipe import class_mistakes, data_mistakes
 from terdit_cli.data.images import TrainingImages, open_images
 from terdit_cli.data.latents import LatentSource, LatentSpace
 from terdit_cli.data.loader import BatchSource
@@ -16,7 +17,7 @@ from terdit_cli.errors import UsageError
 from terdit_cli.model.dit import DiT, DiTConfig, build_config
 from terdit_cli.model.info import ModelInfo, SpaceInfo
 from terdit_cli.model.ternary import TernaryConfig
-from terdit_cli.recipe import Recipe
+from terdit_cli.recipe import Recipe, refusal
 from terdit_cli.system.launcher import is_main
 
 
@@ -83,16 +84,8 @@ def open_data(recipe: Recipe) -> BatchSource:
 
 def check_classes(recipe: Recipe, names: list[str]) -> None:
     """Raise UsageError unless the model has as many classes as the data has names."""
-    count = len(names)
-    if count != recipe.model.num_classes:
-        shown = ", ".join(names[:5]) + (", ..." if count > 5 else "")
-        raise UsageError(
-            "the data has another number of classes than the model",
-            got=f"{count} classes in the data ({shown})",
-            expected=f"model.num_classes = {recipe.model.num_classes}",
-            where=recipe.data.path or recipe.data.source,
-            fix=f"set model.num_classes={count}",
-        )
+    if found := list(class_mistakes(recipe, names)):
+        raise refusal(found, recipe.data.path or recipe.data.source)
 
 
 def _open_images(recipe: Recipe) -> TrainingImages:
@@ -104,14 +97,19 @@ def _open_images(recipe: Recipe) -> TrainingImages:
             meter["last"] = done
             console.note(f"reading images: {done}/{total}")
 
-    return open_images(
-        data.source,
-        data.path,
-        data.image_size,
-        on_bad_image=data.on_bad_image,
-        split=data.split,
-        on_progress=on_progress,
-    )
+    try:
+        return open_images(
+            data.source,
+            data.path,
+            data.image_size,
+            on_bad_image=data.on_bad_image,
+            split=data.split,
+            on_progress=on_progress,
+        )
+    except UsageError as error:
+        if len(found := list(data_mistakes(recipe))) > 1:
+            raise refusal(found, data.path) from error
+        raise
 
 
 def open_space(recipe: Recipe, device: torch.device) -> Space:

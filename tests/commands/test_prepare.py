@@ -257,7 +257,7 @@ def test_folder_of_other_latents(place: Place, whole: Path) -> None:
         (["data.source=latents"], "trains on latents already"),
         (
             ["model.num_classes=5"],
-            "got 3 classes in the data",
+            "got 3 classes \\(a, b, c\\), expected",
         ),
     ],
 )

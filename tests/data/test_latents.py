@@ -220,7 +220,7 @@ def test_mirrors_that_were_not_prepared(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"vae": None}, "data.vae is needed for source 'latents'"),
-        ({"split": "train"}, "set data.split=null"),
+        ({"split": "train"}, "add data.split=null"),
         ({"path": None}, "data.path is needed"),
     ],
 )
