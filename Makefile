@@ -61,8 +61,9 @@ bench-metrics: install  ## docs/metrics.md: eval-fid's scores and times beside r
 add-model: install  ## package a run: make add-model RUN=runs/x NAME=x EVAL=result.json WORDS='--data ...'
 	$(BIN)/python -m terdit_cli.lab.add_model $(RUN) $(NAME) --eval $(EVAL) $(WORDS)
 
-docs: install  ## docs/recipes.md from the models in recipe.py
+docs: install  ## docs/recipes.md and recipes/recipe.schema.json from the models in recipe.py
 	$(BIN)/python -m terdit_cli.lab.recipe_docs docs/recipes.md
+	$(BIN)/terdit recipes --schema > recipes/recipe.schema.json
 
 results: install  ## docs/results.md, -tables.md and .html from what the studies found, in docs/studies
 	$(BIN)/terdit study recipes/studies/fashion-mnist.yaml recipes/studies/cifar10.yaml \

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,11 +33,26 @@ class Section(BaseModel):
         """Refuse YAML's `yes` where a number is wanted: pydantic would read it as 1."""
         annotation = cls.model_fields[str(info.field_name)].annotation
         parts = value if isinstance(value, list | tuple) else [value]
-        if bool not in (annotation, *get_args(annotation)) and any(
-            isinstance(part, bool) for part in parts
-        ):
-            raise ValueError(f"got {value}, expected a value that is not yes/no")
+        kinds = (annotation, *get_args(annotation))
+        if bool not in kinds and any(isinstance(part, bool) for part in parts):
+            word = "yes/no" if isinstance(value, bool) else "a list with yes/no"
+            section = _section_in(kinds)
+            expected = "another value" if section is None else _keys_of(section)
+            raise ValueError(f"got {value}, {word}; expected {expected}")
         return value
+
+
+def _section_in(kinds: Iterable[Any]) -> type[BaseModel] | None:
+    """Return the section among the types that a field may have, if there is one."""
+    sections = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return next(sections, None)
+
+
+def _keys_of(section: type[BaseModel]) -> str:
+    """Return how a section is written: the keys it needs, or some that it has."""
+    needed = [name for name, item in section.model_fields.items() if item.is_required()]
+    shown = needed or [*list(section.model_fields)[:2], "..."]
+    return "{" + ", ".join(f"{name}: {name.upper()}" if needed else name for name in shown) + "}"
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -169,12 +184,28 @@ def _explain(problem: Any, root: type[BaseModel]) -> str:
     if problem["type"] == "value_error":
         return (path + ": " if len(location) > 1 else "") + str(problem["ctx"]["error"])
     message = f"{path}: got {problem['input']!r}, expected: {problem['msg']}"
+    if problem["type"] in ("model_type", "model_attributes_type"):
+        kinds = _annotations_at(location, root)
+        section = _section_in(kinds)
+        message = f"{path}: got {problem['input']!r}, expected {_keys_of(section or root)}"
     if problem["type"] == "literal_error":
         choices = str(problem["ctx"]["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
         message += did_you_mean(str(problem["input"]), choices)
     if problem["type"] == "missing":
         message = f"{path}: missing"
     return message
+
+
+def _annotations_at(location: list[str], root: type[BaseModel]) -> tuple[Any, ...]:
+    """Return the types that the field at a path of names may have."""
+    section, kinds = root, tuple[Any, ...]()
+    for name in location:
+        if name not in section.model_fields:
+            continue  # the place in a list, or pydantic's name of a choice
+        annotation = section.model_fields[name].annotation
+        kinds = (annotation, *get_args(annotation))
+        section = _section_in(kinds) or section
+    return kinds
 
 
 def _fields_at(location: list[str], section: type[BaseModel]) -> list[str]:

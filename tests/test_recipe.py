@@ -345,3 +345,18 @@ def test_adaln_norm_follows_the_quantiser(
 def test_a_recipe_never_changes() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Recipe(name="a").seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("logging.wandb=true", "got True, yes/no; expected {project: PROJECT}"),
+        ("logging.wandb=my-project", "got 'my-project', expected {project: PROJECT}"),
+        ("model=5", "model: got 5, expected {size, dim, ...}"),
+        ("train.steps=yes", "got True, yes/no; expected another value"),
+    ],
+)
+def test_sections_are_shown_as_they_are_written(recipe_file: Path, word: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(recipe_file, [word])
+    assert message in str(caught.value)

@@ -23,10 +23,12 @@ from terdit_cli.cli import (
     bench_cli,
     eval_fid_cli,
     export_cli,
+    init_cli,
     models_cli,
     pack_cli,
     plot_cli,
     prepare_cli,
+    recipes_cli,
     sample_cli,
     study_cli,
     ternarize_cli,
@@ -51,6 +53,8 @@ app = typer.Typer(
 )
 
 for _name, _verb, _examples in (
+    ("init", init_cli.init, init_cli.EXAMPLES),
+    ("recipes", recipes_cli.recipes, recipes_cli.EXAMPLES),
     ("train", train_cli.train, train_cli.EXAMPLES),
     ("plot", plot_cli.plot, plot_cli.EXAMPLES),
     ("export", export_cli.export, export_cli.EXAMPLES),

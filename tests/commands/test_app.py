@@ -20,8 +20,8 @@ from terdit_cli.cli.app import RENAMED
 
 ROOT = Path(__file__).parents[2]
 VERBS = (
-    "train", "plot", "export", "prepare", "ternarize", "pack", "sample", "eval-fid", "models",
-    "study", "bench",
+    "init", "recipes", "train", "plot", "export", "prepare", "ternarize", "pack", "sample",
+    "eval-fid", "models", "study", "bench",
 )  # fmt: skip
 Terdit = Callable[..., Any]
 

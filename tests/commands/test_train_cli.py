@@ -139,7 +139,7 @@ def test_bad_sources(refused: Callable[..., str], terdit: Terdit, small_recipe: 
     assert "no such run" in refused(3, "export", "nothing")
     assert "there is nothing to plot" in refused(3, "plot", "nothing")
     assert "got early.bin, expected a name that ends in .pt" in refused(
-        2, "export", "nothing", "-o", "early.bin"
+        2, "export", small_recipe, "-o", "early.bin"
     )
     text = refused(2, "plot", "nothing", "-o", "curves.jpg")
     assert "got curves.jpg, expected .png, .svg or .html" in text
