@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from terdit_cli.model.ckpt import ckpt_values, save_tensors
-from terdit_cli.model.info import ModelInfo
+from terdit_cli.model.metadata import ModelInfo
 from terdit_cli.system.atomic import atomic_path
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from terdit_cli.model.dit import DiT, DiTConfig
-from terdit_cli.model.info import ModelInfo, SpaceInfo
+from terdit_cli.model.metadata import ModelInfo, SpaceInfo
 from terdit_cli.model.ternary import TernaryConfig
 from tests.ckpt_file import save_ckpt
 

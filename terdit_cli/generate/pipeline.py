@@ -21,7 +21,7 @@ from terdit_cli.generate.generator import ImageGenerator, open_generator, sample
 from terdit_cli.generate.options import ModelOptions, SamplingOptions
 from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.model.dit import DiT
-from terdit_cli.model.info import ModelInfo
+from terdit_cli.model.metadata import ModelInfo
 
 
 @dataclass(frozen=True)

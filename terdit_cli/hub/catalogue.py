@@ -12,7 +12,7 @@ from pathlib import Path
 from terdit_cli.errors import InputFileError, UsageError, did_you_mean
 
 SIZE_LIMIT = 6_000_000  # bytes of all packaged models and cards together
-_OF_A_MODEL = ("ckpt.pt", "recipe.yaml", "*.pth")  # in run folders and released ones
+OF_A_MODEL = ("ckpt.pt", "recipe.yaml", "*.pth")  # in run folders and released ones
 
 
 def folder() -> Path:
@@ -65,7 +65,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         InputFileError: neither.
     """
     path = Path(model)
-    if path.is_file() or any(found for part in _OF_A_MODEL for found in path.glob(part)):
+    if path.is_file() or any(found for part in OF_A_MODEL for found in path.glob(part)):
         return path
     known = names()
     if str(path) in known:

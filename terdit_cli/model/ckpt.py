@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from terdit_cli.errors import InputFileError
-from terdit_cli.model.info import ModelInfo
+from terdit_cli.model.metadata import ModelInfo
 
 CKPT = "ckpt.pt"  # its name in a run folder
 FORMAT = "terdit-checkpoint"

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from terdit_cli.errors import InputFileError
 from terdit_cli.model.dit import DiTConfig
-from terdit_cli.model.info import ModelInfo
 from terdit_cli.model.layout import matrix_names
+from terdit_cli.model.metadata import ModelInfo
 from terdit_cli.model.restore import empty_network
 from terdit_cli.model.ternary import TernaryConfig
 

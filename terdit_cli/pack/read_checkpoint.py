@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from terdit_cli.model.ckpt import Checkpoint, release_pages
-from terdit_cli.model.info import ModelInfo
+from terdit_cli.model.metadata import ModelInfo
 from terdit_cli.model.ternary import (
     GROUP_SIZE,
     Granularity,

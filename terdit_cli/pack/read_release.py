@@ -22,8 +22,8 @@ from torch import Tensor
 from terdit_cli.errors import InputFileError, UsageError, did_you_mean
 from terdit_cli.model.ckpt import check_state_dict, load_tensors
 from terdit_cli.model.dit import SIZES, DiTConfig
-from terdit_cli.model.info import LARGEST_INTEGER, ModelInfo, SpaceInfo, check_types
 from terdit_cli.model.layout import ADALN_NORM, GATE_MATRIX, KEY_MATRIX, Q_NORM
+from terdit_cli.model.metadata import LARGEST_INTEGER, ModelInfo, SpaceInfo, check_types
 from terdit_cli.model.ternary import TernaryConfig, ternarize
 from terdit_cli.pack.exported import StateDictModel, check_fit
 from terdit_cli.pack.trits import CODECS, released_decode

@@ -37,8 +37,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from terdit_cli.errors import InputFileError
-from terdit_cli.model.info import LARGEST_INTEGER, ModelInfo
 from terdit_cli.model.layout import matrix_names
+from terdit_cli.model.metadata import LARGEST_INTEGER, ModelInfo
 from terdit_cli.model.ternary import GRANULARITIES, alpha_shape
 from terdit_cli.pack.exported import ExportedModel, check_fit
 from terdit_cli.pack.trits import ALIGNMENT, CODECS

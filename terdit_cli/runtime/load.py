@@ -12,7 +12,7 @@ from terdit_cli.errors import UsageError
 from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.model.ckpt import Checkpoint
 from terdit_cli.model.dit import DiT
-from terdit_cli.model.info import ModelInfo
+from terdit_cli.model.metadata import ModelInfo
 from terdit_cli.model.restore import restore_network
 from terdit_cli.runtime.backends import Backend, choose_backend, resolve_activations
 from terdit_cli.runtime.packed import packed_network

@@ -15,7 +15,7 @@ from terdit_cli.data.vae import PixelSpace, Space, VaeSpace
 from terdit_cli.diffusion.objectives import OBJECTIVES
 from terdit_cli.errors import UsageError
 from terdit_cli.model.dit import DiT, DiTConfig, build_config
-from terdit_cli.model.info import ModelInfo, SpaceInfo
+from terdit_cli.model.metadata import ModelInfo, SpaceInfo
 from terdit_cli.model.ternary import TernaryConfig
 from terdit_cli.recipe import Recipe, refusal
 from terdit_cli.system.launcher import is_main

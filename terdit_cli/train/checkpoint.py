@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from terdit_cli import console
 from terdit_cli.errors import EnvironmentProblem, InputFileError, TerditError
-from terdit_cli.model.info import ModelInfo
+from terdit_cli.model.metadata import ModelInfo
 from terdit_cli.recipe import CheckpointSection, Recipe
 from terdit_cli.system.atomic import sync_folder, write_problem
 from terdit_cli.system.job import Job

@@ -14,7 +14,7 @@ from torch import Tensor
 from terdit_cli.errors import UsageError
 from terdit_cli.model.ckpt import Checkpoint, ckpt_in, load_ckpt
 from terdit_cli.model.dit import DiT
-from terdit_cli.model.info import ModelInfo
+from terdit_cli.model.metadata import ModelInfo
 from terdit_cli.model.restore import restore_network
 from terdit_cli.recipe import DistillSection, Recipe
 from terdit_cli.train import build

@@ -21,7 +21,7 @@ from terdit_cli.cli.app import RENAMED
 ROOT = Path(__file__).parents[2]
 VERBS = (
     "init", "recipes", "train", "plot", "export", "prepare", "ternarize", "pack", "sample",
-    "eval-fid", "models", "study", "bench",
+    "eval-fid", "info", "models", "study", "bench",
 )  # fmt: skip
 Terdit = Callable[..., Any]
 

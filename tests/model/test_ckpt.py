@@ -18,7 +18,7 @@ from terdit_cli.diffusion.objectives import EpsObjective
 from terdit_cli.errors import InputFileError
 from terdit_cli.model.ckpt import VERSION, load_ckpt, load_tensors
 from terdit_cli.model.dit import DiTConfig
-from terdit_cli.model.info import ModelInfo, SpaceInfo
+from terdit_cli.model.metadata import ModelInfo, SpaceInfo
 from terdit_cli.model.ternary import TernaryConfig
 from tests.ckpt_file import save_ckpt
 

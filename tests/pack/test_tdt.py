@@ -20,8 +20,8 @@ from torch import Tensor
 from terdit_cli.errors import EnvironmentProblem, InputFileError
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.dit import DiT
-from terdit_cli.model.info import ModelInfo, SpaceInfo
 from terdit_cli.model.layout import matrix_names
+from terdit_cli.model.metadata import ModelInfo, SpaceInfo
 from terdit_cli.model.ternary import TernaryConfig
 from terdit_cli.pack.exported import ExportedModel
 from terdit_cli.pack.read_checkpoint import CheckpointExport

@@ -17,7 +17,7 @@ import terdit_cli.train.teacher
 from terdit_cli.commands.train import TrainResult
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.ckpt import load_ckpt
-from terdit_cli.model.info import SpaceInfo
+from terdit_cli.model.metadata import SpaceInfo
 from terdit_cli.recipe import DistillSection, load_recipe
 from terdit_cli.runtime.load import load_model
 from terdit_cli.train.planner import plan_run

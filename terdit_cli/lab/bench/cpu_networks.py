@@ -34,8 +34,8 @@ from terdit_cli.lab.bench.worker import (
     thread_variables,
     with_input_size,
 )
-from terdit_cli.model.info import ModelInfo
 from terdit_cli.model.layout import forward_operations
+from terdit_cli.model.metadata import ModelInfo
 from terdit_cli.pack.exported import count_weights
 from terdit_cli.pack.tdt import TdtFile, write_tdt
 from terdit_cli.runtime.backends import choose_backend

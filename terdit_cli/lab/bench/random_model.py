@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from terdit_cli.model.dit import DiT, build_config
-from terdit_cli.model.info import ModelInfo, SpaceInfo
 from terdit_cli.model.layout import ADALN_NORM
+from terdit_cli.model.metadata import ModelInfo, SpaceInfo
 from terdit_cli.model.ternary import TernaryConfig
 from terdit_cli.pack.exported import StateDictModel
 

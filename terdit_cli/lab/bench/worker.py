@@ -32,7 +32,7 @@ from torch import Tensor
 from terdit_cli.errors import TerditError
 from terdit_cli.lab.bench import rivals
 from terdit_cli.lab.bench.results import OURS
-from terdit_cli.model.info import ModelInfo
+from terdit_cli.model.metadata import ModelInfo
 from terdit_cli.model.ternary import Granularity, alpha_shape
 from terdit_cli.pack.tdt import TdtFile
 from terdit_cli.pack.trits import t2_encode
