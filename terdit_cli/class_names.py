@@ -74,15 +74,21 @@ def find_class(query: str, names: list[list[str]]) -> int:
     if by_id and query.removeprefix("-").isdecimal():
         if 0 <= int(query) < len(names):
             return int(query)
+        of_imagenet = _in_imagenet(query, names)
         raise UsageError(
-            "class id out of range", got=query, expected=f"0 to {len(names) - 1}", fix=_FIX
+            "class id out of range",
+            got=query + of_imagenet,
+            expected=f"0 to {len(names) - 1} ({_some(names)})",
+            fix=_OTHER_MODEL if of_imagenet else _FIX,
         )
     near = did_you_mean(_folded(query), [_folded(name) for group in names for name in group])
+    of_imagenet = "" if near else _in_imagenet(query, names)
+    ids = f" or an id from 0 to {len(names) - 1}" if by_id else ""
     raise UsageError(
         "unknown class",
-        got=repr(query) + near,
-        expected="a class name" + (f" or an id from 0 to {len(names) - 1}" if by_id else ""),
-        fix=_FIX,
+        got=repr(query) + near + of_imagenet,
+        expected=f"a class name{ids} ({_some(names)})",
+        fix=_OTHER_MODEL if of_imagenet else _FIX,
     )
 
 
@@ -109,6 +115,29 @@ def numbers_that_are_names(query: str, names: list[list[str]]) -> str | None:
     return f"taken as names of classes, not as ids: {', '.join(taken)}" if taken else None
 
 
+def _some(names: list[list[str]]) -> str:
+    """Return how many classes there are, and the first of them."""
+    first = ", ".join(group[0] for group in names[:_SHOWN])
+    return f"{len(names)}: {first}{', ...' if len(names) > _SHOWN else ''}"
+
+
+def _in_imagenet(query: str, names: list[list[str]]) -> str:
+    """Return which class of ImageNet a query means, where the classes are not ImageNet's."""
+    imagenet = imagenet_class_names()
+    if len(names) == len(imagenet):
+        return ""
+    # A number little out of range is a slip.
+    if query.isdecimal() and 2 * len(names) <= int(query) < len(imagenet):
+        return f", of ImageNet {imagenet[int(query)][0]!r}"
+    found = _matches(query, imagenet)
+    return f", class {found[0]} of ImageNet" if found else ""
+
+
+_SHOWN = 10
+_OTHER_MODEL = (
+    "name a model of ImageNet with --model, such as a folder of TerDiT's release packed with "
+    "`terdit pack`"
+)
 _FIX = "give ids (207), names (golden retriever), a list (3,7,9) or all"
 
 

@@ -102,3 +102,15 @@ def test_accents_as_one_character_or_two() -> None:
     assert find_classes("caf\u00e9,the\u0301", names) == [0, 1]
     with pytest.raises(UsageError, match="did you mean"):
         find_class("cafee\u0301", names)
+
+
+def test_a_class_of_imagenet_that_a_model_lacks() -> None:
+    for query, told in (
+        ("207", "got 207, of ImageNet 'golden retriever', expected 0 to 9 (10: T-shirt/top,"),
+        ("Golden Retriever", "'Golden Retriever', class 207 of ImageNet, expected a class name"),
+        ("10", "got 10, expected 0 to 9"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            find_classes(query, FASHION)
+        assert told in str(caught.value)
+        assert ("terdit pack" in str(caught.value)) == ("ImageNet" in told)
