@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +25,10 @@ from terdit_cli.lab.bench.worker import (
     SETTLE_SECONDS,
     Answer,
     Process,
-    resident_bytes,
     thread_variables,
     with_input_size,
 )
+from terdit_cli.lab.children import run_terdit
 from terdit_cli.model.info import ModelInfo
 from terdit_cli.model.layout import forward_operations
 from terdit_cli.pack.exported import count_weights
@@ -44,7 +39,7 @@ from terdit_cli.runtime.backends import choose_backend
 FASTEST_RIVALS = ("bf16-compiled", *INT8_RIVALS)
 LOADED_AT_ONCE = 2  # nothing is timed meanwhile
 SPARE_BYTES = 400 << 20  # of a process with torch, beside its weights
-REFERENCE_STEPS = 2  # the reference backend is slow: its image is not drawn to the end
+REFERENCE_STEPS = 2  # the reference backend is slow: it does not finish its image
 
 
 def available_bytes() -> int | None:
@@ -94,13 +89,13 @@ def measure(options: Options, model: Path, folder: Path, peaks: list[PeakRow]) -
             )
             with ThreadPoolExecutor(LOADED_AT_ONCE) as pool:
                 list(pool.map(partial(_load, options, model, sized, stack), contenders))
-            medians = _turns(options, contenders, peaks, stack)
+            medians = _turns(options, contenders, peaks)
             rows += _rows(options, contenders, medians, sized, folder)
     return rows
 
 
 def _contenders(options: Options, first: bool) -> list[_Contender]:
-    most, fewer = options.threads[0], options.threads[1:] if first else ()
+    most, fewer = options.thread_counts[0], options.thread_counts[1:] if first else ()
     used = options.activations if first else options.activations[:1]
     ours = [_Contender(OURS, name, most) for name in used]
     ours += [_Contender(OURS, options.activations[0], threads) for threads in fewer]
@@ -117,7 +112,7 @@ def _leave_out_what_does_not_fit(contenders: list[_Contender], weights: int) -> 
     for contender in contenders:
         needed = SPARE_BYTES
         if contender.who != OURS:
-            needed += int(weights * rivals.RIVALS[contender.who].bytes_a_weight)
+            needed += int(weights * rivals.RIVALS[contender.who].bytes_per_weight)
         if contender.who != OURS and used + needed > free:
             left = max(0, free - used)
             contender.why_not = (
@@ -151,13 +146,14 @@ def _load(
 
 
 def _turns(
-    options: Options, contenders: list[_Contender], known: list[PeakRow], stack: ExitStack
+    options: Options, contenders: list[_Contender], known: list[PeakRow]
 ) -> dict[tuple[int, str], float]:
-    """Let the loaded networks run in turns, and the peaks with them.
+    """Let the loaded networks run in turns, and the peaks with them, in terdit's processes.
 
     Returns the median peaks by (threads, arithmetic); the contenders keep their seconds.
     """
-    meters = {n: stack.enter_context(Process(n)) for n in options.threads}
+    running = [(each, each.process) for each in contenders if each.process is not None]
+    meters = {each.threads: process for each, process in running if each.who == OURS}
     peaks: dict[tuple[int, str], list[float]] = {}
     isa = ""
     with console.progress("bench: forwards", options.repeats) as meter:
@@ -168,16 +164,16 @@ def _turns(
                     isa = answer.get("isa", "")
                     if answer.get("peak") is not None:
                         peaks.setdefault((threads, what), []).append(answer["peak"])
-            for contender in contenders:
-                if contender.process is None or contender.why_not is not None:
+            for contender, process in running:
+                if contender.why_not is not None:
                     continue
                 time.sleep(SETTLE_SECONDS)
-                answer = contender.process.ask("run")
+                answer = process.ask("run")
                 contender.why_not = answer.get("why_not")
                 contender.seconds += [answer["seconds"]] if "seconds" in answer else []
             meter.update(repeat + 1)
     medians = {key: statistics.median(each) for key, each in peaks.items()}
-    for threads in options.threads:
+    for threads in meters:
         results.note_peaks(known, threads, isa, _at(medians, threads))
     return medians
 
@@ -245,7 +241,7 @@ def sample(options: Options, model: Path, folder: Path) -> list[SampleRow]:
     """Run `terdit sample` for one image: with t2 and t5, then on the reference backend.
 
     Raises:
-        EnvironmentProblem: one of them failed.
+        ChildFailed: one of them failed.
     """
     file = TdtFile(model)
     with file:
@@ -261,46 +257,23 @@ def sample(options: Options, model: Path, folder: Path) -> list[SampleRow]:
         if how.isa is not None:  # else it is the reference that ran
             runs.append((model, "t2", "reference", REFERENCE_STEPS))
     rows = []
+    threads = options.thread_counts[0]
     for path, codec, backend, steps in runs:
         console.note(f"bench: terdit sample, {codec}, backend {backend}, {steps} steps")
-        said, peak = _one_sample(options, path, backend, steps, folder / "image.npz")
+        words = [
+            "sample", "--model", path, "--prompt-class", 0, "--steps", steps, "--backend", backend,
+            "--device", "cpu", "--threads", threads, "-o", folder / "image.npz",
+        ]  # fmt: skip
+        done = run_terdit(list(map(str, words)), environment=thread_variables(threads))
         rows.append(
             SampleRow(
                 codec=codec,
-                backend=said["backend"],
-                activations=said["activations"],
-                threads=said["threads"],
+                backend=done.result["backend"],
+                activations=done.result["activations"],
+                threads=done.result["threads"],
                 steps=steps,
-                seconds=said["seconds"],
-                peak_resident=peak,
+                seconds=done.result["seconds"],
+                peak_resident=done.peak_bytes or None,
             )
         )
     return rows
-
-
-def _one_sample(
-    options: Options, model: Path, backend: str, steps: int, output: Path
-) -> tuple[dict[str, Any], int | None]:
-    """Return what `terdit sample --json` says, and the peak memory of its process if known."""
-    words = [
-        sys.executable, "-m", "terdit_cli", "sample", "--model", model, "--prompt-class", "0",
-        "--steps", steps, "--backend", backend, "--device", "cpu", "--threads", options.threads[0],
-        "--json", "-o", output,
-    ]  # fmt: skip
-    peak: int | None = None
-    with subprocess.Popen(
-        list(map(str, words)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | thread_variables(options.threads[0]),
-    ) as process:
-        while process.poll() is None:
-            # The peak only grows, so the last look before the end is as good as all of them.
-            peak = resident_bytes(str(process.pid))[1] or peak
-            time.sleep(0.01)
-        out, err = process.communicate()
-    if process.returncode != 0:
-        last = err.strip().splitlines()[-1:]
-        raise EnvironmentProblem("`terdit sample` failed", got=" ".join(last), where=model)
-    return json.loads(out), peak

@@ -1,6 +1,6 @@
 """The matrix products: terdit and its rivals on the shapes of the published models.
 
-M rows of activations, K -> N; all ways take turns in one process a thread count
+M rows of activations, K -> N; all ways take turns in one process per thread count.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PLAIN_C_PART = 8  # plain C takes long: it gets so many times fewer rows
 
 
 def measure(options: Options, peaks: list[PeakRow]) -> list[GemmRow]:
-    """Time all shapes on every thread count, then one of them on the other instruction sets.
+    """Time the shapes on every thread count; with `full` one of them on other instruction sets.
 
     All activations and rivals run with the most threads, with fewer only the first activation.
     What the peaks are is added to `peaks`.
@@ -38,18 +38,19 @@ def measure(options: Options, peaks: list[PeakRow]) -> list[GemmRow]:
     Raises:
         EnvironmentProblem: a process of terdit's own failed.
     """
-    first, most = options.activations[0], options.threads[0]
+    first, most = options.activations[0], options.thread_counts[0]
     rows: list[GemmRow] = []
-    for threads in options.threads:
-        ours = [(first, "tensor")]
-        if threads == most:
-            ours = [(name, "tensor") for name in options.activations] + [(first, "group128")]
+    for threads in options.thread_counts:
+        used = options.activations if threads == most else (first,)
+        ours = [(name, "tensor") for name in used]
+        ours += [(first, "group128")] if threads == most else []
         with Process(threads) as process:
             others = options.gemm_rivals if threads == most else ()
-            for shape in (*results.GEMM_SHAPES, results.SMALL_SHAPE):
+            shapes = results.GEMM_SHAPES if options.full else results.GEMM_SHAPES[:2]
+            for shape in (*shapes, results.SMALL_SHAPE):
                 rows += _one_shape(options, process, threads, shape, ours, others, peaks)
     how = choose_backend(options.backend, torch.device("cpu")).backend.how(torch.device("cpu"))
-    if how.isa is None or "TERDIT_ISA" in os.environ:
+    if how.isa is None or "TERDIT_ISA" in os.environ or not options.full:
         return rows
     m, k, n = results.GEMM_SHAPES[1]
     plain = tuple(name for name in ("fp32", "fp32-medium") if name in options.rivals)

@@ -32,6 +32,7 @@ from torch import Tensor
 from terdit_cli.errors import TerditError
 from terdit_cli.lab.bench import rivals
 from terdit_cli.lab.bench.results import OURS
+from terdit_cli.lab.children import resident_bytes
 from terdit_cli.model.info import ModelInfo
 from terdit_cli.model.ternary import Granularity, alpha_shape
 from terdit_cli.pack.tdt import TdtFile
@@ -76,7 +77,7 @@ class Worker:
         return tasks[task](**job)
 
     def peak(self, what: rivals.Peak) -> Answer:
-        """Measure a peak for a moment -> {"peak": operations a second, or None, "isa": name}."""
+        """Measure a peak for a moment -> {"peak": operations per second, or None, "isa": name}."""
         return {"peak": measure_peak(what, self.threads), "isa": native_isa()}
 
     def gemm(
@@ -92,7 +93,7 @@ class Worker:
         """Time all ways to multiply [M, K] by [K, N], taking turns.
 
         Returns {"samples": {way: seconds}, "errors": {way: relative error}, "why_not": {way:
-        text}, "peaks": {what: operations a second}, "isa": name}; a way is a rival's name or
+        text}, "peaks": {what: operations per second}, "isa": name}; a way is a rival's name or
         "activations/granularity".
         """
         m, k, n = shape
@@ -194,7 +195,7 @@ class Worker:
         return {"resident": memory[0], "peak_resident": memory[1]}
 
     def score(self, **job: Any) -> Answer:
-        """Time a metric -> see `bench.metrics.score`."""
+        """Time a metric -> see `metrics_bench.score`."""
         from terdit_cli.lab.bench.metrics_bench import score  # which imports this file
 
         return score(**job)
@@ -226,7 +227,7 @@ def our_network(file: TdtFile, backend: str, precision: Precision) -> tuple[riva
 
 
 def measure_peak(what: rivals.Peak, threads: int) -> float | None:
-    """Return operations a second, measured for a moment; None without the native library."""
+    """Return operations per second, measured for a moment; None without the native library."""
     return None if cpu.available(CPU) else cpu.peak(what, PEAK_SECONDS, threads)
 
 
@@ -238,20 +239,6 @@ def native_isa() -> str:
 def with_input_size(info: ModelInfo, input_size: int) -> ModelInfo:
     """Return the description of the same weights at another resolution."""
     return dataclasses.replace(info, config=dataclasses.replace(info.config, input_size=input_size))
-
-
-def resident_bytes(process: str) -> tuple[int | None, int | None]:
-    """Return resident memory now and its peak (VmRSS, VmHWM) of a process id or "self".
-
-    None where the system does not say (no /proc, or the process has ended).
-    """
-    try:
-        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None, None
-    values = dict(line.split(":", 1) for line in lines)
-    found = [int(values[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM") if key in values]
-    return (found[0], found[1]) if len(found) == 2 else (None, None)
 
 
 def release_freed() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from terdit_cli import console
 from terdit_cli.evaluate.probe import fit_probe
-from terdit_cli.lab.study.children import Run
+from terdit_cli.lab.children import Run
 from terdit_cli.lab.study.measure import Reals, labels_of, read_features, write_images
 from terdit_cli.lab.study.records import Folder, Probe, current, save, stamp
 from terdit_cli.lab.study.spec import Evaluation, Study

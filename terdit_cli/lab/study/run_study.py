@@ -11,8 +11,8 @@ from pathlib import Path
 
 from terdit_cli import console
 from terdit_cli.errors import UsageError
+from terdit_cli.lab.children import lock, run_terdit
 from terdit_cli.lab.study.archive import RESOLVED, archive_of, keep, opened, unpack
-from terdit_cli.lab.study.children import lock, run_terdit
 from terdit_cli.lab.study.collect import Findings, collect
 from terdit_cli.lab.study.records import Folder
 from terdit_cli.lab.study.runner import Runner

@@ -19,7 +19,7 @@ import numpy as np
 
 from terdit_cli import console
 from terdit_cli.errors import UsageError
-from terdit_cli.lab.study.children import ChildFailed, Finished, Run, command_of
+from terdit_cli.lab.children import ChildFailed, Finished, Run, command_of
 from terdit_cli.lab.study.measure import (
     QUARTERS,
     FixedNoise,

@@ -27,7 +27,7 @@ from torch import nn
 
 from terdit_cli.cli import app
 from terdit_cli.errors import Interrupted, UsageError
-from terdit_cli.lab.study.children import ChildFailed, Finished, command_of, lock
+from terdit_cli.lab.children import ChildFailed, Finished, command_of, lock
 from terdit_cli.lab.study.collect import collect
 from terdit_cli.lab.study.records import Conversion, Folder, Score, Training, read
 from terdit_cli.lab.study.runner import Runner
@@ -458,7 +458,7 @@ def test_other_failures_end_the_study_with_their_code(place: Path, tiny: Study) 
     def run(words: Sequence[str], tick: object = None) -> Finished:
         raise ChildFailed(words, 3)
 
-    with pytest.raises(ChildFailed, match=r"a step of the study failed.*exit code 3") as error:
+    with pytest.raises(ChildFailed, match=r"a step failed.*exit code 3") as error:
         Runner(tiny, Folder(place / "failed"), run, lambda: None).work()
     assert error.value.exit_code == 3
 
@@ -467,7 +467,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from terdit_cli.system.signals import StopSignal, handled, raise_stop
-from terdit_cli.lab.study.children import lock, run_terdit
+from terdit_cli.lab.children import lock, run_terdit
 recipe, out = sys.argv[1:]
 try:
     with handled(raise_stop), lock(Path(out)) as held:
