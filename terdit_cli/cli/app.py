@@ -77,7 +77,7 @@ RENAMED = {
     ("eval-fid", "--over-n"): "--confidence 100",
     ("bench", "--batch"): "--images N (a batch has two rows per image)",
     ("bench", "--gpu"): "--what limits --device NAME",
-    ("bench", "--backend"): "TERDIT_BACKEND=NAME terdit bench ...",
+    ("bench", "--backend"): "TERDIT_BACKEND=NAME in the environment",
     ("bench", "--ggml"): "--rivals all,LIBGGML-CPU.SO",
     ("bench", "--recorded"): "terdit bench RECORDED.json",
     ("bench", "--repeats"): "--full (7 repeats; else 3)",
