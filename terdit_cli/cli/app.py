@@ -75,6 +75,7 @@ RENAMED = {
     ("eval-fid", "--grid"): "--report FILE.png",
     ("eval-fid", "--bootstrap"): "--confidence 100",
     ("eval-fid", "--over-n"): "--confidence 100",
+    ("study", "--quick"): "the study recipes/studies/quick.yaml",
     ("bench", "--batch"): "--images N (a batch has two rows per image)",
     ("bench", "--gpu"): "--what limits --device NAME",
     ("bench", "--backend"): "TERDIT_BACKEND=NAME in the environment",

@@ -147,14 +147,14 @@ def _card(name: str, checkpoint: Checkpoint, result: EvalResult, words: Words, s
 
 
 def _beginning(recipe: dict[str, Any]) -> str | None:
-    """Return whose weights a run began with, and whether those led it too; None of its own."""
+    """Return what a run was initialised and distilled from; None without either."""
     start = recipe.get("train", {}).get("init_from")
     if start is None:
         return None
     found = ModelFile.open(start).checkpoint()
     name = (yaml.safe_load(found.recipe) or {}).get("name")
-    led = ", and learned from it" if recipe.get("distill", {}).get("teacher") == start else ""
-    return f"the averaged weights of {name}, {found.info.step or 0:,} steps{led}"
+    taught = ", and learned from it" if recipe.get("distill", {}).get("teacher") == start else ""
+    return f"the averaged weights of {name}, {found.info.step or 0:,} steps{taught}"
 
 
 def _check_size(name: str, added: int) -> None:

@@ -30,10 +30,10 @@ from terdit_cli.lab.study.records import (
     Score,
     Training,
     differences,
-    drawn_by,
     lost_by,
     model_asked,
     read,
+    sampled_by,
     scored_by,
     timed_by,
 )
@@ -57,7 +57,7 @@ class Model:
     metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
     grids: dict[float, Images]  # by cfg scale
     neighbours: Neighbours | None
-    nearest: Images | None  # to the guided grid's, in its order
+    nearest: Images | None  # to the grid's of the largest CFG scale, in its order
     changed: list[str]  # settings of the study that were others when it was made
 
 
@@ -216,13 +216,13 @@ def pair_named(study: Study, pair: Pair, again: bool = False) -> str:
 
 
 def steps_named(study: Study, variant: Variant) -> str:
-    """Return "8,000", or "8,000 + 8,000" of a variant that begins with another one's weights."""
+    """Return "8,000", or "8,000 + 8,000" of a variant that is initialised from another one."""
     return " + ".join(f"{steps:,}" for steps in study.steps_taken(variant))
 
 
 def guidance(scale: float) -> str:
-    """Return what a guidance scale is called."""
-    return "unguided" if scale == 1 else f"CFG scale {scale:g}"
+    """Return what a scale of classifier-free guidance is called."""
+    return "no guidance" if scale == 1 else f"CFG scale {scale:g}"
 
 
 def collect(study: Study, folder: Folder) -> Findings:
@@ -260,15 +260,15 @@ def _model(study: Study, folder: Folder, variant: Variant, seed: int) -> Model:
                 changed |= set(differences(score.asked.get("model"), asked))
     grids = {}
     for scale in study.evaluation.cfg_scales:
-        grid, drawn = read(place.grid_record(scale), Grid), drawn_by(study, scale)
-        # Without its images a record counts for nothing: they are drawn again.
-        if grid is not None and place.grid(scale).exists() and not _measured_otherwise(grid, drawn):
+        grid, how = read(place.grid_record(scale), Grid), sampled_by(study, scale)
+        # Without its images a record counts for nothing: they are generated again.
+        if grid is not None and place.grid(scale).exists() and not _measured_otherwise(grid, how):
             grids[scale] = _read_images(place.grid(scale))
     nearest = None
     neighbours = read(place.neighbours, Neighbours)
     if neighbours is not None:
-        drawn = drawn_by(study, max(study.evaluation.cfg_scales))
-        if _measured_otherwise(neighbours, drawn) or not place.nearest_images.exists():
+        how = sampled_by(study, study.largest_scale)
+        if _measured_otherwise(neighbours, how) or not place.nearest_images.exists():
             neighbours = None
         else:
             nearest = _read_images(place.nearest_images)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,8 +92,8 @@ def fix_noise(recipe: Recipe, n: int) -> FixedNoise:
 
 
 @torch.inference_mode()
-def measure_loss(model: Path, fixed: FixedNoise, activations: str = "auto") -> dict[str, float]:
-    """Return {"loss", "mse", "vb", "quarter 1" .. "quarter 4"} of a model in a file.
+def measure_loss(model: Path, fixed: FixedNoise, activations: str = "auto") -> dict[str, Any]:
+    """Return {"loss", "mse", "vb", "quarters": four losses} of a model in a file.
 
     Raises:
         What `load` raises.
@@ -110,13 +111,8 @@ def measure_loss(model: Path, fixed: FixedNoise, activations: str = "auto") -> d
             values.append(losses.get(name, torch.zeros_like(losses["loss"])))
     found = {name: torch.cat(values) for name, values in parts.items()}
     quarter = fixed.t * QUARTERS // objective.num_steps
-    return {
-        **{name: float(values.mean()) for name, values in found.items()},
-        **{
-            f"quarter {index + 1}": float(found["loss"][quarter == index].mean())
-            for index in range(QUARTERS)
-        },
-    }
+    quarters = [float(found["loss"][quarter == index].mean()) for index in range(QUARTERS)]
+    return {name: float(values.mean()) for name, values in found.items()} | {"quarters": quarters}
 
 
 @dataclass(frozen=True)
@@ -190,7 +186,7 @@ def labels_of(images: Path) -> NDArray[np.int64]:
 def judge(features: Samples, reals: Reals) -> tuple[Accuracy, Nearest]:
     """Return how many images look like their class, and how near they are to training images.
 
-    Image i is of class i mod C, as `eval-fid` draws them.
+    Image i is of class i mod C, as in `eval-fid`.
     """
     classes = len(reals.class_names)
     labels = np.arange(len(features)) % classes

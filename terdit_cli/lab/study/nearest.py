@@ -1,4 +1,4 @@
-"""The training images nearest to drawn ones, pixel by pixel, among all: copies can be seen.
+"""The training images nearest to generated ones, pixel by pixel, among all: copies can be seen.
 
 Distances are root mean squares of the difference of two images, in levels of 0 to 255. Where the
 recipe mirrors images, their mirror images are searched as well.
@@ -25,7 +25,7 @@ Images = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class NearestImages:
-    """What lies nearest to N drawn images, and to as many that no model has seen."""
+    """What lies nearest to N generated images, and to as many that no model has seen."""
 
     images: Images  # [N, H, W, 3], of the training set
     distances: NDArray[np.float64]  # [N]
@@ -37,7 +37,7 @@ def find_nearest(recipe: Recipe, images: Images) -> NearestImages:
     """Search the recipe's training images.
 
     Args:
-        images: drawn ones, [N, H, W, 3].
+        images: generated ones, [N, H, W, 3].
 
     Raises:
         What opening the recipe's images raises.

@@ -327,7 +327,7 @@ def test_a_stopped_scoring_does_not_go_on_under_other_settings(
     assert score is not None
     assert score.evaluation["provenance"]["seed"] == 1
     assert not list(folder.path.rglob("*.work"))
-    assert not ours.features_begun(4, 2.0).exists()
+    assert not ours.features_started(4, 2.0).exists()
 
 
 LED = """\
@@ -339,7 +339,7 @@ LED = """\
 
 @pytest.fixture(scope="module")
 def led(place: Path) -> tuple[Path, Folder]:
-    """A study whose ternary variant begins with its baseline and is led by it, and its folder."""
+    """A study, its ternary variant initialised and distilled from the baseline; its folder."""
     path = place / "led.yaml"
     text = (place / "dots.yaml").read_text().replace("ternary: ternary, ", "ternary: led, ")
     path.write_text(text.replace("  - {name: ptq, ", LED))
@@ -385,7 +385,7 @@ def test_a_half_done_training_of_other_settings_is_refused(led: tuple[Path, Fold
 def test_a_half_done_training_does_not_go_on_from_another_parent(
     led: tuple[Path, Folder], place: Path
 ) -> None:
-    """The run's own recipe is the same: only the checkpoint that it began with is another."""
+    """The run's own recipe is the same: only the checkpoint that it starts from is another."""
     path, folder = led[0], Folder(place / "orphan" / "dots")
     shutil.copytree(led[1].path, folder.path)
     study = load_study(path)
