@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -83,8 +84,7 @@ class Worker:
     def gemm(
         self,
         shape: tuple[int, int, int],
-        ours: list[tuple[Precision, Granularity]],
-        others: list[str],
+        ways: list[tuple[str, Precision, Granularity]],
         backend: str,
         repeats: int,
         seed: int,
@@ -92,57 +92,59 @@ class Worker:
     ) -> Answer:
         """Time all ways to multiply [M, K] by [K, N], taking turns.
 
-        Returns {"samples": {way: seconds}, "errors": {way: relative error}, "why_not": {way:
-        text}, "peaks": {what: operations per second}, "isa": name}; a way is a rival's name or
-        "activations/granularity".
+        Args:
+            ways: (who, activations, granularity).
+
+        Returns {"rows": fields of `GemmRow`, "samples" in place of its figure, "peaks": {what:
+        median of operations per second}, "isa": name}.
         """
         m, k, n = shape
         generator = torch.Generator().manual_seed(seed)
         trits = torch.randint(-1, 2, (n, k), dtype=torch.int8, generator=generator)
         x = torch.randn(m, k, generator=generator)
         alpha = torch.tensor([(2 * k / 3) ** -0.5])
-        calls: dict[str, Callable[[], Tensor]] = {}
-        refused: dict[str, str] = {}
-        for activations, granularity in ours:
-            calls[f"{activations}/{granularity}"] = our_gemm(
-                backend, trits, alpha, x, activations, granularity
-            )
-        for name in others:
+        rows: list[Answer] = []
+        running: list[tuple[Answer, Callable[[], Tensor]]] = []
+        for who, activations, granularity in ways:
+            row: Answer = {"who": who, "activations": activations, "granularity": granularity}
+            row |= {"samples": [], "why_not": None, "error": None}
+            rows.append(row)
             try:
-                if name == rivals.GGML:
-                    calls[name] = rivals.GgmlGemm(Path(ggml), trits, alpha, x, self.threads)
+                if who == OURS:
+                    call = our_gemm(backend, trits, alpha, x, activations, granularity)
+                elif who == rivals.GGML:
+                    call = rivals.GgmlGemm(Path(ggml), trits, alpha, x, self.threads)
                 else:
-                    calls[name] = rivals.RIVALS[name].gemm(trits, alpha, x)
-                calls[name]()
+                    call = rivals.RIVALS[who].gemm(trits, alpha, x)
+                call()
+                running.append((row, call))
             # Anything may be missing on this machine or in this torch, down to its compiler.
             except Exception as error:
-                calls.pop(name, None)
-                refused[name] = _reason(error)
-        rows = torch.linspace(0, m - 1, min(m, ERROR_ROWS)).long()
-        expected = x[rows].double() @ (trits.double() * alpha.double()).T
-        errors = {
-            name: float((call()[rows].double() - expected).norm() / expected.norm())
-            for name, call in calls.items()
-        }
+                if who == OURS:
+                    raise
+                row["why_not"] = _reason(error)
+        some = torch.linspace(0, m - 1, min(m, ERROR_ROWS)).long()
+        expected = x[some].double() @ (trits.double() * alpha.double()).T
+        for row, call in running:
+            row["error"] = float((call()[some].double() - expected).norm() / expected.norm())
         peaks: dict[str, list[float]] = {}
-        samples: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(repeats):
             for what in ARITHMETICS:
-                value = measure_peak(what, self.threads)
-                if value is not None:
+                if (value := measure_peak(what, self.threads)) is not None:
                     peaks.setdefault(what, []).append(value)
-            for name, call in calls.items():
+            for row, call in running:
                 time.sleep(SETTLE_SECONDS)
-                samples[name].append(_time(call))
-        for call in calls.values():
+                row["samples"].append(_time(call))
+        for _, call in running:
             if isinstance(call, rivals.GgmlGemm):
                 call.close()
+        isa = native_isa()
+        # Plain C has no instruction whose rate would bound it: the compiler chooses.
+        known = peaks if isa != "generic" else {}
         return {
-            "samples": samples,
-            "errors": errors,
-            "why_not": refused,
-            "peaks": peaks,
-            "isa": native_isa(),
+            "rows": rows,
+            "peaks": {what: statistics.median(each) for what, each in known.items()},
+            "isa": isa,
         }
 
     def load(
