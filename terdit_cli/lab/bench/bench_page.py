@@ -87,7 +87,7 @@ class Table(NamedTuple):
         for index in map(list(self.header).index, self.spare):
             if index in shown and room() < _NAME:
                 shown.remove(index)
-        width = max(room(), _NAME)
+        width = max(room(), _NAME // 2)
         rows = [
             [textwrap.fill(row[0], width), *(row[index] for index in shown[1:])]
             for row in self.rows

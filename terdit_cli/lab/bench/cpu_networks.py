@@ -23,7 +23,6 @@ from terdit_cli.lab.bench.settings import DOWNSAMPLE, Options
 from terdit_cli.lab.bench.worker import (
     ARITHMETICS,
     SETTLE_SECONDS,
-    Answer,
     Process,
     thread_variables,
     with_input_size,
@@ -64,6 +63,15 @@ class _Contender:
     backend: str = ""
     isa: str = ""
     seconds: list[float] = field(default_factory=list)
+    output: NDArray[np.float32] | None = None
+    resident: int | None = None  # bytes
+    peak_resident: int | None = None
+
+    def distance_from(self, exact: NDArray[np.float32] | None) -> float | None:
+        """Return |output - exact| / |exact|, or None where one of them is missing."""
+        if self.output is None or exact is None:
+            return None
+        return float(np.linalg.norm(self.output - exact) / np.linalg.norm(exact))
 
 
 def measure(options: Options, model: Path, folder: Path, peaks: list[PeakRow]) -> list[ForwardRow]:
@@ -147,14 +155,14 @@ def _load(
 
 def _turns(
     options: Options, contenders: list[_Contender], known: list[PeakRow]
-) -> dict[tuple[int, str], float]:
+) -> dict[int, dict[str, float]]:
     """Let the loaded networks run in turns, and the peaks with them, in terdit's processes.
 
-    Returns the median peaks by (threads, arithmetic); the contenders keep their seconds.
+    Returns the median peaks by threads and arithmetic; the contenders keep their seconds.
     """
     running = [(each, each.process) for each in contenders if each.process is not None]
     meters = {each.threads: process for each, process in running if each.who == OURS}
-    peaks: dict[tuple[int, str], list[float]] = {}
+    peaks: dict[int, dict[str, list[float]]] = {threads: {} for threads in meters}
     isa = ""
     with console.progress("bench: forwards", options.repeats) as meter:
         for repeat in range(options.repeats):
@@ -163,7 +171,7 @@ def _turns(
                     answer = process.ask("peak", what=what)
                     isa = answer.get("isa", "")
                     if answer.get("peak") is not None:
-                        peaks.setdefault((threads, what), []).append(answer["peak"])
+                        peaks[threads].setdefault(what, []).append(answer["peak"])
             for contender, process in running:
                 if contender.why_not is not None:
                     continue
@@ -172,69 +180,55 @@ def _turns(
                 contender.why_not = answer.get("why_not")
                 contender.seconds += [answer["seconds"]] if "seconds" in answer else []
             meter.update(repeat + 1)
-    medians = {key: statistics.median(each) for key, each in peaks.items()}
-    for threads in meters:
-        results.note_peaks(known, threads, isa, _at(medians, threads))
+    medians = {
+        threads: {what: statistics.median(each) for what, each in of.items()}
+        for threads, of in peaks.items()
+    }
+    for threads, of in medians.items():
+        results.note_peaks(known, threads, isa, of)
     return medians
-
-
-def _at(medians: dict[tuple[int, str], float], threads: int) -> dict[str, float]:
-    return {what: value for (count, what), value in medians.items() if count == threads}
 
 
 def _rows(
     options: Options,
     contenders: list[_Contender],
-    medians: dict[tuple[int, str], float],
+    peaks: dict[int, dict[str, float]],
     info: ModelInfo,
     folder: Path,
 ) -> list[ForwardRow]:
     """Ask every process for its memory and its output, and make the rows."""
     path = folder / "output.npy"
-    answers: list[Answer] = []
-    outputs: list[NDArray[np.float32] | None] = []
     for contender in contenders:
-        answer: Answer = {}
         if contender.process is not None and contender.why_not is None:
             answer = contender.process.ask("finish", output=str(path))
-        answers.append(answer)
-        outputs.append(np.load(path) if "resident" in answer else None)
-    pairs = list(zip(contenders, outputs, strict=True))
-    exact = next((output for contender, output in pairs if contender.who == "fp32"), None)
+            contender.resident = answer.get("resident")
+            contender.peak_resident = answer.get("peak_resident")
+            contender.output = np.load(path) if "resident" in answer else None
+    exact = next((each.output for each in contenders if each.who == "fp32"), None)
     operations = forward_operations(info.config, options.batch)
     rows = []
-    for (contender, output), answer in zip(pairs, answers, strict=True):
-        figure = Figure(contender.seconds if contender.why_not is None else [])
-        peaks = _at(medians, contender.threads)
+    for each in contenders:
+        figure, limits = Figure([] if each.why_not else each.seconds), peaks[each.threads]
         rows.append(
             ForwardRow(
-                who=contender.who,
-                threads=contender.threads,
-                isa=contender.isa,
-                activations=contender.activations,
+                who=each.who,
+                threads=each.threads,
+                isa=each.isa,
+                activations=each.activations,
                 figure=figure,
-                why_not=contender.why_not,
+                why_not=each.why_not,
                 size=info.config.input_size * DOWNSAMPLE,
                 batch=options.batch,
                 tokens=info.config.tokens,
-                backend=contender.backend,
+                backend=each.backend,
                 operations=operations,
-                error=_distance(output, exact),
-                share=results.share_of_peak(figure, operations, peaks, contender.activations),
-                resident=answer.get("resident"),
-                peak_resident=answer.get("peak_resident"),
+                error=each.distance_from(exact),
+                share=results.share_of_peak(figure, operations, limits, each.activations),
+                resident=each.resident,
+                peak_resident=each.peak_resident,
             )
         )
     return rows
-
-
-def _distance(
-    output: NDArray[np.float32] | None, exact: NDArray[np.float32] | None
-) -> float | None:
-    """Return |output - exact| / |exact|, or None where one of them is missing."""
-    if output is None or exact is None:
-        return None
-    return float(np.linalg.norm(output - exact) / np.linalg.norm(exact))
 
 
 def sample(options: Options, model: Path, folder: Path) -> list[SampleRow]:
