@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from terdit_cli import console
-from terdit_cli.cli.flags import Json
+from terdit_cli.cli.flags import Json, refuse_given
 
 EXAMPLES = (
     "terdit bench",
@@ -25,10 +25,11 @@ EXAMPLES = (
 
 
 def bench(
+    context: typer.Context,
     subject: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[SUBJECT] [KEY=VALUE...]",
+            metavar="SUBJECT [KEY=VALUE...]",
             help="A model (packaged name, path, or sizes 600m, 4.2b, ... with random weights); a "
             "recipe.yaml and overrides: its training steps; `metrics`, or a .json of recorded "
             "ones: the metrics of eval-fid.  [default: fashion-mnist]",
@@ -40,7 +41,7 @@ def bench(
         typer.Option(
             help="Of a model: network (whole forwards), gemm (single matrix products), images "
             "(what int8 and other activations change), limits (of a GPU that need not be here), "
-            "or all that a CPU can measure."
+            "or all (that a CPU can measure)."
         ),
     ] = "network",
     full: Annotated[
@@ -74,8 +75,8 @@ def bench(
     rivals: Annotated[
         str,
         typer.Option(
-            help="all, none, or of fp32,fp32-medium,bf16,bf16-compiled,int8-ao,int8-mm,unpack; "
-            "and a libggml-cpu.so for ggml's TQ2_0."
+            help="all, none, or of fp32, fp32-medium, bf16, bf16-compiled, int8-ao, int8-mm, "
+            "unpack; and the path of a libggml-cpu.so for ggml's TQ2_0."
         ),
     ] = "",
     out: Annotated[
@@ -90,6 +91,7 @@ def bench(
     options = run_bench.parse(
         subject or [], what, full, size, images, device, threads, activations, rivals, line
     )
+    refuse_given(context, options.unused, "for other benchmarks")
     result = run_bench.run(options, out)
     if json:
         console.result_json(run_bench.as_json(result))

@@ -100,6 +100,11 @@ class Options:
                 expected="sizes: " + ", ".join(SIZES) + did_you_mean(self.subject, SIZES),
                 fix="terdit bench 600m,4.2b --device cuda",
             )  # fmt: skip
+        if self.on_gpu and self.what == "gemm":
+            raise UsageError(
+                "on a GPU whole networks are measured", got=f"--what {self.what}",
+                fix="--what network",
+            )  # fmt: skip
         if not self.on_gpu and (len(self.models) > 1 or len(self.images) > 1):
             raise UsageError(
                 "on a CPU one model runs at one batch", got=f"{self.subject} {self.images or ''}",
@@ -131,6 +136,15 @@ class Options:
         """Return whether sizes are measured on a GPU, or counted for one."""
         on_device = self.device.partition(":")[0] == "cuda" and self.what != "images"
         return on_device or self.what == "limits"
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The options of the command line that would change nothing."""
+        if self.of_metrics or self.recipe:
+            return ("size", "images", "device", "activations", "rivals")
+        if self.on_gpu:
+            return ("threads", "activations", "rivals")
+        return {"images": ("images", "rivals"), "gemm": ("size", "images")}.get(self.what, ())
 
     @property
     def repeats(self) -> int:
