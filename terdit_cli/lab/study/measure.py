@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from terdit_cli.data.images import open_images
+from terdit_cli.data.images import ImageSource, open_images
 from terdit_cli.data.npz_images import NpzImages
 from terdit_cli.diffusion.objectives import OBJECTIVES, objective_of
 from terdit_cli.errors import InputFileError, UsageError
@@ -31,10 +31,9 @@ from terdit_cli.evaluate.feature_shards import FACTS_FILE, FeatureShards
 from terdit_cli.evaluate.neighbours import check_neighbours
 from terdit_cli.evaluate.probe import LinearProbe, accuracy_by_class
 from terdit_cli.evaluate.statistics import spread
-from terdit_cli.lab.study.records import Accuracy, Nearest
+from terdit_cli.lab.study.records import Accuracy, Nearest, save_arrays
 from terdit_cli.recipe import Recipe
 from terdit_cli.runtime.load import load
-from terdit_cli.system.atomic import atomic_path
 from terdit_cli.train import build
 
 QUARTERS = 4
@@ -61,11 +60,11 @@ def has_held_out(recipe: Recipe) -> bool:
     return recipe.data.source in _WITH_SPLITS
 
 
-def fix_noise(recipe: Recipe, n: int) -> FixedNoise:
-    """Return `n` images, held-out ones where the source has them, with timesteps and noise.
+def open_split(recipe: Recipe, split: str | None) -> ImageSource:
+    """Open a split of the recipe's images.
 
     Raises:
-        What opening the recipe's images raises; UsageError for prepared latents.
+        UsageError: prepared latents. And what `open_images` raises.
     """
     data = recipe.data
     if data.source == "latents":
@@ -73,8 +72,17 @@ def fix_noise(recipe: Recipe, n: int) -> FixedNoise:
             "a study needs images, not prepared latents", got="data.source=latents",
             fix="set data.source and data.path to the images",
         )  # fmt: skip
-    split = HELD_OUT if has_held_out(recipe) else data.split
-    source = open_images(data.source, data.path, data.image_size, data.on_bad_image, split)
+    return open_images(data.source, data.path, data.image_size, data.on_bad_image, split)
+
+
+def fix_noise(recipe: Recipe, n: int) -> FixedNoise:
+    """Return `n` images, held-out ones where the source has them, with timesteps and noise.
+
+    Raises:
+        What opening the recipe's images raises; UsageError for prepared latents.
+    """
+    split = HELD_OUT if has_held_out(recipe) else recipe.data.split
+    source = open_split(recipe, split)
     chosen = spread(len(source), min(n, len(source)))
     pixels = torch.from_numpy(np.stack([source.read(index) for index in chosen]))
     space = build.open_space(recipe, torch.device("cpu"))
@@ -136,12 +144,7 @@ def write_images(recipe: Recipe, path: Path, most: int | None) -> list[str]:
         UsageError: too many to lie in memory, or latents: then a study cannot search them.
     """
     data = recipe.data
-    if data.source == "latents":
-        raise UsageError(
-            "a study needs images, not prepared latents", got="data.source=latents",
-            fix="set data.source and data.path to the images",
-        )  # fmt: skip
-    source = open_images(data.source, data.path, data.image_size, data.on_bad_image, data.split)
+    source = open_split(recipe, data.split)
     if source.images is None:
         raise UsageError(
             "too many training images for a study's neighbours and probe",
@@ -151,8 +154,7 @@ def write_images(recipe: Recipe, path: Path, most: int | None) -> list[str]:
             fix="take a smaller part of them",
         )
     chosen = spread(len(source), most or len(source))
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, arr_0=source.images[chosen], labels=source.labels[chosen])
+    save_arrays(path, arr_0=source.images[chosen], labels=source.labels[chosen])
     return source.class_names
 
 

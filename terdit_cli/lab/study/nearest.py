@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from terdit_cli.data.images import open_images
 from terdit_cli.evaluate.statistics import spread
-from terdit_cli.lab.study.measure import HELD_OUT, has_held_out
+from terdit_cli.lab.study.measure import HELD_OUT, has_held_out, open_split
 from terdit_cli.recipe import Recipe
 
 _CHUNK = 4096  # training images at a time
@@ -42,12 +41,10 @@ def find_nearest(recipe: Recipe, images: Images) -> NearestImages:
     Raises:
         What opening the recipe's images raises.
     """
-    data = recipe.data
-    where = (data.source, data.path, data.image_size, data.on_bad_image)
-    training = open_images(*where, data.split)
+    training = open_split(recipe, recipe.data.split)
     others = None
     if has_held_out(recipe):
-        held_out = open_images(*where, HELD_OUT)
+        held_out = open_split(recipe, HELD_OUT)
         chosen = spread(len(held_out), min(len(images), len(held_out)))
         others = np.stack([held_out.read(index) for index in chosen])
     queries = images if others is None else np.concatenate([images, others])
@@ -56,7 +53,7 @@ def find_nearest(recipe: Recipe, images: Images) -> NearestImages:
     for start in range(0, len(training), _CHUNK):
         rows = range(start, min(start + _CHUNK, len(training)))
         found = np.stack([training.read(index) for index in rows])
-        for part in (found, found[:, :, ::-1]) if data.flip else (found,):
+        for part in (found, found[:, :, ::-1]) if recipe.data.flip else (found,):
             squares = _squares(queries, part)
             column = squares.argmin(axis=1)
             value = squares[np.arange(len(queries)), column]

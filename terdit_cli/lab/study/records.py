@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from terdit_cli.errors import InputFileError
@@ -333,6 +334,12 @@ def save(path: Path, record: Record) -> None:
     """Write a record whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def save_arrays(path: Path, **arrays: Any) -> None:
+    """Write an .npz whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def read(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:

@@ -49,6 +49,7 @@ from terdit_cli.lab.study.records import (
     read,
     sampled_by,
     save,
+    save_arrays,
     scored_by,
     stamp,
     timed_by,
@@ -352,8 +353,7 @@ class Runner:
         with np.load(place.grid(largest), allow_pickle=False) as arrays:
             images, labels = arrays["arr_0"], arrays["labels"]
         found = find_nearest(self._base, images)
-        with atomic_path(place.nearest_images) as temporary, temporary.open("wb") as file:
-            np.savez(file, arr_0=found.images, labels=labels)
+        save_arrays(place.nearest_images, arr_0=found.images, labels=labels)
         record = Neighbours(
             asked=asked, **self._own(variant), distances=found.distances.tolist(),
             held_out=None if found.held_out is None else found.held_out.tolist(),
