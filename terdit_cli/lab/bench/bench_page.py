@@ -304,16 +304,16 @@ _KERNELS: Columns = {
     "tensor cores": lambda each: " ".join(each["tensor_cores"]),
 }
 _KERNELS_SPARE = ("tensor cores", "shared memory")
-_AGREEMENT = {
+_AGREEMENT: Columns = {
     "metric": "{metric}",
     "features": "{case}",
     "terdit": "{ours:.10g}",
     "recorded": "{recorded:.10g}",
-    "from the recorded": "{from_recorded:.1e}",
+    "from the recorded": lambda row: _apart(row.apart(row.recorded)),
     "clean-fid": "{clean_fid:.10g}",
-    "from clean-fid's": "{from_clean_fid:.1e}",
+    "from clean-fid's": lambda row: _apart(row.apart(row.clean_fid)),
     "torch-fidelity": "{torch_fidelity:.10g}",
-    "from torch-fidelity's": "{from_torch_fidelity:.1e}",
+    "from torch-fidelity's": lambda row: _apart(row.apart(row.torch_fidelity)),
 }
 _AGREEMENT_SPARE = ("torch-fidelity", "clean-fid", "recorded", "features")
 _SCORES: Columns = {
@@ -406,6 +406,10 @@ def _compared(rows: Sequence[GemmRow | ForwardRow]) -> Columns:
         return f"{found.measured:.2f} ({found.low:.2f} .. {found.high:.2f})" if found else ""
 
     return {FASTER: faster, "error": "{error:.1e}"}
+
+
+def _apart(difference: float | None) -> str:
+    return "" if difference is None else f"{difference:.1e}"
 
 
 def _decibels(value: float | None) -> str:

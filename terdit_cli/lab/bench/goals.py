@@ -224,7 +224,9 @@ def _score_goals(result: BenchResult) -> list[Goal]:
         measured = row.clean_fid.median / row.figure.median
         faster = Spread(measured, min(each), max(each), min(theirs) / min(ours))
     errors = [
-        (row.from_recorded or 0.0) / abs(row.recorded) for row in result.agreement if row.recorded
+        (row.apart(row.recorded) or 0.0) / abs(row.recorded)
+        for row in result.agreement
+        if row.recorded
     ]
     return [
         _times("Frechet distance against clean-fid's", 5.0, faster),

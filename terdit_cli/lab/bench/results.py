@@ -208,21 +208,9 @@ class AgreementRow:
     clean_fid: float | None
     torch_fidelity: float | None
 
-    def _from(self, other: float | None) -> float | None:
+    def apart(self, other: float | None) -> float | None:
+        """Return the absolute difference from another value of the row."""
         return None if other is None else abs(self.ours - other)
-
-    @property
-    def from_recorded(self) -> float | None:
-        """The absolute difference; so are the next two."""
-        return self._from(self.recorded)
-
-    @property
-    def from_clean_fid(self) -> float | None:
-        return self._from(self.clean_fid)
-
-    @property
-    def from_torch_fidelity(self) -> float | None:
-        return self._from(self.torch_fidelity)
 
 
 @dataclass(frozen=True)
