@@ -49,14 +49,14 @@ lint: .venv/installed  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: install  ## docs/bench.md: terdit and its rivals on this CPU (minutes; GGML=libggml-cpu.so)
-	$(BIN)/terdit bench 600m --size 256,512 --threads 1,$$(getconf _NPROCESSORS_ONLN) $(GGML:%=--ggml %) --out docs/bench.md
+	$(BIN)/terdit bench 600m --what all --full --size 256,512 --threads 1,$$(getconf _NPROCESSORS_ONLN) $(GGML:%=--rivals all,%) --out docs/bench.md
 
 bench-gpu: install  ## docs/gpu.md: terdit and its rivals on this GPU (under ten minutes), or what can be counted without
-	$(BIN)/terdit bench 600m,4.2b --device cuda --out docs/gpu.md \
-		|| { test $$? = 4 && $(BIN)/terdit bench 600m,4.2b --what kernels --out docs/gpu.md; }
+	$(BIN)/terdit bench 600m,4.2b --device cuda --full --out docs/gpu.md \
+		|| { test $$? = 4 && $(BIN)/terdit bench 600m,4.2b --what limits --full --out docs/gpu.md; }
 
 bench-metrics: install  ## docs/metrics.md: eval-fid's scores and times beside recorded values and other libraries
-	$(BIN)/terdit bench --what metrics --threads $$(getconf _NPROCESSORS_ONLN) --recorded tests/golden/metrics.json --out docs/metrics.md
+	$(BIN)/terdit bench tests/golden/metrics.json --full --threads $$(getconf _NPROCESSORS_ONLN) --out docs/metrics.md
 
 add-model: install  ## package a run: make add-model RUN=runs/x NAME=x EVAL=result.json WORDS='--data ...'
 	$(BIN)/python -m terdit_cli.lab.add_model $(RUN) $(NAME) --eval $(EVAL) $(WORDS)

@@ -81,6 +81,14 @@ RENAMED = {
     ("eval-fid", "--grid"): "--report FILE.png",
     ("eval-fid", "--bootstrap"): "--confidence 100",
     ("eval-fid", "--over-n"): "--confidence 100",
+    ("study", "--quick"): "the study recipes/studies/quick.yaml",
+    ("bench", "--batch"): "--images N (a batch has two rows per image)",
+    ("bench", "--gpu"): "--what limits --device NAME",
+    ("bench", "--backend"): "TERDIT_BACKEND=NAME in the environment",
+    ("bench", "--ggml"): "--rivals all,LIBGGML-CPU.SO",
+    ("bench", "--recorded"): "terdit bench RECORDED.json",
+    ("bench", "--repeats"): "--full (7 repeats; else 3)",
+    ("bench", "--seed"): "no seed: it is 0",
 }
 
 

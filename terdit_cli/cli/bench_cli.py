@@ -14,110 +14,90 @@ from terdit_cli.cli.flags import Json, refuse_given
 
 EXAMPLES = (
     "terdit bench",
+    "terdit bench fashion-mnist --full --out bench.md",
+    "terdit bench model.tdt --what images",
     "terdit bench 4.2b --what gemm --threads 1,2 --rivals bf16,int8-ao",
-    "terdit bench model.tdt --what images --device cpu",
-    "terdit bench model.tdt --what forward --rivals none --json",
-    "terdit bench 600m --size 256,512 --threads 1,2 --out docs/bench.md",
-    "terdit bench --what metrics --threads 1 --recorded tests/golden/metrics.json",
-    "terdit bench recipes/quickstart.yaml --what training",
-    "terdit bench 600m,4.2b --device cuda --out docs/gpu.md",
-    "terdit bench 600m,4.2b --what roofline --gpu a100",
+    "terdit bench 600m,4.2b --device cuda --full --out gpu.md",
+    "terdit bench 600m,4.2b --what limits --device a100",
+    "terdit bench recipes/quickstart.yaml train.precision=fp32 --full",
+    "terdit bench tests/golden/metrics.json --full",
 )
-ON_GPU = ("roofline", "kernels")  # of data sheets and compilers: they need no GPU
-# Options that not every benchmark has: which have them, and how to say so.
-_CPU_ONLY = ("batch", "threads", "activations", "backend", "rivals", "ggml", "recorded")
-_GPU_ONLY = ("images", "gpu")
-_MEASURED_BY: dict[str, tuple[str, ...]] = {
-    "batch": ("all", "forward"),
-    "activations": ("all", "gemm", "forward", "images"),
-    "rivals": ("all", "gemm", "forward"),
-    "ggml": ("all", "gemm"),
-    "recorded": ("metrics",),
-}
 
 
 def bench(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Argument(help="A size (600m, 4.2b, ...: random weights), a .tdt, or a recipe.")
-    ] = "600m",
+    subject: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SUBJECT [KEY=VALUE...]",
+            help="A model (packaged name, path, or sizes 600m, 4.2b, ... with random weights); a "
+            "recipe.yaml and overrides: its training steps; `metrics`, or a .json of recorded "
+            "ones: the metrics of eval-fid.  [default: fashion-mnist]",
+            show_default=False,
+        ),
+    ] = None,
     what: Annotated[
         str,
         typer.Option(
-            help="all of gemm, forward, sample and (for a .tdt) images; metrics of eval-fid; "
-            "training steps of a recipe; roofline and kernels of a GPU that need not be here."
+            help="Of a model: network (whole forwards), gemm (single matrix products), images "
+            "(what int8 and other activations change), limits (of a GPU that need not be here), "
+            "or all (that a CPU can measure)."
         ),
-    ] = "all",
-    size: Annotated[str, typer.Option(help="Image sizes in pixels: 256,512.")] = "",
-    batch: Annotated[
-        int, typer.Option(help="Batch size of a forward; CFG uses two rows per image.")
-    ] = 2,
-    images: Annotated[
-        str, typer.Option(help="Images per batch on a GPU, with guidance.  [default: 1,8,32]")
+    ] = "network",
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full",
+            help="All activations and rivals, more repeats, sampling, compiled kernels: minutes. "
+            "Without it a first look of seconds.",
+        ),
+    ] = False,
+    size: Annotated[
+        str, typer.Option(help="Image sizes in pixels, for random weights.  [default: 256]")
     ] = "",
-    device: Annotated[str, typer.Option(help="cpu, or cuda to benchmark the GPU.")] = "cpu",
-    gpu: Annotated[
-        str, typer.Option(help="Data sheet for the roofline: h100, a100, l4, 4090, ...")
-    ] = "h100",
+    images: Annotated[
+        str,
+        typer.Option(help="Images per batch, each two rows with guidance; several on a GPU: 1,8."),
+    ] = "",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="cpu, cuda or cuda:1; of `limits` the GPU whose data sheet counts: h100, l4, ..."
+        ),
+    ] = "",
     threads: Annotated[
         str, typer.Option(help="Numbers of CPU threads: 1,2.  [default: torch's]")
     ] = "",
     activations: Annotated[
         str,
-        typer.Option(
-            help="Of int8, int16, bf16, fp32; the first is used everywhere.  [default: all]"
-        ),
+        typer.Option(help="Of int8, int16, bf16, fp32; the first is used everywhere."),
     ] = "",
-    backend: Annotated[str, typer.Option(help="auto, gpu, cpu or reference.")] = "auto",
     rivals: Annotated[
         str,
         typer.Option(
-            help="all, none, or of fp32,fp32-medium,bf16,bf16-compiled,int8-ao,int8-mm,unpack."
+            help="all, none, or of fp32, fp32-medium, bf16, bf16-compiled, int8-ao, int8-mm, "
+            "unpack; and the path of a libggml-cpu.so for ggml's TQ2_0."
         ),
-    ] = "all",
-    ggml: Annotated[
-        Path | None,
-        typer.Option(help="A libggml-cpu.so: also benchmark ggml TQ2_0."),
-    ] = None,
-    recorded: Annotated[
-        Path | None, typer.Option(help="Recorded metrics to compare with: .json beside an .npz.")
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Interleaved repeats; medians are shown.")] = 7,
-    seed: Annotated[int, typer.Option(help="Random seed of weights and inputs.")] = 0,
+    ] = "",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write a report as Markdown (.md).")
     ] = None,
     json: Json = False,
 ) -> None:
     """Benchmark speed, exactness and memory on this CPU or a GPU, beside rivals."""
+    from terdit_cli.lab.bench import run_bench
+
     line = shlex.join(["terdit", *sys.argv[1:]])
-    if what in ON_GPU or (device != "cpu" and what != "images"):
-        refuse_given(context, _CPU_ONLY, "for the benchmarks of CPUs")
-        from terdit_cli.lab.bench import on_gpu
-
-        report = on_gpu.run(
-            model, what, size=size, images=images, device=device, chip=gpu, repeats=repeats,
-            seed=seed, output=out, command=line,
-        )  # fmt: skip
-        if json:
-            console.result_json(on_gpu.as_json(report))
-            return
-        for table in on_gpu.gpu_tables(report):
-            console.result_table(*table)
-        return
-    refuse_given(context, _GPU_ONLY, "for the benchmarks of GPUs")
-    for option, kinds in _MEASURED_BY.items():
-        if what not in kinds:
-            refuse_given(context, (option,), f"for --what {' or '.join(kinds)}")
-    from terdit_cli.lab.bench import on_cpu
-
-    result = on_cpu.run(
-        model, what, size=size, batch=batch, threads=threads, activations=activations,
-        backend=backend, others=rivals, repeats=repeats, seed=seed, ggml=ggml, output=out,
-        command=line, recorded=recorded, device=device,
-    )  # fmt: skip
+    options = run_bench.parse(
+        subject or [], what, full, size, images, device, threads, activations, rivals, line
+    )
+    refuse_given(context, options.unused, "for other benchmarks")
+    result = run_bench.run(options, out)
     if json:
-        console.result_json(on_cpu.as_json(result))
+        console.result_json(run_bench.as_json(result))
         return
-    for table in on_cpu.tables(result):
-        console.result_table(*table)
+    for table in map(run_bench.Table.narrow, run_bench.tables(result)):
+        if table.rows:
+            console.result_table(table.title, table.header, table.rows)
+        for note in table.notes:
+            console.result(note)

@@ -28,10 +28,6 @@ def study(
         ),
     ],
     only: Annotated[str, typer.Option(metavar="VARIANT,...", help="Only these variants.")] = "",
-    quick: Annotated[
-        bool,
-        typer.Option("--quick", help="A shortened version of the study, in a folder of its own."),
-    ] = False,
     render: Annotated[
         bool, typer.Option("--render", help="Only write the report from existing results.")
     ] = False,
@@ -59,7 +55,7 @@ def study(
         [Path(word) for word in words if "=" not in word],
         [word for word in words if "=" in word],
         [name.strip() for name in only.split(",") if name.strip()],
-        quick, render, runs, out, keep,
+        render, runs, out, keep,
     )  # fmt: skip
     if json:
         console.result_json(dataclasses.asdict(result))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,18 +95,13 @@ def run(
 
 def _complete(words: Words, name: str) -> Words:
     """Fill the words that were not given from the card there is; raises UsageError."""
-    given = (words.data, words.licence, words.limits, words.text)
-    if None not in given:
+    given = {key: value for key, value in vars(words).items() if value is not None}
+    if len(given) == len(vars(words)):
         return words  # a damaged card can be made anew
     if catalogue.card_path(name).exists():
         card = read_card(name)
         kept = card.text.partition(RECIPE_HEADING)[0]
-        return Words(
-            words.data or card.data,
-            words.licence or card.licence,
-            words.limits or card.limits,
-            words.text or kept,
-        )
+        return replace(Words(card.data, card.licence, card.limits, kept), **given)
     missing = [f"--{key}" for key in ("data", "licence", "limits") if not getattr(words, key)]
     if missing:
         raise UsageError(
@@ -173,14 +168,14 @@ def _card(
 
 
 def _beginning(recipe: dict[str, Any]) -> str | None:
-    """Return whose weights a run began with, and whether those led it too; None of its own."""
+    """Return what a run was initialised and distilled from; None without either."""
     start = recipe.get("train", {}).get("init_from")
     if start is None:
         return None
     found = ModelFile.open(start).checkpoint()
     name = (yaml.safe_load(found.recipe) or {}).get("name")
-    led = ", and learned from it" if recipe.get("distill", {}).get("teacher") == start else ""
-    return f"the averaged weights of {name}, {found.info.step or 0:,} steps{led}"
+    taught = ", and learned from it" if recipe.get("distill", {}).get("teacher") == start else ""
+    return f"the averaged weights of {name}, {found.info.step or 0:,} steps{taught}"
 
 
 def _check_size(name: str, added: int) -> None:

@@ -1,6 +1,6 @@
 """`make demo`: every verb once, from a recipe to a scored packed model, and one table.
 
-Trains recipes/quickstart.yaml on the embedded images, ternarizes, packs, draws a labelled grid
+Trains recipes/quickstart.yaml on the embedded images, ternarizes, packs, samples a labelled grid
 from the .tdt and scores it against real images, next to uniform noise, the packaged model of the
 same images and held-out real images.
 """

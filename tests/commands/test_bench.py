@@ -15,13 +15,14 @@ import torch
 from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.lab.bench import activation_error as bench_images
 from terdit_cli.lab.bench import cpu_networks as network
-from terdit_cli.lab.bench import gemm, results, worker
+from terdit_cli.lab.bench import gemm, results, settings, worker
 from terdit_cli.lab.bench.random_model import RandomModel
 from terdit_cli.pack.tdt import write_tdt
 from terdit_cli.runtime import cpu
 
 Terdit = Callable[..., Any]
-QUICK = ("--threads", 1, "--repeats", 3, "--backend", "reference")
+QUICK = ("--threads", 1)
+FULL = (*QUICK, "--full")
 
 
 class InProcess:
@@ -48,6 +49,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "GEMM_SHAPES", shapes)
     monkeypatch.setattr(results, "SMALL_SHAPE", (2, 24, 96))
     monkeypatch.setattr(worker, "SAMPLE_SECONDS", 1e-9)
+    monkeypatch.setattr(settings, "REPEATS", 3)
+    monkeypatch.setenv("TERDIT_BACKEND", "reference")
     for module in (gemm, network):
         monkeypatch.setattr(module, "Process", InProcess)
     for module in (network, worker):
@@ -55,7 +58,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_matrix_products_as_json(terdit: Terdit) -> None:
-    done = terdit("bench", "nano", "--what", "gemm", "--rivals", "bf16,unpack", "--json", *QUICK)
+    done = terdit("bench", "nano", "--what", "gemm", "--rivals", "bf16,unpack", "--json", *FULL)
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert found["model"] == "nano"
@@ -83,7 +86,7 @@ def test_matrix_products_as_json(terdit: Terdit) -> None:
 def test_networks_on_a_page(terdit: Terdit, tmp_path: Path) -> None:
     page = tmp_path / "docs" / "bench.md"
     done = terdit(
-        "bench", "nano", "--what", "forward", "--size", "32,48", "--batch", 4, "--rivals",
+        "bench", "nano", "--size", "32,48", "--images", 2, "--rivals",
         "fp32,unpack", "--activations", "int8,fp32", "--out", page, *QUICK,
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -105,7 +108,7 @@ def test_networks_on_a_page(terdit: Terdit, tmp_path: Path) -> None:
 
 def test_a_model_file_is_measured_as_it_is(terdit: Terdit, small_tdt: Path) -> None:
     done = terdit(
-        "bench", small_tdt, "--what", "forward", "--rivals", "none", "--activations", "fp32",
+        "bench", small_tdt, "--rivals", "none", "--activations", "fp32",
         "--json", *QUICK,
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -119,7 +122,7 @@ def test_what_does_not_fit_in_memory_is_not_run(
     terdit: Terdit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(network, "available_bytes", lambda: 700_000_000)
-    words = ("--what", "forward", "--size", 32, "--activations", "fp32", "--rivals", "fp32")
+    words = ("--size", 32, "--activations", "fp32", "--rivals", "fp32")
     done = terdit("bench", "nano", *words, "--json", *QUICK)
     assert done.code == 0, done.err
     ours, rival = json.loads(done.out)["forward"]
@@ -131,7 +134,8 @@ def test_what_does_not_fit_in_memory_is_not_run(
 
 @pytest.mark.slow
 def test_whole_processes(terdit: Terdit) -> None:
-    done = terdit("bench", "nano", "--what", "sample", "--size", 32, "--json", *QUICK)
+    words = ("--activations", "fp32", "--rivals", "none", "--size", 32)
+    done = terdit("bench", "nano", *words, "--json", *FULL)
     assert done.code == 0, done.err
     rows = json.loads(done.out)["sample"]
     assert [(row["codec"], row["backend"], row["steps"]) for row in rows] == [
@@ -147,7 +151,8 @@ def test_shares_of_measured_peaks(terdit: Terdit, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(worker, "PEAK_SECONDS", 0.001)
     monkeypatch.delenv("TERDIT_ISA", raising=False)
     words = ("--what", "gemm", "--activations", "int8,fp32", "--rivals", "fp32", "--json")
-    done = terdit("bench", "nano", *words, "--threads", 1, "--repeats", 1, "--backend", "cpu")
+    monkeypatch.setenv("TERDIT_BACKEND", "cpu")
+    done = terdit("bench", "nano", *words, "--threads", 1)
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert {"int8", "bf16", "fp32"} < set(found["peaks"][0])
@@ -167,13 +172,17 @@ def test_shares_of_measured_peaks(terdit: Terdit, monkeypatch: pytest.MonkeyPatc
         (["--threads", "0"], "wrong --threads: got 0, expected 1 to"),
         (["--threads", "two"], "wrong --threads: got 'two', expected numbers"),
         (["--threads", "100000"], "wrong --threads: got 100000"),
-        (["--batch", "0"], "wrong --batch: got 0"),
-        (["--repeats", "0"], "wrong --repeats: got 0"),
+        (["--images", "0"], "wrong --images: got 0"),
+        (["--device", "cuda", "--what", "gemm"], "on a GPU whole networks are measured"),
+        (["--what", "limits", "--rivals", "bf16"], "--rivals would do nothing here"),
+        (["--what", "gemm", "--size", "256"], "--size would do nothing here"),
+        (["--images", "1,8"], "on a CPU one model runs at one batch"),
+        (["--what", "forward"], "--what forward has another spelling. Fix: --what network"),
+        (["optim.lr=1"], "only a recipe has keys to override: got optim.lr=1"),
         (["--size", "100"], "wrong --size: got 100, expected a multiple of 16"),
         (["--size", "-16"], "wrong --size: got '-16'"),
         (["--size", "99999"], "wrong --size: got 99999, expected 16 to 1024"),
         (["--out", "page.html"], "unknown kind of page: got .html, expected .md (page.html)"),
-        (["--backend", "refrence"], "unknown backend: got 'refrence'"),
     ],
 )
 def test_wrong_options(terdit: Terdit, words: list[str], message: str) -> None:
@@ -188,7 +197,7 @@ def test_wrong_models(terdit: Terdit, tmp_path: Path, small_tdt: Path) -> None:
     missing = tmp_path / "none.tdt"
     done = terdit("bench", missing)
     assert (done.code, done.out) == (3, "")
-    assert f"no such model file ({missing})" in done.err
+    assert f"no such model: got '{missing}'" in done.err
     done = terdit("bench", small_tdt, "--size", "256")
     assert done.code == 2
     assert f"a model file has its own image size: got --size for {small_tdt}" in done.err
@@ -201,7 +210,7 @@ def test_a_model_trained_with_int8_runs_as_trained(terdit: Terdit, tmp_path: Pat
     model, path = RandomModel("nano", input_size=4, seed=0), tmp_path / "int8.tdt"
     object.__setattr__(model.info.ternary, "activations", "int8")
     write_tdt(model, path, "t2", "fp32")
-    done = terdit("bench", path, "--what", "forward", "--rivals", "none", "--json", *QUICK)
+    done = terdit("bench", path, "--rivals", "none", "--json", *QUICK)
     assert done.code == 0, done.err
     assert [row["activations"] for row in json.loads(done.out)["forward"]] == ["int8"]
     done = terdit("bench", path, "--activations", "fp32", *QUICK)
@@ -211,7 +220,7 @@ def test_a_model_trained_with_int8_runs_as_trained(terdit: Terdit, tmp_path: Pat
 
 def test_a_wrong_ggml(terdit: Terdit, tmp_path: Path) -> None:
     library = tmp_path / "libggml-cpu.so"
-    done = terdit("bench", "nano", "--ggml", library)
+    done = terdit("bench", "nano", "--rivals", f"none,{library}")
     assert (done.code, done.out) == (4, "")
     assert f"({library}). Fix: build ggml" in done.err
 
@@ -226,7 +235,8 @@ def test_images_of_other_activations(
     model = tmp_path / "m.tdt"
     write_tdt(RandomModel("nano", 8, 0), model, "t2", "fp32")
     page = tmp_path / "page.md"
-    done = terdit("bench", model, "--what", "images", "--json", "--threads", 1, "-o", page)
+    monkeypatch.delenv("TERDIT_BACKEND")
+    done = terdit("bench", model, "--what", "images", "--json", *FULL, "-o", page)
     assert done.code == 0, done.err
     rows = {row["activations"]: row for row in json.loads(done.out)["images"]}
     assert set(rows) == {"int8", "int16", "bf16"}
@@ -246,10 +256,13 @@ def test_images_of_random_weights_say_nothing(terdit: Terdit) -> None:
 
 
 @pytest.mark.slow
-def test_training_steps(terdit: Terdit, small_recipe: Path) -> None:
+def test_training_steps(
+    terdit: Terdit, small_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A step of both networks, eager and compiled; the baseline has no ternary weight."""
-    words = f"{small_recipe} model.n_layers=1 train.global_batch_size=4 train.micro_batch_size=4"
-    done = terdit("bench", words, "--what", "training", "--repeats", 2, "--threads", 1, "--json")
+    words = ("model.n_layers=1", "train.global_batch_size=4", "train.micro_batch_size=4")
+    monkeypatch.setattr(settings, "REPEATS", 2)
+    done = terdit("bench", small_recipe, *words, "--json", *FULL)
     values = json.loads(done.out)
     eager, compiled = values["training"]
     assert (eager["compiled"], compiled["compiled"]) == (False, True)
@@ -260,7 +273,28 @@ def test_training_steps(terdit: Terdit, small_recipe: Path) -> None:
     assert [goal["met"] is None for goal in values["goals"]] == [False]
 
 
-def test_training_of_a_size(terdit: Terdit) -> None:
-    done = terdit("bench", "600m", "--what", "training")
+def test_a_recipe_has_training_steps_only(terdit: Terdit, small_recipe: Path) -> None:
+    done = terdit("bench", small_recipe, "--what", "gemm")
     assert done.code == 2
-    assert "training is measured of a recipe: got 600m" in done.err
+    assert f"--what is for models: got --what gemm of {small_recipe}" in done.err
+
+
+def test_a_packaged_model_by_its_name_with_all_rivals(terdit: Terdit) -> None:
+    """Its embedding of positions is in no file: it once kept the bfloat16 rivals from running."""
+    rivals = "bf16,int8-ao,unpack,fp32"
+    done = terdit("bench", "fashion-mnist", "--rivals", rivals, "--json", *QUICK)
+    assert done.code == 0, done.err
+    rows = json.loads(done.out)["forward"]
+    assert [row["who"] for row in rows] == ["terdit", *rivals.split(",")]
+    for row in rows:
+        assert row["why_not"] is None
+        assert row["error"] < 0.1
+
+
+def test_a_first_look_fits_a_terminal(terdit: Terdit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "available_bytes", lambda: 700_000_000)
+    done = terdit("bench", "nano", "--size", 32, "--rivals", "fp32,bf16", *QUICK)
+    assert done.code == 0, done.err
+    assert "torch bf16, 2 x 4, not run: needs 0.4 GB" in done.out
+    for line in done.out.splitlines():
+        assert len(line.rstrip()) <= 80 or "not run" in line

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +23,11 @@ from terdit_cli.lab.bench.settings import DOWNSAMPLE, Options
 from terdit_cli.lab.bench.worker import (
     ARITHMETICS,
     SETTLE_SECONDS,
-    Answer,
     Process,
-    resident_bytes,
     thread_variables,
     with_input_size,
 )
+from terdit_cli.lab.children import run_terdit
 from terdit_cli.model.layout import forward_operations
 from terdit_cli.model.metadata import ModelInfo
 from terdit_cli.pack.exported import count_weights
@@ -44,7 +38,7 @@ from terdit_cli.runtime.backends import choose_backend
 FASTEST_RIVALS = ("bf16-compiled", *INT8_RIVALS)
 LOADED_AT_ONCE = 2  # nothing is timed meanwhile
 SPARE_BYTES = 400 << 20  # of a process with torch, beside its weights
-REFERENCE_STEPS = 2  # the reference backend is slow: its image is not drawn to the end
+REFERENCE_STEPS = 2  # the reference backend is slow: it does not finish its image
 
 
 def available_bytes() -> int | None:
@@ -69,6 +63,15 @@ class _Contender:
     backend: str = ""
     isa: str = ""
     seconds: list[float] = field(default_factory=list)
+    output: NDArray[np.float32] | None = None
+    resident: int | None = None  # bytes
+    peak_resident: int | None = None
+
+    def distance_from(self, exact: NDArray[np.float32] | None) -> float | None:
+        """Return |output - exact| / |exact|, or None where one of them is missing."""
+        if self.output is None or exact is None:
+            return None
+        return float(np.linalg.norm(self.output - exact) / np.linalg.norm(exact))
 
 
 def measure(options: Options, model: Path, folder: Path, peaks: list[PeakRow]) -> list[ForwardRow]:
@@ -94,13 +97,13 @@ def measure(options: Options, model: Path, folder: Path, peaks: list[PeakRow]) -
             )
             with ThreadPoolExecutor(LOADED_AT_ONCE) as pool:
                 list(pool.map(partial(_load, options, model, sized, stack), contenders))
-            medians = _turns(options, contenders, peaks, stack)
+            medians = _turns(options, contenders, peaks)
             rows += _rows(options, contenders, medians, sized, folder)
     return rows
 
 
 def _contenders(options: Options, first: bool) -> list[_Contender]:
-    most, fewer = options.threads[0], options.threads[1:] if first else ()
+    most, fewer = options.thread_counts[0], options.thread_counts[1:] if first else ()
     used = options.activations if first else options.activations[:1]
     ours = [_Contender(OURS, name, most) for name in used]
     ours += [_Contender(OURS, options.activations[0], threads) for threads in fewer]
@@ -117,7 +120,7 @@ def _leave_out_what_does_not_fit(contenders: list[_Contender], weights: int) -> 
     for contender in contenders:
         needed = SPARE_BYTES
         if contender.who != OURS:
-            needed += int(weights * rivals.RIVALS[contender.who].bytes_a_weight)
+            needed += int(weights * rivals.RIVALS[contender.who].bytes_per_weight)
         if contender.who != OURS and used + needed > free:
             left = max(0, free - used)
             contender.why_not = (
@@ -151,14 +154,15 @@ def _load(
 
 
 def _turns(
-    options: Options, contenders: list[_Contender], known: list[PeakRow], stack: ExitStack
-) -> dict[tuple[int, str], float]:
-    """Let the loaded networks run in turns, and the peaks with them.
+    options: Options, contenders: list[_Contender], known: list[PeakRow]
+) -> dict[int, dict[str, float]]:
+    """Let the loaded networks run in turns, and the peaks with them, in terdit's processes.
 
-    Returns the median peaks by (threads, arithmetic); the contenders keep their seconds.
+    Returns the median peaks by threads and arithmetic; the contenders keep their seconds.
     """
-    meters = {n: stack.enter_context(Process(n)) for n in options.threads}
-    peaks: dict[tuple[int, str], list[float]] = {}
+    running = [(each, each.process) for each in contenders if each.process is not None]
+    meters = {each.threads: process for each, process in running if each.who == OURS}
+    peaks: dict[int, dict[str, list[float]]] = {threads: {} for threads in meters}
     isa = ""
     with console.progress("bench: forwards", options.repeats) as meter:
         for repeat in range(options.repeats):
@@ -167,85 +171,71 @@ def _turns(
                     answer = process.ask("peak", what=what)
                     isa = answer.get("isa", "")
                     if answer.get("peak") is not None:
-                        peaks.setdefault((threads, what), []).append(answer["peak"])
-            for contender in contenders:
-                if contender.process is None or contender.why_not is not None:
+                        peaks[threads].setdefault(what, []).append(answer["peak"])
+            for contender, process in running:
+                if contender.why_not is not None:
                     continue
                 time.sleep(SETTLE_SECONDS)
-                answer = contender.process.ask("run")
+                answer = process.ask("run")
                 contender.why_not = answer.get("why_not")
                 contender.seconds += [answer["seconds"]] if "seconds" in answer else []
             meter.update(repeat + 1)
-    medians = {key: statistics.median(each) for key, each in peaks.items()}
-    for threads in options.threads:
-        results.note_peaks(known, threads, isa, _at(medians, threads))
+    medians = {
+        threads: {what: statistics.median(each) for what, each in of.items()}
+        for threads, of in peaks.items()
+    }
+    for threads, of in medians.items():
+        results.note_peaks(known, threads, isa, of)
     return medians
-
-
-def _at(medians: dict[tuple[int, str], float], threads: int) -> dict[str, float]:
-    return {what: value for (count, what), value in medians.items() if count == threads}
 
 
 def _rows(
     options: Options,
     contenders: list[_Contender],
-    medians: dict[tuple[int, str], float],
+    peaks: dict[int, dict[str, float]],
     info: ModelInfo,
     folder: Path,
 ) -> list[ForwardRow]:
     """Ask every process for its memory and its output, and make the rows."""
     path = folder / "output.npy"
-    answers: list[Answer] = []
-    outputs: list[NDArray[np.float32] | None] = []
     for contender in contenders:
-        answer: Answer = {}
         if contender.process is not None and contender.why_not is None:
             answer = contender.process.ask("finish", output=str(path))
-        answers.append(answer)
-        outputs.append(np.load(path) if "resident" in answer else None)
-    pairs = list(zip(contenders, outputs, strict=True))
-    exact = next((output for contender, output in pairs if contender.who == "fp32"), None)
+            contender.resident = answer.get("resident")
+            contender.peak_resident = answer.get("peak_resident")
+            contender.output = np.load(path) if "resident" in answer else None
+    exact = next((each.output for each in contenders if each.who == "fp32"), None)
     operations = forward_operations(info.config, options.batch)
     rows = []
-    for (contender, output), answer in zip(pairs, answers, strict=True):
-        figure = Figure(contender.seconds if contender.why_not is None else [])
-        peaks = _at(medians, contender.threads)
+    for each in contenders:
+        figure, limits = Figure([] if each.why_not else each.seconds), peaks[each.threads]
         rows.append(
             ForwardRow(
-                who=contender.who,
-                threads=contender.threads,
-                isa=contender.isa,
-                activations=contender.activations,
+                who=each.who,
+                threads=each.threads,
+                isa=each.isa,
+                activations=each.activations,
                 figure=figure,
-                why_not=contender.why_not,
+                why_not=each.why_not,
                 size=info.config.input_size * DOWNSAMPLE,
                 batch=options.batch,
                 tokens=info.config.tokens,
-                backend=contender.backend,
+                backend=each.backend,
                 operations=operations,
-                error=_distance(output, exact),
-                share=results.share_of_peak(figure, operations, peaks, contender.activations),
-                resident=answer.get("resident"),
-                peak_resident=answer.get("peak_resident"),
+                error=each.distance_from(exact),
+                share=results.share_of_peak(figure, operations, limits, each.activations),
+                resident=each.resident,
+                peak_resident=each.peak_resident,
             )
         )
     return rows
-
-
-def _distance(
-    output: NDArray[np.float32] | None, exact: NDArray[np.float32] | None
-) -> float | None:
-    """Return |output - exact| / |exact|, or None where one of them is missing."""
-    if output is None or exact is None:
-        return None
-    return float(np.linalg.norm(output - exact) / np.linalg.norm(exact))
 
 
 def sample(options: Options, model: Path, folder: Path) -> list[SampleRow]:
     """Run `terdit sample` for one image: with t2 and t5, then on the reference backend.
 
     Raises:
-        EnvironmentProblem: one of them failed.
+        ChildFailed: one of them failed.
     """
     file = TdtFile(model)
     with file:
@@ -261,46 +251,23 @@ def sample(options: Options, model: Path, folder: Path) -> list[SampleRow]:
         if how.isa is not None:  # else it is the reference that ran
             runs.append((model, "t2", "reference", REFERENCE_STEPS))
     rows = []
+    threads = options.thread_counts[0]
     for path, codec, backend, steps in runs:
         console.note(f"bench: terdit sample, {codec}, backend {backend}, {steps} steps")
-        said, peak = _one_sample(options, path, backend, steps, folder / "image.npz")
+        words = [
+            "sample", "--model", path, "--prompt-class", 0, "--steps", steps, "--backend", backend,
+            "--device", "cpu", "--threads", threads, "-o", folder / "image.npz",
+        ]  # fmt: skip
+        done = run_terdit(list(map(str, words)), environment=thread_variables(threads))
         rows.append(
             SampleRow(
                 codec=codec,
-                backend=said["backend"],
-                activations=said["activations"],
-                threads=said["threads"],
+                backend=done.result["backend"],
+                activations=done.result["activations"],
+                threads=done.result["threads"],
                 steps=steps,
-                seconds=said["seconds"],
-                peak_resident=peak,
+                seconds=done.result["seconds"],
+                peak_resident=done.peak_bytes or None,
             )
         )
     return rows
-
-
-def _one_sample(
-    options: Options, model: Path, backend: str, steps: int, output: Path
-) -> tuple[dict[str, Any], int | None]:
-    """Return what `terdit sample --json` says, and the peak memory of its process if known."""
-    words = [
-        sys.executable, "-m", "terdit_cli", "sample", "--model", model, "--prompt-class", "0",
-        "--steps", steps, "--backend", backend, "--device", "cpu", "--threads", options.threads[0],
-        "--json", "-o", output,
-    ]  # fmt: skip
-    peak: int | None = None
-    with subprocess.Popen(
-        list(map(str, words)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | thread_variables(options.threads[0]),
-    ) as process:
-        while process.poll() is None:
-            # The peak only grows, so the last look before the end is as good as all of them.
-            peak = resident_bytes(str(process.pid))[1] or peak
-            time.sleep(0.01)
-        out, err = process.communicate()
-    if process.returncode != 0:
-        last = err.strip().splitlines()[-1:]
-        raise EnvironmentProblem("`terdit sample` failed", got=" ".join(last), where=model)
-    return json.loads(out), peak

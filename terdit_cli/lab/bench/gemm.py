@@ -1,12 +1,11 @@
 """The matrix products: terdit and its rivals on the shapes of the published models.
 
-M rows of activations, K -> N; all ways take turns in one process a thread count
+M rows of activations, K -> N; all ways take turns in one process per thread count.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +29,7 @@ PLAIN_C_PART = 8  # plain C takes long: it gets so many times fewer rows
 
 
 def measure(options: Options, peaks: list[PeakRow]) -> list[GemmRow]:
-    """Time all shapes on every thread count, then one of them on the other instruction sets.
+    """Time the shapes on every thread count; with `full` one of them on other instruction sets.
 
     All activations and rivals run with the most threads, with fewer only the first activation.
     What the peaks are is added to `peaks`.
@@ -38,18 +37,19 @@ def measure(options: Options, peaks: list[PeakRow]) -> list[GemmRow]:
     Raises:
         EnvironmentProblem: a process of terdit's own failed.
     """
-    first, most = options.activations[0], options.threads[0]
+    first, most = options.activations[0], options.thread_counts[0]
     rows: list[GemmRow] = []
-    for threads in options.threads:
-        ours = [(first, "tensor")]
+    for threads in options.thread_counts:
+        used = options.activations if threads == most else (first,)
+        ways = [(OURS, name, "tensor") for name in used]
         if threads == most:
-            ours = [(name, "tensor") for name in options.activations] + [(first, "group128")]
+            ways += [(OURS, first, "group128"), *_ways(options.gemm_rivals)]
+        shapes = results.GEMM_SHAPES if options.full else results.GEMM_SHAPES[:2]
         with Process(threads) as process:
-            others = options.gemm_rivals if threads == most else ()
-            for shape in (*results.GEMM_SHAPES, results.SMALL_SHAPE):
-                rows += _one_shape(options, process, threads, shape, ours, others, peaks)
+            for shape in (*shapes, results.SMALL_SHAPE):
+                rows += _one_shape(options, process, threads, shape, ways, peaks)
     how = choose_backend(options.backend, torch.device("cpu")).backend.how(torch.device("cpu"))
-    if how.isa is None or "TERDIT_ISA" in os.environ:
+    if how.isa is None or "TERDIT_ISA" in os.environ or not options.full:
         return rows
     m, k, n = results.GEMM_SHAPES[1]
     plain = tuple(name for name in ("fp32", "fp32-medium") if name in options.rivals)
@@ -58,10 +58,14 @@ def measure(options: Options, peaks: list[PeakRow]) -> list[GemmRow]:
             continue
         limits = {} if isa.startswith("avx512") else TORCH_AVX2
         shape = (m // PLAIN_C_PART if isa == "generic" else m, k, n)
-        ours = [("int8", "tensor"), ("fp32", "tensor")]
+        ways = [(OURS, "int8", "tensor"), (OURS, "fp32", "tensor"), *_ways(plain)]
         with Process(most, {"TERDIT_ISA": isa, **limits}) as process:
-            rows += _one_shape(options, process, most, shape, ours, plain, peaks)
+            rows += _one_shape(options, process, most, shape, ways, peaks)
     return rows
+
+
+def _ways(names: Sequence[str]) -> list[tuple[str, str, str]]:
+    return [(name, rivals.arithmetic(name), "tensor") for name in names]
 
 
 def _one_shape(
@@ -69,48 +73,28 @@ def _one_shape(
     process: Process,
     threads: int,
     shape: tuple[int, int, int],
-    ours: Sequence[tuple[str, str]],
-    others: Sequence[str],
+    ways: list[tuple[str, str, str]],
     peaks: list[PeakRow],
 ) -> list[GemmRow]:
-    """Time all ways for one shape (M, K, N); `ours` are (activations, granularity)."""
+    """Time all ways, (who, activations, granularity), for one shape (M, K, N)."""
     m, k, n = shape
     console.note(f"bench: {k} -> {n}, {m} rows, threads {threads}")
     answer = process.ask(
         "gemm",
         shape=shape,
-        ours=ours,
-        others=others,
+        ways=ways,
         backend=options.backend,
         repeats=options.repeats,
         seed=options.seed,
         ggml=str(options.ggml or ""),
     )
-    if "samples" not in answer:
+    if "rows" not in answer:
         raise EnvironmentProblem("a benchmark process failed", got=answer["why_not"])
-    # Plain C has no instruction whose rate would bound it: the compiler chooses.
-    measured = answer["peaks"] if answer["isa"] != "generic" else {}
-    medians = {what: statistics.median(each) for what, each in measured.items()}
-    results.note_peaks(peaks, threads, answer["isa"], medians)
-    ways = [(OURS, *way, "/".join(way)) for way in ours]
-    ways += [(name, rivals.arithmetic(name), "tensor", name) for name in others]
+    results.note_peaks(peaks, threads, answer["isa"], answer["peaks"])
     rows = []
-    for who, activations, granularity, way in ways:
-        figure = Figure(answer["samples"].get(way, []))
-        rows.append(
-            GemmRow(
-                who=who,
-                threads=threads,
-                isa=answer["isa"],
-                activations=activations,
-                figure=figure,
-                why_not=answer["why_not"].get(way),
-                m=m,
-                k=k,
-                n=n,
-                granularity=granularity,
-                error=answer["errors"].get(way),
-                share=results.share_of_peak(figure, 2.0 * m * k * n, medians, activations),
-            )
-        )
+    for row in answer["rows"]:
+        figure = Figure(row.pop("samples"))
+        share = results.share_of_peak(figure, 2.0 * m * k * n, answer["peaks"], row["activations"])
+        where = {"threads": threads, "isa": answer["isa"], "m": m, "k": k, "n": n}
+        rows.append(GemmRow(figure=figure, share=share, **row, **where))
     return rows

@@ -38,21 +38,26 @@ from terdit_cli.evaluate import metrics
 from terdit_cli.evaluate.statistics import FeatureStatistics
 from terdit_cli.lab.bench.results import AgreementRow, Figure, ScoreRow
 from terdit_cli.lab.bench.settings import Options
-from terdit_cli.lab.bench.worker import Process, release_freed, resident_bytes
+from terdit_cli.lab.bench.worker import Process, release_freed
+from terdit_cli.lab.children import resident_bytes
 from terdit_cli.system.torchvision_shim import import_vision
 
 DIM = 2048  # of Inception's features
-SAMPLES = 50_000  # of the published protocol
-NEIGHBOUR_SAMPLES = 10_000  # of precision and recall
+# Metrics that are timed, with the numbers of samples of the published protocols.
+COSTS = (
+    ("statistics", 50_000), ("distance", 50_000), ("precision, recall", 10_000), ("KID", 50_000)
+)  # fmt: skip
 BATCH = 1000  # samples made, and added to the statistics, at once
-CLEAN_FID_RUNS = 3  # at most: each takes ten seconds
+CLEAN_FID_RUNS = 3  # each takes ten seconds
 
 Features = NDArray[np.floating]
 Cases = dict[str, dict[str, dict[str, Any]]]
 
 
-def measure(options: Options) -> tuple[list[AgreementRow], list[ScoreRow]]:
-    """Compare all metrics with the other libraries' and time them.
+def measure(options: Options) -> dict[str, Any]:
+    """Compare all metrics with the other libraries', and with `full` time them.
+
+    Returns `agreement` and `scores` of a `BenchResult`.
 
     Raises:
         InputFileError: the recording; EnvironmentProblem: a process of terdit's own failed.
@@ -64,32 +69,18 @@ def measure(options: Options) -> tuple[list[AgreementRow], list[ScoreRow]]:
     with contextlib.redirect_stdout(sys.stderr):  # clean-fid prints its warnings
         agreement = list(_agreement(cases, arrays))
     scores = []
-    for name, n in (
-        ("statistics", SAMPLES),
-        ("distance", SAMPLES),
-        ("precision, recall", NEIGHBOUR_SAMPLES),
-        ("KID", SAMPLES),
-    ):
+    for name, n in COSTS if options.full else ():
         console.note(f"bench: {name} of {n} x {DIM} features")
-        with Process(options.threads[0]) as process:
-            runs = min(options.repeats, CLEAN_FID_RUNS)
-            answer = process.ask("score", name=name, n=n, dim=DIM, seed=options.seed, runs=runs)
+        threads = options.thread_counts[0]
+        with Process(threads) as process:
+            answer = process.ask(
+                "score", name=name, n=n, dim=DIM, seed=options.seed, runs=CLEAN_FID_RUNS
+            )
         if "seconds" not in answer:
             raise EnvironmentProblem("a benchmark process failed", got=answer["why_not"])
-        scores.append(
-            ScoreRow(
-                name=name,
-                n=n,
-                dim=DIM,
-                threads=options.threads[0],
-                figure=Figure(answer["seconds"]),
-                clean_fid=Figure(answer["clean_fid_seconds"]),
-                difference=answer["difference"],
-                resident=answer["resident"],
-                peak_resident=answer["peak_resident"],
-            )
-        )
-    return agreement, scores
+        figures = Figure(answer.pop("seconds")), Figure(answer.pop("clean_fid_seconds"))
+        scores.append(ScoreRow(name, n, DIM, threads, *figures, **answer))
+    return {"agreement": agreement, "scores": scores}
 
 
 def score(name: str, n: int, dim: int, seed: int, runs: int) -> dict[str, Any]:
@@ -222,7 +213,7 @@ def _read_recording(path: Path) -> tuple[Cases, dict[str, Features]]:
             got=f"{type(error).__name__}: {error}",
             expected="a .json, and an .npz of the same name beside it",
             where=path,
-            fix="--recorded tests/golden/metrics.json",
+            fix="terdit bench tests/golden/metrics.json",
         ) from error
     return cases, arrays
 
@@ -235,9 +226,8 @@ def _agreement(cases: Cases, arrays: dict[str, Features]) -> Iterator[AgreementR
             yield _kid_row(tag, name, arrays[f"{tag}.real"], arrays[f"{tag}.fake"], value)
     for tag, settings in cases["precision_recall"].items():
         for name, recorded in settings.items():
-            yield from _neighbour_rows(
-                tag, int(name[1:]), arrays[f"{tag}.real"], arrays[f"{tag}.fake"], recorded
-            )
+            sides = arrays[f"{tag}.real"], arrays[f"{tag}.fake"]
+            yield from _neighbour_rows(tag, int(name[1:]), *sides, recorded)
     for tag, settings in cases["inception_score"].items():
         for name, value in settings.items():
             if match := re.fullmatch(r"split(\d+)", name):
@@ -247,21 +237,15 @@ def _agreement(cases: Cases, arrays: dict[str, Features]) -> Iterator[AgreementR
 def _frechet_row(
     tag: str, real: Features, fake: Features, recorded: dict[str, float]
 ) -> AgreementRow:
-    moments = [part for x in (real, fake) for part in (x.mean(axis=0), np.cov(x, rowvar=False))]
+    statistics = [part for x in (real, fake) for part in (x.mean(axis=0), np.cov(x, rowvar=False))]
     clean, fidelity = clean_fid_distance(), witness("torch_fidelity.metric_fid")
     theirs = None
     if fidelity is not None:
-        statistics = [fidelity.fid_features_to_statistics(torch.tensor(x)) for x in (fake, real)]
-        found = fidelity.fid_statistics_to_metric(*statistics, verbose=False)
+        sides = [fidelity.fid_features_to_statistics(torch.tensor(x)) for x in (fake, real)]
+        found = fidelity.fid_statistics_to_metric(*sides, verbose=False)
         theirs = float(found["frechet_inception_distance"])
-    return AgreementRow(
-        metric="FID",
-        case=tag,
-        ours=metrics.frechet_distance(*moments),
-        recorded=recorded.get("clean_fid"),
-        clean_fid=float(clean(*moments)) if clean is not None else None,
-        torch_fidelity=theirs,
-    )
+    ours, cleans = metrics.frechet_distance(*statistics), clean and float(clean(*statistics))
+    return AgreementRow("FID", tag, ours, recorded.get("clean_fid"), cleans, theirs)
 
 
 def _kid_row(
@@ -278,27 +262,18 @@ def _kid_row(
             cleans = float(clean.kernel_distance(real, fake, subsets, largest))
     if fidelity is not None:
         found = fidelity.kid_features_to_metric(
-            torch.tensor(fake),
-            torch.tensor(real),
-            kid_subsets=subsets,
-            kid_subset_size=min(largest, len(real), len(fake)),
-            rng_seed=seed,
-            verbose=False,
-        )
+            torch.tensor(fake), torch.tensor(real), kid_subsets=subsets, rng_seed=seed,
+            kid_subset_size=min(largest, len(real), len(fake)), verbose=False,
+        )  # fmt: skip
         theirs = float(found["kernel_inception_distance_mean"])
-    return AgreementRow(
-        metric="KID",
-        case=f"{tag}, {subsets} of {largest}, seed {seed}",
-        ours=metrics.kernel_inception_distance(real, fake, subsets, largest, seed),
-        recorded=recorded,
-        clean_fid=cleans,
-        torch_fidelity=theirs,
-    )
+    ours = metrics.kernel_inception_distance(real, fake, subsets, largest, seed)
+    case = f"{tag}, {subsets} of {largest}, seed {seed}"
+    return AgreementRow("KID", case, ours, recorded, cleans, theirs)
 
 
 @contextlib.contextmanager
 def _global_seed(seed: int) -> Iterator[None]:
-    """Seed numpy's global stream, from which clean-fid draws, and put it back."""
+    """Seed numpy's global stream, which clean-fid uses, and put it back."""
     state = np.random.get_state()  # noqa: NPY002
     np.random.seed(seed)  # noqa: NPY002
     try:
@@ -314,23 +289,13 @@ def _neighbour_rows(
     theirs: dict[str, float] = {}
     if fidelity is not None:
         theirs = fidelity.prc_features_to_metric(
-            torch.tensor(fake),
-            torch.tensor(real),
-            prc_neighborhood=k,
-            prc_batch_size=len(fake),
-            save_cpu_ram=True,
-            verbose=False,
-        )
+            torch.tensor(fake), torch.tensor(real), prc_neighborhood=k, prc_batch_size=len(fake),
+            save_cpu_ram=True, verbose=False,
+        )  # fmt: skip
     ours = metrics.precision_recall(real, fake, k)
     for name, value in zip(("precision", "recall"), ours, strict=True):
-        yield AgreementRow(
-            metric=name,
-            case=f"{tag}, k = {k}",
-            ours=value,
-            recorded=recorded.get(name),
-            clean_fid=None,
-            torch_fidelity=theirs.get(name),
-        )
+        others = recorded.get(name), None, theirs.get(name)
+        yield AgreementRow(name, f"{tag}, k = {k}", value, *others)
 
 
 def _inception_row(tag: str, split: int, logits: Features, recorded: float | None) -> AgreementRow:
@@ -338,15 +303,8 @@ def _inception_row(tag: str, split: int, logits: Features, recorded: float | Non
     fidelity = witness("torch_fidelity.metric_isc")
     size, theirs = min(split, len(logits)), None
     if fidelity is not None and len(logits) % size == 0:
-        found = fidelity.isc_features_to_metric(
-            torch.tensor(logits), splits=len(logits) // size, shuffle=False
-        )
+        splits = len(logits) // size
+        found = fidelity.isc_features_to_metric(torch.tensor(logits), splits=splits, shuffle=False)
         theirs = float(found["inception_score_mean"])
-    return AgreementRow(
-        metric="IS",
-        case=f"{tag}, splits of {split}",
-        ours=metrics.inception_score(logits, split),
-        recorded=recorded,
-        clean_fid=None,
-        torch_fidelity=theirs,
-    )
+    ours = metrics.inception_score(logits, split)
+    return AgreementRow("IS", f"{tag}, splits of {split}", ours, recorded, None, theirs)

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from terdit_cli.lab.bench.rivals import GGML, GGML_LABEL, RIVALS
+from terdit_cli.lab.bench.roofline import RooflineRow
 
 OURS = "terdit"
 GEMM_SHAPES = ((512, 1536, 1536), (512, 1536, 4096), (512, 4096, 1536), (512, 3072, 8192))  # M K N
 SMALL_SHAPE = (2, 1024, 9216)
-SAMPLE_STEPS = 20  # of the images a second, with guidance: two rows an image and step
+SAMPLE_STEPS = 20  # of the images per second, with guidance: two rows per image and step
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,31 @@ class Figure:
     def median(self) -> float:
         return statistics.median(self.samples)
 
+    @property
+    def ms(self) -> float:
+        return 1e3 * self.median
+
+    @property
+    def low(self) -> float:
+        """The shortest, in ms."""
+        return 1e3 * min(self.samples)
+
+    @property
+    def high(self) -> float:
+        """The longest, in ms."""
+        return 1e3 * max(self.samples)
+
 
 @dataclass(frozen=True)
 class Row:
-    """What GemmRow and ForwardRow share; `why_not` says why there is no figure."""
+    """What the rows of products and networks share; `why_not` says why there is no figure."""
 
     who: str  # "terdit" or a rival's name
-    threads: int
-    isa: str
     activations: str  # of terdit; a rival's arithmetic
     figure: Figure
     why_not: str | None
+    error: float | None  # |y - exact| / |exact|
+    share: float | None  # of the measured peak of the same arithmetic
 
     @property
     def label(self) -> str:
@@ -48,17 +63,27 @@ class Row:
             return f"terdit {self.activations}"
         return GGML_LABEL if self.who == GGML else RIVALS[self.who].label
 
+    @property
+    def place(self) -> str:
+        """Whom a note is of."""
+        return self.label
+
 
 @dataclass(frozen=True)
 class GemmRow(Row):
-    """One way to multiply [M, K] by [K, N]."""
+    """One way to multiply [M, K] by [K, N]; the error is of some rows, against float64."""
 
+    threads: int
+    isa: str
     m: int
     k: int
     n: int
     granularity: str
-    error: float | None  # |y - y64| / |y64| over some rows, y64 computed in float64
-    share: float | None  # of the measured peak
+
+    @property
+    def problem(self) -> tuple[object, ...]:
+        """What rows of one problem have in common."""
+        return (self.m, self.k, self.n, self.threads, self.isa)
 
     @property
     def operations(self) -> float:
@@ -72,22 +97,75 @@ class GemmRow(Row):
 
 @dataclass(frozen=True)
 class ForwardRow(Row):
-    """One network f(x, t, y) in a process of its own; memory in bytes."""
+    """One network f(x, t, y) in a process of its own; memory in bytes.
 
+    The error is that against torch's fp32 in the same run.
+    """
+
+    threads: int
+    isa: str
     size: int
     batch: int
     tokens: int
     backend: str
     operations: float  # of the large matrices
-    error: float | None  # against torch fp32 in the same run
-    share: float | None
     resident: int | None
     peak_resident: int | None
 
     @property
+    def problem(self) -> tuple[object, ...]:
+        return (self.tokens, self.threads)
+
+    @property
+    def place(self) -> str:
+        return f"{self.label}, {self.batch} x {self.tokens},"
+
+    @property
+    def ran_on(self) -> str:
+        return f"{self.backend} ({self.isa})" if self.isa else self.backend
+
+    @property
     def images_per_second(self) -> float:
-        """Images a second at 20 steps with guidance (two rows an image)."""
+        """Images per second at 20 steps with classifier-free guidance (two rows per image)."""
         return self.batch / 2 / (SAMPLE_STEPS * self.figure.median)
+
+
+@dataclass(frozen=True)
+class GpuRow(Row):
+    """One network at one batch on a GPU; the error is that against upstream's way in float32."""
+
+    model: str
+    size: int  # of the images, pixels
+    images: int
+    operations: float  # of the large matrices
+    weight_bytes: int | None  # of all tensors of the network
+    peak_bytes: int | None  # weights and the first forwards, graphs and compilation included
+
+    @property
+    def place(self) -> str:
+        return f"{self.model}, {self.size} px, {self.images}: {self.label}"
+
+
+@dataclass(frozen=True)
+class AdalnRow:
+    """The modulations of all blocks for one image with guidance: a product of two rows."""
+
+    model: str
+    activations: str
+    figure: Figure
+    packed_bytes: int
+    share: float | None  # of the measured bandwidth, counting packed bytes
+
+
+@dataclass(frozen=True)
+class GpuPeaks:
+    """What a GPU reaches in large operations of torch's: operations and bytes per second."""
+
+    device: str
+    bf16: float | None = None
+    int8: float | None = None
+    fp8: float | None = None
+    bandwidth: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +179,10 @@ class SampleRow:
     steps: int
     seconds: float
     peak_resident: int | None  # bytes; None where the system does not say
+
+    @property
+    def seconds_per_image(self) -> float:
+        return self.seconds / self.steps * SAMPLE_STEPS
 
 
 @dataclass(frozen=True)
@@ -126,7 +208,7 @@ class AgreementRow:
     clean_fid: float | None
     torch_fidelity: float | None
 
-    def difference(self, other: float | None) -> float | None:
+    def apart(self, other: float | None) -> float | None:
         """Return the absolute difference from another value of the row."""
         return None if other is None else abs(self.ours - other)
 
@@ -145,6 +227,21 @@ class ScoreRow:
     resident: int | None  # before, with torch and the features
     peak_resident: int | None
 
+    @property
+    def extra(self) -> int | None:
+        """Bytes above torch and the features, at the peak."""
+        if self.resident is None or self.peak_resident is None:
+            return None
+        return self.peak_resident - self.resident
+
+    @property
+    def clean_fid_seconds(self) -> float | None:
+        return self.clean_fid.median if self.clean_fid.samples else None
+
+    @property
+    def times_faster(self) -> float | None:
+        return self.clean_fid.median / self.figure.median if self.clean_fid.samples else None
+
 
 @dataclass(frozen=True)
 class TrainingRow:
@@ -152,13 +249,17 @@ class TrainingRow:
 
     name: str
     parameters: int
-    images: int  # a step
+    images: int  # per step
     tokens: int
     precision: str
     compiled: bool
     threads: int
     ternary: Figure
     full: Figure
+
+    @property
+    def arithmetic(self) -> str:
+        return self.precision + (", compiled" if self.compiled else "")
 
     @property
     def ratio(self) -> Spread:
@@ -186,7 +287,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class PeakRow:
-    """Measured peaks in operations a second, by thread count and instruction set."""
+    """Measured peaks in operations per second, by thread count and instruction set."""
 
     threads: int
     isa: str
@@ -206,6 +307,11 @@ class Spread(NamedTuple):
     low: float
     high: float
     best: float
+
+    @property
+    def range(self) -> str:
+        low, high = f"{self.low:.3g}", f"{self.high:.3g}"
+        return f"{low} .. {high}" if low != high else ""
 
 
 def certain(value: float) -> Spread:
@@ -229,6 +335,14 @@ class Goal:
             return None
         return self.found[0] <= self.wanted if self.at_most else self.found[0] >= self.wanted
 
+    @property
+    def verdict(self) -> str:
+        return "yes" if self.met else "no"
+
+    @property
+    def wanted_text(self) -> str:
+        return f"{'<=' if self.at_most else '>='} {self.wanted:.3g} {self.unit}".rstrip()
+
 
 @dataclass(frozen=True)
 class BenchResult:
@@ -247,11 +361,16 @@ class BenchResult:
     agreement: list[AgreementRow] = field(default_factory=list)
     scores: list[ScoreRow] = field(default_factory=list)
     training: list[TrainingRow] = field(default_factory=list)
+    gpu_peaks: list[GpuPeaks] = field(default_factory=list)
+    gpu: list[GpuRow] = field(default_factory=list)
+    adaln: list[AdalnRow] = field(default_factory=list)
+    roofline: list[RooflineRow] = field(default_factory=list)
+    kernels: list[dict[str, Any]] = field(default_factory=list)  # see `compiled_kernels.table`
 
     @property
     def threads(self) -> int:
         """The largest thread count: the one at which rivals ran."""
-        rows: list[Row | ScoreRow | TrainingRow]
+        rows: list[GemmRow | ForwardRow | ScoreRow | TrainingRow]
         rows = [*self.gemm, *self.forward, *self.scores, *self.training]
         return max((row.threads for row in rows), default=1)
 

@@ -39,7 +39,7 @@ class Rival:
     label: str
     peak: Peak  # the arithmetic that bounds it
     layer: Layer
-    bytes_a_weight: float
+    bytes_per_weight: float
     dtype: torch.dtype = torch.float32  # of activations and of all that is not a large matrix
     compiled: bool = False
     precision: Literal["highest", "medium"] = "highest"
@@ -186,6 +186,7 @@ def dense_network(model: ExportedModel, layer: Layer, dtype: torch.dtype) -> DiT
     rest = [name for name in model.rest_names() if name not in biases]
     state = {name: model.rest(name).to(dtype) for name in rest}
     network.load_state_dict(state, strict=True, assign=True)
+    network.to(dtype)  # the embedding of positions, which no file holds
     for name in model.ternary_names():
         bias = model.rest(f"{name}.bias").float() if f"{name}.bias" in model.rest_names() else None
         built = layer(model.trits(name), model.alphas(name), bias)

@@ -12,7 +12,7 @@ conditioning, K k/v width, F feed-forward width, L layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from terdit_cli.errors import UsageError
 from terdit_cli.model.dit import DiTConfig
@@ -32,7 +32,7 @@ class Product:
     n: int
     k: int
     count: int
-    outputs: int  # values written a row: SwiGLU writes half of its columns
+    outputs: int  # values written per row: SwiGLU writes half of its columns
 
     @property
     def operations(self) -> float:
@@ -45,7 +45,7 @@ class Product:
 
 
 def products(config: DiTConfig, images: int) -> list[Product]:
-    """Return the products of a forward of so many guided images."""
+    """Return the products of a forward of so many images with guidance."""
     rows, layers = 2 * images, config.n_layers
     layout = block_layout(config)
     found = []
@@ -66,6 +66,9 @@ class Bound:
 
     seconds: float
     limit: str  # "operations" or "bytes"
+
+    def __str__(self) -> str:
+        return f"{1e6 * self.seconds:.0f} {self.limit}".rstrip()
 
 
 def bound(product: Product, chip: Gpu, activations: str, weight_bits: int = TRIT_BITS) -> Bound:
@@ -123,12 +126,12 @@ def analyse(config: DiTConfig, chip: Gpu, images: int, model: str, size: int) ->
                 bf16=Bound(count * theirs.seconds, theirs.limit),
             )
         )  # fmt: skip
-    total = RooflineRow(
-        chip=chip.title, model=model, size=size, images=images, product="all", shape="",
-        operations=sum(row.operations for row in rows),
-        packed_bytes=sum(row.packed_bytes for row in rows),
-        bf16_bytes=sum(row.bf16_bytes for row in rows),
-        ternary=Bound(sum(row.ternary.seconds for row in rows), ""),
-        bf16=Bound(sum(row.bf16.seconds for row in rows), ""),
-    )  # fmt: skip
+    sums = {
+        name: sum(getattr(row, name) for row in rows)
+        for name in ("operations", "packed_bytes", "bf16_bytes")
+    }
+    ternary, bf16 = (
+        Bound(sum(getattr(row, who).seconds for row in rows), "") for who in ("ternary", "bf16")
+    )
+    total = replace(rows[0], product="all", shape="", ternary=ternary, bf16=bf16, **sums)
     return [*rows, total]

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from torch import Tensor
 from terdit_cli.errors import TerditError
 from terdit_cli.lab.bench import rivals
 from terdit_cli.lab.bench.results import OURS
+from terdit_cli.lab.children import resident_bytes
 from terdit_cli.model.metadata import ModelInfo
 from terdit_cli.model.ternary import Granularity, alpha_shape
 from terdit_cli.pack.tdt import TdtFile
@@ -76,14 +78,13 @@ class Worker:
         return tasks[task](**job)
 
     def peak(self, what: rivals.Peak) -> Answer:
-        """Measure a peak for a moment -> {"peak": operations a second, or None, "isa": name}."""
+        """Measure a peak for a moment -> {"peak": operations per second, or None, "isa": name}."""
         return {"peak": measure_peak(what, self.threads), "isa": native_isa()}
 
     def gemm(
         self,
         shape: tuple[int, int, int],
-        ours: list[tuple[Precision, Granularity]],
-        others: list[str],
+        ways: list[tuple[str, Precision, Granularity]],
         backend: str,
         repeats: int,
         seed: int,
@@ -91,57 +92,59 @@ class Worker:
     ) -> Answer:
         """Time all ways to multiply [M, K] by [K, N], taking turns.
 
-        Returns {"samples": {way: seconds}, "errors": {way: relative error}, "why_not": {way:
-        text}, "peaks": {what: operations a second}, "isa": name}; a way is a rival's name or
-        "activations/granularity".
+        Args:
+            ways: (who, activations, granularity).
+
+        Returns {"rows": fields of `GemmRow`, "samples" in place of its figure, "peaks": {what:
+        median of operations per second}, "isa": name}.
         """
         m, k, n = shape
         generator = torch.Generator().manual_seed(seed)
         trits = torch.randint(-1, 2, (n, k), dtype=torch.int8, generator=generator)
         x = torch.randn(m, k, generator=generator)
         alpha = torch.tensor([(2 * k / 3) ** -0.5])
-        calls: dict[str, Callable[[], Tensor]] = {}
-        refused: dict[str, str] = {}
-        for activations, granularity in ours:
-            calls[f"{activations}/{granularity}"] = our_gemm(
-                backend, trits, alpha, x, activations, granularity
-            )
-        for name in others:
+        rows: list[Answer] = []
+        running: list[tuple[Answer, Callable[[], Tensor]]] = []
+        for who, activations, granularity in ways:
+            row: Answer = {"who": who, "activations": activations, "granularity": granularity}
+            row |= {"samples": [], "why_not": None, "error": None}
+            rows.append(row)
             try:
-                if name == rivals.GGML:
-                    calls[name] = rivals.GgmlGemm(Path(ggml), trits, alpha, x, self.threads)
+                if who == OURS:
+                    call = our_gemm(backend, trits, alpha, x, activations, granularity)
+                elif who == rivals.GGML:
+                    call = rivals.GgmlGemm(Path(ggml), trits, alpha, x, self.threads)
                 else:
-                    calls[name] = rivals.RIVALS[name].gemm(trits, alpha, x)
-                calls[name]()
+                    call = rivals.RIVALS[who].gemm(trits, alpha, x)
+                call()
+                running.append((row, call))
             # Anything may be missing on this machine or in this torch, down to its compiler.
             except Exception as error:
-                calls.pop(name, None)
-                refused[name] = _reason(error)
-        rows = torch.linspace(0, m - 1, min(m, ERROR_ROWS)).long()
-        expected = x[rows].double() @ (trits.double() * alpha.double()).T
-        errors = {
-            name: float((call()[rows].double() - expected).norm() / expected.norm())
-            for name, call in calls.items()
-        }
+                if who == OURS:
+                    raise
+                row["why_not"] = _reason(error)
+        some = torch.linspace(0, m - 1, min(m, ERROR_ROWS)).long()
+        expected = x[some].double() @ (trits.double() * alpha.double()).T
+        for row, call in running:
+            row["error"] = float((call()[some].double() - expected).norm() / expected.norm())
         peaks: dict[str, list[float]] = {}
-        samples: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(repeats):
             for what in ARITHMETICS:
-                value = measure_peak(what, self.threads)
-                if value is not None:
+                if (value := measure_peak(what, self.threads)) is not None:
                     peaks.setdefault(what, []).append(value)
-            for name, call in calls.items():
+            for row, call in running:
                 time.sleep(SETTLE_SECONDS)
-                samples[name].append(_time(call))
-        for call in calls.values():
+                row["samples"].append(_time(call))
+        for _, call in running:
             if isinstance(call, rivals.GgmlGemm):
                 call.close()
+        isa = native_isa()
+        # Plain C has no instruction whose rate would bound it: the compiler chooses.
+        known = peaks if isa != "generic" else {}
         return {
-            "samples": samples,
-            "errors": errors,
-            "why_not": refused,
-            "peaks": peaks,
-            "isa": native_isa(),
+            "rows": rows,
+            "peaks": {what: statistics.median(each) for what, each in known.items()},
+            "isa": isa,
         }
 
     def load(
@@ -194,7 +197,7 @@ class Worker:
         return {"resident": memory[0], "peak_resident": memory[1]}
 
     def score(self, **job: Any) -> Answer:
-        """Time a metric -> see `bench.metrics.score`."""
+        """Time a metric -> see `metrics_bench.score`."""
         from terdit_cli.lab.bench.metrics_bench import score  # which imports this file
 
         return score(**job)
@@ -226,7 +229,7 @@ def our_network(file: TdtFile, backend: str, precision: Precision) -> tuple[riva
 
 
 def measure_peak(what: rivals.Peak, threads: int) -> float | None:
-    """Return operations a second, measured for a moment; None without the native library."""
+    """Return operations per second, measured for a moment; None without the native library."""
     return None if cpu.available(CPU) else cpu.peak(what, PEAK_SECONDS, threads)
 
 
@@ -238,20 +241,6 @@ def native_isa() -> str:
 def with_input_size(info: ModelInfo, input_size: int) -> ModelInfo:
     """Return the description of the same weights at another resolution."""
     return dataclasses.replace(info, config=dataclasses.replace(info.config, input_size=input_size))
-
-
-def resident_bytes(process: str) -> tuple[int | None, int | None]:
-    """Return resident memory now and its peak (VmRSS, VmHWM) of a process id or "self".
-
-    None where the system does not say (no /proc, or the process has ended).
-    """
-    try:
-        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None, None
-    values = dict(line.split(":", 1) for line in lines)
-    found = [int(values[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM") if key in values]
-    return (found[0], found[1]) if len(found) == 2 else (None, None)
 
 
 def release_freed() -> None:

@@ -1,7 +1,7 @@
 """A study's findings as one file: RUNS/NAME.tar.xz stands for the folder RUNS/NAME.
 
-It holds the records, the logged metrics with numbers of six digits, the guided images of variants
-that the study shows side by side, and the nearest training images; no weights and no features. The
+It holds the records, the logged metrics with numbers of six digits, the images of variants that
+the study shows side by side, and the nearest training images; no weights and no features. The
 same findings give the same bytes. Whatever reads a study's folder reads an archive by `opened`.
 """
 
@@ -66,8 +66,8 @@ def _is_kept(path: Path, study: Study) -> bool:
     if "run" in parts:  # of a training that goes on; of a finished one they lie beside it
         return parts[-2:] == ("run", METRICS)
     if "grids" in parts:
-        guided = f"cfg-{max(study.evaluation.cfg_scales):g}"
-        return path.stem == "nearest" or (path.stem == guided and parts[0] in study.grids)
+        shown = path.stem == f"cfg-{study.largest_scale:g}" and parts[0] in study.grids
+        return path.stem == "nearest" or shown
     return path.suffix in (".json", ".jsonl") or path == Path(RESOLVED)
 
 

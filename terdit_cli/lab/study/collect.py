@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from terdit_cli.errors import InputFileError
 from terdit_cli.lab.study.records import (
+    AnyRecord,
     Conversion,
     Folder,
     Footprint,
@@ -26,14 +27,13 @@ from terdit_cli.lab.study.records import (
     Loss,
     Neighbours,
     Probe,
-    Record,
     Score,
     Training,
     differences,
-    drawn_by,
     lost_by,
     model_asked,
     read,
+    sampled_by,
     scored_by,
     timed_by,
 )
@@ -57,7 +57,7 @@ class Model:
     metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
     grids: dict[float, Images]  # by cfg scale
     neighbours: Neighbours | None
-    nearest: Images | None  # to the guided grid's, in its order
+    nearest: Images | None  # to the grid's of the largest CFG scale, in its order
     changed: list[str]  # settings of the study that were others when it was made
 
 
@@ -216,13 +216,13 @@ def pair_named(study: Study, pair: Pair, again: bool = False) -> str:
 
 
 def steps_named(study: Study, variant: Variant) -> str:
-    """Return "8,000", or "8,000 + 8,000" of a variant that begins with another one's weights."""
+    """Return "8,000", or "8,000 + 8,000" of a variant that is initialised from another one."""
     return " + ".join(f"{steps:,}" for steps in study.steps_taken(variant))
 
 
 def guidance(scale: float) -> str:
-    """Return what a guidance scale is called."""
-    return "unguided" if scale == 1 else f"CFG scale {scale:g}"
+    """Return what a scale of classifier-free guidance is called."""
+    return "no guidance" if scale == 1 else f"CFG scale {scale:g}"
 
 
 def collect(study: Study, folder: Folder) -> Findings:
@@ -246,35 +246,28 @@ def _model(study: Study, folder: Folder, variant: Variant, seed: int) -> Model:
     place = folder.place(variant, seed)
     asked = json.loads(json.dumps(model_asked(study, variant, seed)))
     changed: set[str] = set()
-    losses, scores = {}, {}
+    losses, scores, grids = {}, {}, {}
     for step in study.steps_at(variant, seed):
-        loss = read(place.loss(step), Loss)
-        if loss is not None and not _measured_otherwise(loss, lost_by(study)):
+        if (loss := _made_by(place.loss(step), Loss, lost_by(study))) is not None:
             losses[step] = loss
         for n in study.images_at(variant, step):
             for scale in study.evaluation.cfg_scales:
-                score = read(place.score(step, scale, n), Score)
-                if score is None or _measured_otherwise(score, {"evaluation": scored_by(study)}):
-                    continue
-                scores[step, scale, n] = score
-                changed |= set(differences(score.asked.get("model"), asked))
-    grids = {}
+                how = {"evaluation": scored_by(study)}
+                score = _made_by(place.score(step, scale, n), Score, how)
+                if score is not None:
+                    scores[step, scale, n] = score
+                    changed |= set(differences(score.asked.get("model"), asked))
+    # Without its images a record counts for nothing: they are generated again.
     for scale in study.evaluation.cfg_scales:
-        grid, drawn = read(place.grid_record(scale), Grid), drawn_by(study, scale)
-        # Without its images a record counts for nothing: they are drawn again.
-        if grid is not None and place.grid(scale).exists() and not _measured_otherwise(grid, drawn):
+        how = sampled_by(study, scale)
+        if place.grid(scale).exists() and _made_by(place.grid_record(scale), Grid, how):
             grids[scale] = _read_images(place.grid(scale))
-    nearest = None
-    neighbours = read(place.neighbours, Neighbours)
-    if neighbours is not None:
-        drawn = drawn_by(study, max(study.evaluation.cfg_scales))
-        if _measured_otherwise(neighbours, drawn) or not place.nearest_images.exists():
-            neighbours = None
-        else:
-            nearest = _read_images(place.nearest_images)
-    footprint = read(place.footprint, Footprint)
-    if footprint is not None and _measured_otherwise(footprint, timed_by(study)):
-        footprint = None
+    neighbours, nearest = None, None
+    if place.nearest_images.exists():
+        how = sampled_by(study, study.largest_scale)
+        neighbours = _made_by(place.neighbours, Neighbours, how)
+        nearest = _read_images(place.nearest_images) if neighbours else None
+    footprint = _made_by(place.footprint, Footprint, timed_by(study))
     metrics = read_metrics(place.folder) or read_metrics(place.run)
     return Model(
         variant, seed, read(place.training, Training), read(place.conversion, Conversion), losses,
@@ -282,10 +275,13 @@ def _model(study: Study, folder: Folder, variant: Variant, seed: int) -> Model:
     )  # fmt: skip
 
 
-def _measured_otherwise(record: Record, by: dict[str, Any]) -> bool:
-    """Return whether a record was made in another way than `by` asks for, whatever its model."""
+def _made_by(path: Path, kind: type[AnyRecord], by: dict[str, Any]) -> AnyRecord | None:
+    """Return a record that was made in the way that `by` asks for, whatever its model."""
+    record = read(path, kind)
+    if record is None:
+        return None
     asked = {key: value for key, value in record.asked.items() if key in by}
-    return bool(differences(asked, json.loads(json.dumps(by))))
+    return None if differences(asked, json.loads(json.dumps(by))) else record
 
 
 def _read_images(path: Path) -> Images:

@@ -172,15 +172,15 @@ def _number(findings: Findings, name: str) -> int:
 def _of_kind(study: Study, variant: Variant, points: Sequence[Point]) -> Series:
     """Return a variant's points in a figure of all; baseline and ternary look as the headline's."""
     if variant.ternarize is not None:
-        return Series(variant.label, 2, points, kind="ternarized after training")
+        return Series(variant.label, 2, points, kind="ternary (PTQ)")
     source = variant if variant.of is None else study.variant(variant.of)  # a trained one
     if recipe_of(study, source, study.seeds_of(source)[0]).ternary.enabled:
-        return Series(variant.label, 0, points, kind="trained as ternary")
+        return Series(variant.label, 0, points, kind="ternary (QAT)")
     return Series(variant.label, 1, points, kind="full precision")
 
 
 def curves(findings: Findings) -> list[Plot]:
-    """Return the distance over the steps, one figure a guidance, and the loss over the steps.
+    """Return the distance over the steps, one figure per CFG scale, and the loss over the steps.
 
     Of each of the study's groups of lines.
     """
@@ -188,7 +188,7 @@ def curves(findings: Findings) -> list[Plot]:
     n = study.evaluation.curve_images
     name = findings.distance_name
     figures: list[Plot] = []
-    for index, lines in enumerate(study.drawn_lines):
+    for index, lines in enumerate(study.all_lines):
         for scale in study.evaluation.cfg_scales:
             series = _series(findings, lines, _distance_at(scale, n))
             figures += line_plot(
@@ -242,7 +242,7 @@ def _series(findings: Findings, lines: Lines, value: Value) -> list[Series]:
 
 
 def bars(findings: Findings) -> list[Plot]:
-    """Return the study's figures of bars, each for every guidance."""
+    """Return the study's figures of bars, each for every CFG scale."""
     study = findings.study
     figures: list[Plot] = []
     for index, group in enumerate(study.bars):
@@ -366,7 +366,7 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def sizes(findings: Findings) -> list[Plot]:
     """Return the distance over bytes on disk, and over latency, of every variant."""
     study = findings.study
-    scale = max(study.evaluation.cfg_scales)
+    scale = study.largest_scale
     by_bytes, by_time = [], []
     for variant in study.variants:
         model = cost_of(findings, variant.name)
@@ -383,7 +383,7 @@ def sizes(findings: Findings) -> list[Plot]:
     figures: list[Plot] = []
     for what, title, series, x_name in (
         ("bytes", "Distance against bytes on disk", by_bytes, "megabytes on disk"),
-        ("latency", "Distance against latency", by_time, "milliseconds an image"),
+        ("latency", "Distance against latency", by_time, "ms per image"),
     ):
         figures += line_plot(
             f"{study.name}--{what}", title, note, series, x_name, name, log_x=True, log_y=True

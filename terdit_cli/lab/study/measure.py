@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from terdit_cli.data.image_sources import has_held_out
-from terdit_cli.data.images import open_images
+from terdit_cli.data.images import TrainingImages, open_images
 from terdit_cli.data.sources.npz_images import NpzImages
 from terdit_cli.diffusion.objectives import OBJECTIVES, objective_of
 from terdit_cli.errors import InputFileError, UsageError
@@ -31,10 +32,9 @@ from terdit_cli.evaluate.feature_shards import FACTS_FILE, FeatureShards
 from terdit_cli.evaluate.neighbours import check_neighbours
 from terdit_cli.evaluate.probe import LinearProbe, accuracy_by_class
 from terdit_cli.evaluate.statistics import spread
-from terdit_cli.lab.study.records import Accuracy, Nearest
+from terdit_cli.lab.study.records import Accuracy, Nearest, save_arrays
 from terdit_cli.recipe import Recipe
 from terdit_cli.runtime.load import load
-from terdit_cli.system.atomic import atomic_path
 from terdit_cli.train import build
 
 QUARTERS = 4
@@ -55,11 +55,11 @@ class FixedNoise:
     images: str  # what they are, for the page
 
 
-def fix_noise(recipe: Recipe, n: int) -> FixedNoise:
-    """Return `n` images, held-out ones where the source has them, with timesteps and noise.
+def open_split(recipe: Recipe, split: str | None) -> TrainingImages:
+    """Open a split of the recipe's images.
 
     Raises:
-        What opening the recipe's images raises; UsageError for prepared latents.
+        UsageError: prepared latents. And what `open_images` raises.
     """
     data = recipe.data
     if data.source == "latents":
@@ -67,8 +67,17 @@ def fix_noise(recipe: Recipe, n: int) -> FixedNoise:
             "a study needs images, not prepared latents", got="data.source=latents",
             fix="set data.source and data.path to the images",
         )  # fmt: skip
-    split = HELD_OUT if has_held_out(data.source) else data.split
-    source = open_images(data.source, data.path, data.image_size, data.on_bad_image, split)
+    return open_images(data.source, data.path, data.image_size, data.on_bad_image, split)
+
+
+def fix_noise(recipe: Recipe, n: int) -> FixedNoise:
+    """Return `n` images, held-out ones where the source has them, with timesteps and noise.
+
+    Raises:
+        What opening the recipe's images raises; UsageError for prepared latents.
+    """
+    split = HELD_OUT if has_held_out(recipe.data.source) else recipe.data.split
+    source = open_split(recipe, split)
     chosen = spread(len(source), min(n, len(source)))
     pixels = torch.from_numpy(np.stack([source.read(index) for index in chosen]))
     space = build.open_space(recipe, torch.device("cpu"))
@@ -86,8 +95,8 @@ def fix_noise(recipe: Recipe, n: int) -> FixedNoise:
 
 
 @torch.inference_mode()
-def measure_loss(model: Path, fixed: FixedNoise, activations: str = "auto") -> dict[str, float]:
-    """Return {"loss", "mse", "vb", "quarter 1" .. "quarter 4"} of a model in a file.
+def measure_loss(model: Path, fixed: FixedNoise, activations: str = "auto") -> dict[str, Any]:
+    """Return {"loss", "mse", "vb", "quarters": four losses} of a model in a file.
 
     Raises:
         What `load` raises.
@@ -105,13 +114,8 @@ def measure_loss(model: Path, fixed: FixedNoise, activations: str = "auto") -> d
             values.append(losses.get(name, torch.zeros_like(losses["loss"])))
     found = {name: torch.cat(values) for name, values in parts.items()}
     quarter = fixed.t * QUARTERS // objective.num_steps
-    return {
-        **{name: float(values.mean()) for name, values in found.items()},
-        **{
-            f"quarter {index + 1}": float(found["loss"][quarter == index].mean())
-            for index in range(QUARTERS)
-        },
-    }
+    quarters = [float(found["loss"][quarter == index].mean()) for index in range(QUARTERS)]
+    return {name: float(values.mean()) for name, values in found.items()} | {"quarters": quarters}
 
 
 @dataclass(frozen=True)
@@ -135,12 +139,7 @@ def write_images(recipe: Recipe, path: Path, most: int | None) -> list[str]:
         UsageError: too many to lie in memory, or latents: then a study cannot search them.
     """
     data = recipe.data
-    if data.source == "latents":
-        raise UsageError(
-            "a study needs images, not prepared latents", got="data.source=latents",
-            fix="set data.source and data.path to the images",
-        )  # fmt: skip
-    source = open_images(data.source, data.path, data.image_size, data.on_bad_image, data.split)
+    source = open_split(recipe, data.split)
     if source.images is None:
         raise UsageError(
             "too many training images for a study's neighbours and probe",
@@ -150,8 +149,7 @@ def write_images(recipe: Recipe, path: Path, most: int | None) -> list[str]:
             fix="take a smaller part of them",
         )
     chosen = spread(len(source), most or len(source))
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, arr_0=source.images[chosen], labels=source.labels[chosen])
+    save_arrays(path, arr_0=source.images[chosen], labels=source.labels[chosen])
     return source.class_names
 
 
@@ -185,7 +183,7 @@ def labels_of(images: Path) -> NDArray[np.int64]:
 def judge(features: Samples, reals: Reals) -> tuple[Accuracy, Nearest]:
     """Return how many images look like their class, and how near they are to training images.
 
-    Image i is of class i mod C, as `eval-fid` draws them.
+    Image i is of class i mod C, as in `eval-fid`.
     """
     classes = len(reals.class_names)
     labels = np.arange(len(features)) % classes

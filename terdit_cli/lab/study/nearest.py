@@ -1,4 +1,4 @@
-"""The training images nearest to drawn ones, pixel by pixel, among all: copies can be seen.
+"""The training images nearest to generated ones, pixel by pixel, among all: copies can be seen.
 
 Distances are root mean squares of the difference of two images, in levels of 0 to 255. Where the
 recipe mirrors images, their mirror images are searched as well.
@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terdit_cli.data.image_sources import has_held_out
-from terdit_cli.data.images import open_images
 from terdit_cli.evaluate.statistics import spread
-from terdit_cli.lab.study.measure import HELD_OUT
+from terdit_cli.lab.study.measure import HELD_OUT, open_split
 from terdit_cli.recipe import Recipe
 
 _CHUNK = 4096  # training images at a time
@@ -26,7 +25,7 @@ Images = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class NearestImages:
-    """What lies nearest to N drawn images, and to as many that no model has seen."""
+    """What lies nearest to N generated images, and to as many that no model has seen."""
 
     images: Images  # [N, H, W, 3], of the training set
     distances: NDArray[np.float64]  # [N]
@@ -38,17 +37,15 @@ def find_nearest(recipe: Recipe, images: Images) -> NearestImages:
     """Search the recipe's training images.
 
     Args:
-        images: drawn ones, [N, H, W, 3].
+        images: generated ones, [N, H, W, 3].
 
     Raises:
         What opening the recipe's images raises.
     """
-    data = recipe.data
-    where = (data.source, data.path, data.image_size, data.on_bad_image)
-    training = open_images(*where, data.split)
+    training = open_split(recipe, recipe.data.split)
     others = None
-    if has_held_out(data.source):
-        held_out = open_images(*where, HELD_OUT)
+    if has_held_out(recipe.data.source):
+        held_out = open_split(recipe, HELD_OUT)
         chosen = spread(len(held_out), min(len(images), len(held_out)))
         others = np.stack([held_out.read(index) for index in chosen])
     queries = images if others is None else np.concatenate([images, others])
@@ -57,7 +54,7 @@ def find_nearest(recipe: Recipe, images: Images) -> NearestImages:
     for start in range(0, len(training), _CHUNK):
         rows = range(start, min(start + _CHUNK, len(training)))
         found = np.stack([training.read(index) for index in rows])
-        for part in (found, found[:, :, ::-1]) if data.flip else (found,):
+        for part in (found, found[:, :, ::-1]) if recipe.data.flip else (found,):
             squares = _squares(queries, part)
             column = squares.argmin(axis=1)
             value = squares[np.arange(len(queries)), column]

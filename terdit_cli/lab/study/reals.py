@@ -11,12 +11,11 @@ import numpy as np
 
 from terdit_cli import console
 from terdit_cli.evaluate.probe import fit_probe
-from terdit_cli.lab.study.children import Run
+from terdit_cli.lab.children import Run
 from terdit_cli.lab.study.measure import Reals, labels_of, read_features, write_images
-from terdit_cli.lab.study.records import Folder, Probe, current, save, stamp
+from terdit_cli.lab.study.records import Folder, Probe, current, save, save_arrays, stamp
 from terdit_cli.lab.study.spec import Evaluation, Study
 from terdit_cli.recipe import Recipe
-from terdit_cli.system.atomic import atomic_path
 
 
 def features_words(evaluation: Evaluation) -> list[str]:
@@ -54,8 +53,7 @@ def make_reals(study: Study, folder: Folder, base: Recipe, run: Run) -> Reals:
             ]
         )  # fmt: skip
         features = read_features(place / "work", len(labels_of(images)))
-        with atomic_path(cached) as temporary, temporary.open("wb") as file:
-            np.savez(file, features=features, names=np.array(names))
+        save_arrays(cached, features=features, names=np.array(names))
         probe = fit_probe(features, labels_of(images), len(names))
         save(
             place / "probe.json",

@@ -5,13 +5,13 @@
     RUNS/<study>/<variant>/seed-0/run/            the run folder of `terdit train`
                                   step-00005000.pt            the model at a scored step
                                   step-00005000.safetensors   ... ternarized; .tdt: packed
-                                  begun.json                  what a training was begun with
+                                  started.json                what a training was started with
                                   train.json                  how it was trained; or why it failed
                                   metrics.jsonl               what was logged of it
                                   convert.json                ... or ternarized, or packed
                                   losses/step-00005000.json
                                   scores/step-00005000-cfg-2-n-10000.json
-                                  grids/cfg-2.npz, .json      images drawn from the same noise
+                                  grids/cfg-2.npz, .json      images from the same noise
                                   grids/nearest.npz, .json    the nearest training images
                                   footprint.json              bytes, memory, operations, latency
 
@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from terdit_cli.errors import InputFileError
@@ -66,7 +67,7 @@ class Training(Record):
     failed: str | None = None
 
 
-class Begun(Record):
+class Started(Record):
     """What half-done work beside it depends on: it goes on only where that is the same."""
 
 
@@ -75,7 +76,7 @@ class Conversion(Record):
 
 
 class Grid(Record):
-    """Images of every class from the noise that all models begin with, in the .npz beside it."""
+    """Images of every class from the noise that all models share, in the .npz beside it."""
 
 
 class Neighbours(Record):
@@ -153,7 +154,7 @@ class Footprint(Record):
     file_bytes: dict[str, int]  # by form: "bf16", "fp32", "t2", "t5"
     forward_flops: int  # of one image, one pass
     nfe: int
-    latency: list[float]  # seconds an image, one at a time; repeats; none: not known
+    latency: list[float]  # seconds per image, one at a time; repeats; none: not known
     peak_bytes: int  # resident, of the process that drew them
     backend: str
     isa: str | None
@@ -184,51 +185,35 @@ class Probe(Record):
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-@dataclass(frozen=True)
 class Place:
     """Where one variant of one seed lies."""
 
-    folder: Path
-
-    @property
-    def run(self) -> Path:
-        return self.folder / "run"
-
-    @property
-    def begun(self) -> Path:
-        return self.folder / "begun.json"
-
-    @property
-    def training(self) -> Path:
-        return self.folder / "train.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / METRICS
-
-    @property
-    def conversion(self) -> Path:
-        return self.folder / "convert.json"
-
-    @property
-    def footprint(self) -> Path:
-        return self.folder / "footprint.json"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run = folder / "run"
+        self.started = folder / "started.json"
+        self.training = folder / "train.json"
+        self.metrics = folder / METRICS
+        self.conversion = folder / "convert.json"
+        self.footprint = folder / "footprint.json"
+        self.neighbours = folder / "grids" / "nearest.json"
+        self.nearest_images = folder / "grids" / "nearest.npz"
 
     def model(self, step: int, variant: Variant) -> Path:
         kind = "pt" if variant.is_trained else "tdt" if variant.pack else "safetensors"
-        return self.folder / f"{_step(step)}.{kind}"
+        return self.folder / f"step-{step:08d}.{kind}"
 
     def loss(self, step: int) -> Path:
-        return self.folder / "losses" / f"{_step(step)}.json"
+        return self.folder / "losses" / f"step-{step:08d}.json"
 
     def score(self, step: int, cfg_scale: float, n: int) -> Path:
-        return self.folder / "scores" / f"{_step(step)}-cfg-{cfg_scale:g}-n-{n}.json"
+        return self.folder / "scores" / f"step-{step:08d}-cfg-{cfg_scale:g}-n-{n}.json"
 
     def features(self, step: int, cfg_scale: float) -> Path:
         """Return the work folder of the scores of a step, whatever their number of images."""
-        return self.folder / "scores" / f"{_step(step)}-cfg-{cfg_scale:g}.work"
+        return self.folder / "scores" / f"step-{step:08d}-cfg-{cfg_scale:g}.work"
 
-    def features_begun(self, step: int, cfg_scale: float) -> Path:
+    def features_started(self, step: int, cfg_scale: float) -> Path:
         return self.features(step, cfg_scale).with_suffix(".json")
 
     def grid(self, cfg_scale: float) -> Path:
@@ -236,14 +221,6 @@ class Place:
 
     def grid_record(self, cfg_scale: float) -> Path:
         return self.grid(cfg_scale).with_suffix(".json")
-
-    @property
-    def neighbours(self) -> Path:
-        return self.folder / "grids" / "nearest.json"
-
-    @property
-    def nearest_images(self) -> Path:
-        return self.folder / "grids" / "nearest.npz"
 
 
 @dataclass(frozen=True)
@@ -258,10 +235,6 @@ class Folder:
     @property
     def reals(self) -> Path:
         return self.path / "reals"
-
-
-def _step(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def essence(recipe: Recipe) -> dict[str, Any]:
@@ -297,7 +270,7 @@ def lost_by(study: Study) -> dict[str, Any]:
     return {"loss_n": study.evaluation.loss_n}
 
 
-def drawn_by(study: Study, cfg_scale: float) -> dict[str, Any]:
+def sampled_by(study: Study, cfg_scale: float) -> dict[str, Any]:
     """Return what images from the same noise depend on beside the model."""
     fields = {"sampler", "sampling_steps", "cfg_channels", "seed", "batch_size", "grid"}
     return {"drawing": study.evaluation.model_dump(include=fields), "cfg_scale": cfg_scale}
@@ -309,7 +282,7 @@ def timed_by(study: Study) -> dict[str, Any]:
     return {
         "sampler": evaluation.sampler,
         "sampling_steps": evaluation.sampling_steps,
-        "cfg_scale": max(evaluation.cfg_scales),
+        "cfg_scale": study.largest_scale,
     }
 
 
@@ -361,6 +334,12 @@ def save(path: Path, record: Record) -> None:
     """Write a record whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def save_arrays(path: Path, **arrays: Any) -> None:
+    """Write an .npz whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def read(path: Path, kind: type[AnyRecord]) -> AnyRecord | None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from terdit_cli import console
 from terdit_cli.errors import UsageError
+from terdit_cli.lab.children import lock, run_terdit
 from terdit_cli.lab.study.archive import RESOLVED, archive_of, keep, opened, unpack
-from terdit_cli.lab.study.children import lock, run_terdit
 from terdit_cli.lab.study.collect import Findings, collect
 from terdit_cli.lab.study.records import Folder
 from terdit_cli.lab.study.runner import Runner
@@ -40,7 +40,6 @@ def run(
     paths: Sequence[Path],
     overrides: Sequence[str] = (),
     only: Sequence[str] = (),
-    quick: bool = False,
     render: bool = False,
     runs: Path = DEFAULT_RUNS,
     out: Path = DEFAULT_PAGE,
@@ -52,7 +51,6 @@ def run(
         paths: studies; their sections stand on the pages in this order.
         overrides: key=value words for the recipes of all of them, such as data.path.
         only: names of variants to work on; the pages show all that is there.
-        quick: the shortened versions.
         render: only write the pages; without overrides, of the words that a study was run with.
         runs: where each study has a folder of its own, or an archive.
         out: the .md page; that of all tables, the .html and the figures lie beside it.
@@ -71,7 +69,7 @@ def run(
     if len(paths) > 1 and only:
         raise UsageError("--only is for one study", got=f"{len(paths)} studies", fix="name one")
     check_writable(out)
-    studies = [load_study(path, overrides, quick) for path in paths]
+    studies = [load_study(path, overrides) for path in paths]
     names = [study.name for study in studies]
     if len(set(names)) < len(names):
         raise UsageError("two studies of one name", got=", ".join(names), fix="rename one")
@@ -83,7 +81,7 @@ def run(
         if render and not overrides:
             words = [_words_before(folder / RESOLVED) for folder in folders]
             pairs = zip(paths, words, strict=True)
-            studies = [load_study(path, before, quick) for path, before in pairs]
+            studies = [load_study(path, before) for path, before in pairs]
         return _run(studies, folders, only, render, runs, out, keep_in)
 
 

@@ -10,7 +10,7 @@ features of the images that it has. A model is made when something that is missi
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,8 @@ import numpy as np
 
 from terdit_cli import console
 from terdit_cli.errors import UsageError
-from terdit_cli.lab.study.children import ChildFailed, Finished, Run, command_of
+from terdit_cli.lab.children import ChildFailed, Finished, Run, command_of
 from terdit_cli.lab.study.measure import (
-    QUARTERS,
     FixedNoise,
     Reals,
     fix_noise,
@@ -32,7 +31,6 @@ from terdit_cli.lab.study.measure import (
 from terdit_cli.lab.study.nearest import find_nearest
 from terdit_cli.lab.study.reals import features_words, make_reals
 from terdit_cli.lab.study.records import (
-    Begun,
     Conversion,
     Folder,
     Footprint,
@@ -40,22 +38,23 @@ from terdit_cli.lab.study.records import (
     Loss,
     Neighbours,
     Place,
+    Record,
     Score,
+    Started,
     Training,
     current,
     differences,
-    drawn_by,
-    essence,
     lost_by,
     model_asked,
     read,
+    sampled_by,
     save,
+    save_arrays,
     scored_by,
     stamp,
     timed_by,
 )
 from terdit_cli.lab.study.spec import (
-    AFTER,
     TRAIN_SPLIT,
     Study,
     Variant,
@@ -65,7 +64,7 @@ from terdit_cli.lab.study.spec import (
 )
 from terdit_cli.model.ckpt import CKPT, load_ckpt
 from terdit_cli.model.layout import BACKWARD_AND_FORWARD, training_flops
-from terdit_cli.recipe import Recipe, load_recipe
+from terdit_cli.recipe import Recipe
 from terdit_cli.system.atomic import atomic_path
 from terdit_cli.train.checkpoint import complete_checkpoints, read_manifest
 from terdit_cli.train.loggers import FILE as METRICS
@@ -132,18 +131,24 @@ class Runner:
     def _place(self, variant: Variant, seed: int) -> Place:
         return self._folder.place(variant, seed)
 
+    def _asked(self, variant: Variant, seed: int, **more: Any) -> dict[str, Any]:
+        """Return what a finding of a model depends on."""
+        return {"model": model_asked(self._study, variant, seed), **more}
+
+    def _own(self, variant: Variant) -> dict[str, Any]:
+        """Return the facts of a record that the study makes itself, without a verb."""
+        return {
+            "command": f"{self._study.command} --only {variant.name}", "seconds": 0.0, **stamp()
+        }  # fmt: skip
+
     def _check_place(self, variant: Variant, seed: int) -> None:
         """Raise UsageError where a run folder holds a training with other settings."""
         place = self._place(variant, seed)
         asked = model_asked(self._study, variant, seed)
-        changed: list[str] = []
-        begun = variant.is_trained and (place.run / "recipe.yaml").exists()
-        record = read(place.training, Training) or (read(place.begun, Begun) if begun else None)
-        if record is not None:
-            changed = differences(record.asked, asked)
-        elif begun:
-            theirs = _with_after(essence(load_recipe(place.run / "recipe.yaml")), asked["recipe"])
-            changed = differences({"recipe": theirs}, {"recipe": asked["recipe"]})
+        record: Record | None = read(place.training, Training)
+        if record is None and (place.run / "recipe.yaml").exists():
+            record = read(place.started, Started)
+        changed = [] if record is None else differences(record.asked, asked)
         if changed:
             raise UsageError(
                 f"the study's folder holds {variant.name} of other settings",
@@ -189,11 +194,7 @@ class Runner:
         if variant.pack is not None:
             how = ["pack", "--codec", variant.pack.codec, "--rest", variant.pack.rest]
         done = [self._run([how[0], str(old), "-o", str(new), *how[1:]]) for old, new in pairs]
-        converted = Conversion(
-            asked=asked, command=_lines(done), seconds=round(sum(d.seconds for d in done), 1),
-            **stamp(),
-        )  # fmt: skip
-        save(place.conversion, converted)
+        save(place.conversion, Conversion(asked=asked, **_facts(*done)))
         return True
 
     def _train(self, variant: Variant, seed: int) -> bool:
@@ -225,7 +226,7 @@ class Runner:
         keep()
         asked = model_asked(study, variant, seed)
         facts: dict[str, Any] = {"asked": asked, "steps": recipe.train.steps, **stamp()}
-        save(place.begun, Begun(asked=asked, command=command_of(words), seconds=0.0, **stamp()))
+        save(place.started, Started(asked=asked, command=command_of(words), seconds=0.0, **stamp()))
         try:
             done = self._run(words, tick=keep)
         except ChildFailed as error:
@@ -268,31 +269,24 @@ class Runner:
             self._footprint(variant, seed)
 
     def _loss(self, variant: Variant, seed: int, step: int) -> None:
-        place = self._place(variant, seed)
-        study = self._study
-        asked = {"model": model_asked(study, variant, seed), **lost_by(study)}
-        if current(place.loss(step), Loss, asked) is not None:
+        path = self._place(variant, seed).loss(step)
+        asked = self._asked(variant, seed, **lost_by(self._study))
+        if current(path, Loss, asked) is not None:
             return
         fixed = self._fixed_noise
         model = self._model(variant, seed, step)
         values = measure_loss(model, fixed, _activations(variant))
         record = Loss(
-            asked=asked, command=f"{study.command} --only {variant.name}", seconds=0.0, **stamp(),
-            loss=values["loss"], mse=values["mse"], vb=values["vb"],
-            quarters=[values[f"quarter {index + 1}"] for index in range(QUARTERS)],
-            n=len(fixed.x0), images=fixed.images,
-        )  # fmt: skip
-        save(place.loss(step), record)
+            asked=asked, n=len(fixed.x0), images=fixed.images, **values, **self._own(variant)
+        )
+        save(path, record)
 
     def _score(self, variant: Variant, seed: int, step: int, cfg_scale: float, n: int) -> None:
         study, place = self._study, self._place(variant, seed)
-        asked = {
-            "model": model_asked(study, variant, seed),
-            "step": step,
-            "cfg_scale": cfg_scale,
-            "n": n,
-            "evaluation": scored_by(study),
-        }
+        model_and_how = self._asked(
+            variant, seed, step=step, cfg_scale=cfg_scale, evaluation=scored_by(study)
+        )
+        asked = model_and_how | {"n": n}
         path = place.score(step, cfg_scale, n)
         if current(path, Score, asked) is not None:
             return
@@ -303,14 +297,11 @@ class Runner:
             reference = str(self._folder.reals / "reference.npz")
         model, work = self._model(variant, seed, step), place.features(step, cfg_scale)
         # Features of a stopped scoring are good for any n, if all else is as it was.
-        begun = Begun(
-            asked={key: value for key, value in asked.items() if key != "n"},
-            command=f"{study.command} --only {variant.name}", seconds=0.0, **stamp(),
-        )  # fmt: skip
-        before = current(place.features_begun(step, cfg_scale), Begun, begun.asked)
-        if before is None or before.machine != begun.machine:
+        started = Started(asked=model_and_how, **self._own(variant))
+        before = current(place.features_started(step, cfg_scale), Started, started.asked)
+        if before is None or before.machine != started.machine:
             self._drop_features(place, step, cfg_scale)
-            save(place.features_begun(step, cfg_scale), begun)
+            save(place.features_started(step, cfg_scale), started)
         console.note(
             f"study {study.name}: scoring {variant.name}, seed {seed}, step {step}, "
             f"cfg {cfg_scale:g}, {n} images"
@@ -326,21 +317,20 @@ class Runner:
         done = self._run(words)
         accuracy, nearest = judge(read_features(work, n), reals)
         record = Score(
-            asked=asked, command=done.command, seconds=round(done.seconds, 1), **stamp(),
-            step=step, cfg_scale=cfg_scale, n=n, evaluation=done.result,
-            accuracy=accuracy, nearest=nearest,
+            asked=asked, **_facts(done), step=step, cfg_scale=cfg_scale, n=n,
+            evaluation=done.result, accuracy=accuracy, nearest=nearest,
         )  # fmt: skip
         save(path, record)
 
     def _drop_features(self, place: Place, step: int, cfg_scale: float) -> None:
         shutil.rmtree(place.features(step, cfg_scale), ignore_errors=True)
-        place.features_begun(step, cfg_scale).unlink(missing_ok=True)
+        place.features_started(step, cfg_scale).unlink(missing_ok=True)
 
     def _grid(self, variant: Variant, seed: int, cfg_scale: float) -> None:
-        """Draw images of every class from the same noise."""
-        study, place, evaluation = self._study, self._place(variant, seed), self._study.evaluation
+        """Generate images of every class from the same noise."""
+        place, evaluation = self._place(variant, seed), self._study.evaluation
         path, record = place.grid(cfg_scale), place.grid_record(cfg_scale)
-        asked = {"model": model_asked(study, variant, seed), **drawn_by(study, cfg_scale)}
+        asked = self._asked(variant, seed, **sampled_by(self._study, cfg_scale))
         if path.exists() and current(record, Grid, asked) is not None:
             return
         record.unlink(missing_ok=True)
@@ -350,26 +340,24 @@ class Runner:
                 "--batch-size", str(evaluation.batch_size), "-o", str(path),
             ]
         )  # fmt: skip
-        seconds = round(done.seconds, 1)
-        save(record, Grid(asked=asked, command=done.command, seconds=seconds, **stamp()))
+        save(record, Grid(asked=asked, **_facts(done)))
 
     def _neighbours(self, variant: Variant, seed: int) -> None:
-        """Find the training images nearest to the guided grid's."""
+        """Find the training images nearest to the grid's of the largest CFG scale."""
         study, place = self._study, self._place(variant, seed)
-        guided = max(study.evaluation.cfg_scales)
-        asked = {"model": model_asked(study, variant, seed), **drawn_by(study, guided)}
+        largest = study.largest_scale
+        asked = self._asked(variant, seed, **sampled_by(study, largest))
         if current(place.neighbours, Neighbours, asked) and place.nearest_images.exists():
             return
         place.neighbours.unlink(missing_ok=True)
-        with np.load(place.grid(guided), allow_pickle=False) as arrays:
+        with np.load(place.grid(largest), allow_pickle=False) as arrays:
             images, labels = arrays["arr_0"], arrays["labels"]
         found = find_nearest(self._base, images)
-        with atomic_path(place.nearest_images) as temporary, temporary.open("wb") as file:
-            np.savez(file, arr_0=found.images, labels=labels)
+        save_arrays(place.nearest_images, arr_0=found.images, labels=labels)
         record = Neighbours(
-            asked=asked, command=f"{study.command} --only {variant.name}", seconds=0.0, **stamp(),
-            distances=found.distances.tolist(), searched=found.searched,
+            asked=asked, **self._own(variant), distances=found.distances.tolist(),
             held_out=None if found.held_out is None else found.held_out.tolist(),
+            searched=found.searched,
         )  # fmt: skip
         save(place.neighbours, record)
 
@@ -385,8 +373,7 @@ class Runner:
     def _footprint(self, variant: Variant, seed: int) -> None:
         """Measure bytes, memory and latency in the form in which a model would be deployed."""
         study, place = self._study, self._place(variant, seed)
-        guided = max(study.evaluation.cfg_scales)
-        asked = {"model": model_asked(study, variant, seed), **timed_by(study)}
+        asked = self._asked(variant, seed, **timed_by(study))
         if current(place.footprint, Footprint, asked) is not None:
             return
         model = self._model(variant, seed)
@@ -411,14 +398,21 @@ class Runner:
             state = load_ckpt(model).state_dict("ema")
             parameters = sum(tensor.numel() for tensor in state.values())
         file_bytes |= {"bf16": 2 * parameters, "fp32": 4 * parameters}
-        words = ["sample", *self._sampling(variant, seed, guided), "-n", "1", "--batch-size", "1"]
+        words = [
+            "sample",
+            *self._sampling(variant, seed, study.largest_scale),
+            "-n",
+            "1",
+            "--batch-size",
+            "1",
+        ]
         words[words.index("--model") + 1] = str(deployed)
-        drawn = place.folder / "footprint.npz"
-        runs = [self._run([*words, "-o", str(drawn)]) for _ in range(LATENCY_REPEATS)]
+        images = place.folder / "footprint.npz"
+        runs = [self._run([*words, "-o", str(images)]) for _ in range(LATENCY_REPEATS)]
         first = runs[0].result
+        facts = _facts(*runs) | {"command": _facts(*made, runs[0])["command"]}
         record = Footprint(
-            asked=asked, command=_lines([*made, runs[0]]), **stamp(),
-            seconds=round(sum(run.seconds for run in runs), 1),
+            asked=asked, **facts,
             form=form, parameters=parameters, ternary=ternary, file_bytes=file_bytes,
             forward_flops=training_flops(info.config) // BACKWARD_AND_FORWARD, nfe=first["nfe"],
             latency=[run.result["seconds"] / run.result["images"] for run in runs],
@@ -427,7 +421,7 @@ class Runner:
             threads=first["threads"],
         )  # fmt: skip
         save(place.footprint, record)
-        for path in (drawn, *place.folder.glob("footprint-*.tdt")):
+        for path in (images, *place.folder.glob("footprint-*.tdt")):
             path.unlink(missing_ok=True)
 
     # What all variants share
@@ -457,15 +451,10 @@ def _keep_checkpoints(run: Path, exports: dict[int, Path], newest: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _with_after(theirs: Any, asked: Any) -> Any:
-    """Return a recipe's values with $after where it stands in `asked`, in place of a path."""
-    if isinstance(theirs, dict) and isinstance(asked, dict):
-        return {key: _with_after(value, asked.get(key)) for key, value in theirs.items()}
-    return asked if isinstance(asked, str) and AFTER in asked and theirs is not None else theirs
-
-
-def _lines(done: Sequence[Finished]) -> str:
-    return "\n".join(one.command for one in done)
+def _facts(*done: Finished) -> dict[str, Any]:
+    """Return what a record says of the verbs that made it."""
+    command = "\n".join(one.command for one in done)
+    return {"command": command, "seconds": round(sum(one.seconds for one in done), 1), **stamp()}
 
 
 def _activations(variant: Variant) -> str:

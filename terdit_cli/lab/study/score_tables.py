@@ -16,7 +16,7 @@ _MOST_CLASSES = 40  # columns of the table of classes
 
 
 def main_table(findings: Findings, scale: float, n: int | None = None) -> Table:
-    """Return the distances and what goes with them, of one guidance.
+    """Return the distances and what goes with them, with one CFG scale.
 
     Args:
         n: images of a model of a pair, beside its own baseline; None: as many as all variants have,
@@ -47,7 +47,7 @@ def main_table(findings: Findings, scale: float, n: int | None = None) -> Table:
         )
     header = (
         guidance(scale), findings.distance_name, "ratio", "precision", "recall", "KID",
-        "accuracy", "memorised", "seeds", "images", "steps",
+        "classifier accuracy", "memorisation rate", "seeds", "images", "steps",
     )  # fmt: skip
     return Table(header, rows, _strong(findings))
 
@@ -100,9 +100,9 @@ def loss_table(findings: Findings) -> Table:
 
 def cost_table(findings: Findings) -> Table:
     """Return bytes, operations and the work of training beside the distance."""
-    guided = max(findings.study.evaluation.cfg_scales)
+    scale = findings.study.largest_scale
     rows = []
-    for variant, distance, model, cost in _costs(findings, guided):
+    for variant, distance, model, cost in _costs(findings, scale):
         rates = [entry["images_per_second"] for entry in model.metrics]
         memory = [entry.get("memory_bytes") or 0 for entry in model.metrics]
         rows.append(
@@ -120,7 +120,7 @@ def cost_table(findings: Findings) -> Table:
             )
         )
     header = (
-        "variant", f"{findings.distance_name}, {guidance(guided)}", "parameters", "ternary",
+        "variant", f"{findings.distance_name}, {guidance(scale)}", "parameters", "ternary",
         "bytes", "as t5", "GFLOP per forward", "training images/s", "training memory",
         "training time",
     )  # fmt: skip
@@ -129,9 +129,9 @@ def cost_table(findings: Findings) -> Table:
 
 def latency_table(findings: Findings) -> Table:
     """Return memory and latency of sampling beside the distance."""
-    guided = max(findings.study.evaluation.cfg_scales)
+    scale = findings.study.largest_scale
     rows = []
-    for variant, distance, _, cost in _costs(findings, guided):
+    for variant, distance, _, cost in _costs(findings, scale):
         timed = findings.timed(cost)
         times = [1000 * seconds for seconds in sorted(timed.latency)] if timed else []
         rows.append(
@@ -146,7 +146,7 @@ def latency_table(findings: Findings) -> Table:
             )
         )
     header = (
-        "variant", f"{findings.distance_name}, {guidance(guided)}", "ms per image",
+        "variant", f"{findings.distance_name}, {guidance(scale)}", "ms per image",
         "forwards per image", "memory", "runs as", "machine",
     )  # fmt: skip
     return Table(header, rows, _strong(findings))
@@ -168,7 +168,7 @@ def _runs_as(cost: Footprint) -> str:
 
 
 def _hours(findings: Findings, model: Model) -> str:
-    """Return "54m + 1h 01m" of a model that begins with another one's weights."""
+    """Return "54m + 1h 01m" of a model that is initialised from another one."""
     parts = []
     for variant in findings.study.lineage(model.variant):
         found = (m.training for m in findings.models_of(variant.name) if m.seed == model.seed)
@@ -182,12 +182,12 @@ def _hours(findings: Findings, model: Model) -> str:
 def class_table(findings: Findings) -> Iterator[Block]:
     """Yield the accuracy of the linear probe on the generated images of each class."""
     study, probe = findings.study, findings.probe
-    guided = max(study.evaluation.cfg_scales)
+    scale = study.largest_scale
 
-    rows = list(_by_class(findings, guided))
+    rows = list(_by_class(findings, scale))
     if probe is None or not rows or len(findings.class_names) > _MOST_CLASSES:
         return
-    yield Heading(3, f"Does an image look like its class? ({guidance(guided)})")
+    yield Heading(3, f"Does an image look like its class? ({guidance(scale)})")
     yield Text(
         "A linear probe (multinomial logistic regression) on the features of "
         f"{probe.trained_on:,} training images recognises {100 * probe.accuracy:.1f} % of "
@@ -218,10 +218,10 @@ def _by_class(findings: Findings, scale: float) -> Iterator[tuple[str, ...]]:
 def nearest_table(findings: Findings) -> Iterator[Block]:
     """Yield the distances to the nearest training image."""
     study = findings.study
-    guided = max(study.evaluation.cfg_scales)
+    scale = study.largest_scale
     rows = []
     for variant in study.variants:
-        found = [s.nearest for _, s in findings.finals(variant.name, guided) if s.nearest]
+        found = [s.nearest for _, s in findings.finals(variant.name, scale) if s.nearest]
         if not found:
             continue
         rows.append(
@@ -237,16 +237,17 @@ def nearest_table(findings: Findings) -> Iterator[Block]:
             )
         )
     if rows:
-        yield Heading(3, f"Does it copy its training images? ({guidance(guided)})")
+        yield Heading(3, f"Does it copy its training images? ({guidance(scale)})")
         yield Text(
             "Distances in feature space from generated images to the nearest of so many training "
             'images, evenly spread ("among"), beside those from these to their nearest other one. '
             "A model that copies would be nearer; so are images that are smoother than real ones, "
-            "which the pictures tell apart. Copies of training images that are not among "
-            "them are not seen."
+            "which the pictures tell apart. The memorisation rate is the share of images that "
+            "are nearer than 99 % of the reals. Copies of training images that are not among them "
+            "are not seen."
         )
         header = (
             "variant", "median", "median, reals", "closest", "closest reals",
-            "nearer than 99 % of reals", "images", "among",
+            "memorisation rate", "images", "among",
         )  # fmt: skip
         yield Table(header, rows, _strong(findings))

@@ -51,7 +51,7 @@ class Variant(Section):
     """One model of the study.
 
     Trained with `overrides`, or else made of the last checkpoint of the variant `of`: by
-    `ternarize` (a fit without training, scales per ...) or by `pack`. Or it is that checkpoint,
+    `ternarize` (PTQ, scales per ...) or by `pack`. Or it is that checkpoint,
     sampled with the predicted noise times `eps_scale`.
     """
 
@@ -108,7 +108,7 @@ class Evaluation(Section):
     cfg_channels: Literal["3", "all"] = "3"
     seed: NonNegativeInt = 0
     batch_size: PositiveInt = 50
-    compile: bool = False  # the networks of checkpoints, to draw faster
+    compile: bool = False  # the networks of checkpoints, to sample faster
     reals: Annotated[int, Field(ge=20)] | None = None  # training images looked at; None: all
     loss_n: PositiveInt = 2048  # images whose loss is measured, with noise that is always the same
     grid: Annotated[int, Field(ge=1, le=16)] = 4  # images of each class in the pictures
@@ -153,26 +153,22 @@ class Pair(Section):
     again: str | None = None  # full precision that has taken as many steps in all as `ternary`
     goal: Annotated[float, Field(gt=0)] = 1.10  # ternary distance : baseline's, at most
 
+    @validator(mode="before")
+    @classmethod
+    def _refuse_twin(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "twin" in values:
+            raise ValueError("the key `twin` is called `baseline` now")
+        return values
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(filter(None, (self.ternary, self.baseline, self.again)))
+
 
 class Headline(Pair):
     """The first pair, to whose baseline all other variants are compared."""
 
     n: Annotated[int, Field(ge=10)] | None = None  # images of every pair; None: evaluation.n
-
-
-def _named(pair: Pair) -> tuple[str, ...]:
-    return tuple(filter(None, (pair.ternary, pair.baseline, pair.again)))
-
-
-class Quick(Section):
-    """What `--quick` changes: fewer steps, seeds, images, variants."""
-
-    overrides: tuple[str, ...] = ()  # of the recipe, after the study's
-    seeds: Seeds | None = None
-    steps: Steps | None = None
-    n: Annotated[int, Field(ge=10)] | None = None
-    curve_n: Annotated[int, Field(ge=10)] | None = None
-    variants: tuple[str, ...] | None = None
 
 
 class Study(Section):
@@ -189,13 +185,11 @@ class Study(Section):
     variants: Annotated[tuple[Variant, ...], Field(min_length=2)]
     lines: tuple[Lines, ...] = ()  # none: one figure of all that is trained
     bars: tuple[Bars, ...] = ()
-    grids: tuple[str, ...] = ()  # variants shown side by side, drawn from the same noise
+    grids: tuple[str, ...] = ()  # variants shown side by side, from the same noise
     evaluation: Evaluation = Evaluation()
-    quick: Quick | None = None
-    # How it was called; `load_study` sets these three.
+    # How it was called; `load_study` sets these two.
     file: Path | None = None
     words: tuple[str, ...] = ()  # recipe fields changed on the command line, of all variants
-    shortened: bool = False
 
     @validator(mode="after")
     def _check(self) -> Study:
@@ -204,14 +198,11 @@ class Study(Section):
             if names.count(name) > 1:
                 raise ValueError(f"variants: the name {name!r} stands twice")
         mentions = {
-            "headline.ternary": [self.headline.ternary],
-            "headline.baseline": [self.headline.baseline],
-            "headline.again": [self.headline.again] if self.headline.again else [],
-            **{f"also.{i}": _named(pair) for i, pair in enumerate(self.also)},
+            "headline": self.headline.names,
+            **{f"also.{i}": pair.names for i, pair in enumerate(self.also)},
             "grids": self.grids,
             **{f"lines.{i}": figure.names for i, figure in enumerate(self.lines)},
             **{f"bars.{i}": figure.variants for i, figure in enumerate(self.bars)},
-            "quick.variants": (self.quick.variants or ()) if self.quick else (),
         }
         for place, mentioned in mentions.items():
             for name in mentioned:
@@ -242,10 +233,15 @@ class Study(Section):
         return next(variant for variant in self.variants if variant.name == name)
 
     @property
-    def drawn_lines(self) -> tuple[Lines, ...]:
+    def all_lines(self) -> tuple[Lines, ...]:
         """Return the figures of lines: as given, or one of all trained variants."""
         trained = tuple(variant.name for variant in self.variants if variant.is_trained)
         return self.lines or (Lines(title="All trainings", variants=trained),)
+
+    @property
+    def largest_scale(self) -> float:
+        """Return the largest CFG scale: that of pictures, latency and costs."""
+        return max(self.evaluation.cfg_scales)
 
     @property
     def headline_images(self) -> int:
@@ -292,13 +288,12 @@ class Study(Section):
     @property
     def command(self) -> str:
         """Return the command that does the whole study."""
-        quick = ["--quick"] if self.shortened else []
-        return shlex.join(["terdit", "study", str(self.file or self.name), *self.words, *quick])
+        return shlex.join(["terdit", "study", str(self.file or self.name), *self.words])
 
     def lineage(self, variant: Variant) -> tuple[Variant, ...]:
         """Return the variants whose trainings a variant's weights went through, in order."""
-        begun = f"train.init_from={AFTER}" in variant.overrides
-        earlier = variant.of or (variant.after if begun else None)
+        initialised = f"train.init_from={AFTER}" in variant.overrides
+        earlier = variant.of or (variant.after if initialised else None)
         before = self.lineage(self.variant(earlier)) if earlier else ()
         return before if variant.of else (*before, variant)
 
@@ -307,7 +302,7 @@ class Study(Section):
         return tuple(self.steps_of(trained)[-1] for trained in self.lineage(variant))
 
     def steps_before(self, variant: Variant) -> int:
-        """Return how many steps a variant's weights had gone through when its training began."""
+        """Return how many steps a variant's weights went through before its own training."""
         return sum(self.steps_taken(variant)[: -1 if variant.is_trained else None])
 
     def images_at(self, variant: Variant, step: int) -> tuple[int, ...]:
@@ -346,13 +341,12 @@ class Study(Section):
         return [variant for variant in self.variants if variant.name in needed]
 
 
-def load_study(path: Path, overrides: Iterable[str] = (), quick: bool = False) -> Study:
+def load_study(path: Path, overrides: Iterable[str] = ()) -> Study:
     """Read a study; `overrides` become its words, and `recipe` becomes a path.
 
     Raises:
         InputFileError: missing, or not YAML.
-        UsageError: every mistake of the study, and those of each variant's recipe; `quick` of a
-            study that has no such section.
+        UsageError: every mistake of the study, and those of each variant's recipe.
     """
     path = find_recipe(path)
     values = read_mapping(path, "study")
@@ -361,10 +355,7 @@ def load_study(path: Path, overrides: Iterable[str] = (), quick: bool = False) -
         "recipe": Path(os.path.normpath(path.parent / study.recipe)),  # for commands on the page
         "file": path,
         "words": tuple(overrides),
-        "shortened": quick,
     }
-    if quick:
-        changes |= _quick(study, path)
     study = _parse(study.model_dump() | changes, path)
     for variant in study.variants:
         if variant.is_trained:
@@ -378,56 +369,6 @@ def _parse(values: dict[str, Any], path: Path) -> Study:
         return Study.model_validate(values)
     except ValidationError as error:
         raise mistakes(error, Study, "study", path, "correct the study") from error
-
-
-def _quick(study: Study, path: Path) -> dict[str, Any]:
-    quick = study.quick
-    if quick is None:
-        raise UsageError(
-            "the study has no shortened version",
-            got="--quick",
-            expected="a section `quick` in the study",
-            where=path,
-            fix="leave --quick out, or add the section",
-        )
-    kept = study.closure(quick.variants or [variant.name for variant in study.variants])
-    names = {variant.name for variant in kept}
-    evaluation = study.evaluation.model_dump()
-    evaluation |= {"n": quick.n or study.evaluation.n, "curve_n": quick.curve_n}
-    also = [pair.model_dump() for pair in study.also if set(_named(pair)) <= names]
-    lines = (
-        [
-            each
-            for each, group in zip(figure.variants, figure.groups, strict=True)
-            if names >= {*group}
-        ]
-        for figure in study.lines
-    )
-    bars = ([name for name in figure.variants if name in names] for figure in study.bars)
-    return {
-        "name": f"{study.name}-quick",
-        "title": f"{study.title}, shortened",
-        "overrides": (*study.overrides, *quick.overrides),
-        "seeds": quick.seeds or study.seeds,
-        "steps": quick.steps or study.steps,
-        "variants": [variant.model_dump() | {"seeds": None, "steps": None} for variant in kept],
-        "evaluation": evaluation,
-        "headline": study.headline.model_dump()
-        | {"n": None, "again": study.headline.again if study.headline.again in names else None},
-        "also": also,
-        "grids": [name for name in study.grids if name in names],
-        "lines": [
-            figure.model_dump() | {"variants": left}
-            for figure, left in zip(study.lines, lines, strict=True)
-            if left
-        ],
-        "bars": [
-            figure.model_dump() | {"variants": left}
-            for figure, left in zip(study.bars, bars, strict=True)
-            if len(left) > 1
-        ],
-        "quick": None,
-    }
 
 
 def _check_steps(study: Study, variant: Variant, recipe: Recipe, path: Path) -> None:

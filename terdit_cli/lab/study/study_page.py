@@ -47,7 +47,7 @@ from terdit_cli.report.figures import number
 
 ENOUGH_IMAGES = 10_000  # for a distance that others can compare with
 _MOST_COLUMNS = 16  # classes in a picture
-_PAIRS = 2  # drawn images of each class that are shown with their nearest
+_PAIRS = 2  # generated images of each class that are shown with their nearest
 TITLE = "terdit: ternary against full precision"
 
 
@@ -103,12 +103,12 @@ def _headline(findings: Findings) -> Iterator[Block]:
     yield Text(
         'Means over the seeds (and their range). "ratio" is the ratio to '
         f"{_label(findings, study.headline.baseline)} of the same seed; "
-        '"accuracy": generated images that a linear probe on the same features takes for their '
-        'class; "memorised": images closer to a training image than 99 % of the training images '
-        "are to each other, as about 1 % of new images would be. Steps of A + B: initialised from "
-        "a model that had taken A."
+        '"classifier accuracy": generated images that a linear probe on the same features takes '
+        'for their class; "memorisation rate": images closer to a training image than 99 % of the '
+        "training images are to each other, as about 1 % of new images would be. Steps of A + B: "
+        "initialised from a model that had taken A."
     )
-    yield main_table(findings, max(study.evaluation.cfg_scales))
+    yield main_table(findings, study.largest_scale)
     yield Heading(3, "Over training")
     yield Text(
         "Steps are those in all: a model that is initialised from another goes on where that one "
@@ -116,7 +116,7 @@ def _headline(findings: Findings) -> Iterator[Block]:
         "finished trainings of different length; dots are the seeds."
     )
     yield Plots(curves(findings))
-    yield from _pictures(findings, max(study.evaluation.cfg_scales))
+    yield from _pictures(findings, study.largest_scale)
 
 
 def _details(findings: Findings) -> Iterator[Block]:
@@ -227,7 +227,7 @@ def _setting(findings: Findings) -> str:
     return (
         f"Recipe {study.recipe.name}{f' with {words}' if words else ''}; "
         f"seeds {', '.join(map(str, study.seeds))}. "
-        f"{evaluation.n:,} images a model{curve} from its averaged weights, {evaluation.sampler} "
+        f"{evaluation.n:,} images per model{curve} from its averaged weights, {evaluation.sampler} "
         f"with {evaluation.sampling_steps} steps, seed {evaluation.seed}, classes in turn, "
         f"compared with {reference} by {pipeline}."
     )
@@ -317,16 +317,16 @@ def _pictures(findings: Findings, scale: float) -> Iterator[Block]:
 
 
 def _nearest_pictures(findings: Findings) -> Iterator[Block]:
-    """Yield rows of drawn images, each above the training images that are nearest to them."""
+    """Yield rows of generated images, each above the training images that are nearest to them."""
     study = findings.study
-    guided = max(study.evaluation.cfg_scales)
+    scale = study.largest_scale
     shown, said = [], []
     for name in study.paired:
-        found = (m for m in findings.models_of(name) if m.nearest is not None and guided in m.grids)
+        found = (m for m in findings.models_of(name) if m.nearest is not None and scale in m.grids)
         model = next(found, None)
         if model is None or model.nearest is None or model.neighbours is None:
             continue
-        pairs = np.stack([model.grids[guided], model.nearest], axis=2)[:, :_PAIRS]
+        pairs = np.stack([model.grids[scale], model.nearest], axis=2)[:, :_PAIRS]
         label, near = model.variant.label, model.neighbours
         shown.append(_class_columns(label, pairs.reshape(len(pairs), -1, *pairs.shape[3:])))
         unseen = near.held_out
@@ -370,7 +370,7 @@ def _what_differs(findings: Findings, name: str) -> str:
     else:
         words = [_label(findings, variant.of)]
     if variant.ternarize is not None:
-        words.append(f"ternarized after training, scales per {variant.ternarize}")
+        words.append(f"PTQ, scales per {variant.ternarize}")
     if (pack := variant.pack) is not None:
         words.append(f"packed {pack.codec}, rest {pack.rest}, activations {pack.activations}")
     if variant.eps_scale != 1:

@@ -4,7 +4,6 @@ interpreter on a small network with a stopwatch that counts calls.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,23 +15,18 @@ import torch
 
 from terdit_cli.errors import EnvironmentProblem, UsageError
 from terdit_cli.lab.bench import cuda_networks as bench
-from terdit_cli.lab.bench import on_gpu as bench_gpu
-from terdit_cli.lab.bench.cuda_networks import (
-    AdalnRow,
-    GpuFindings,
-    GpuPeaks,
-    GpuRow,
-    Plan,
-    measure,
-)
-from terdit_cli.lab.bench.cuda_page import GpuReport, gpu_goals, gpu_page
-from terdit_cli.lab.bench.results import Figure
+from terdit_cli.lab.bench import run_bench
+from terdit_cli.lab.bench.bench_page import page
+from terdit_cli.lab.bench.cuda_networks import GpuBench, Plan
+from terdit_cli.lab.bench.goals import goals
+from terdit_cli.lab.bench.results import AdalnRow, BenchResult, Figure, GpuPeaks, GpuRow
 from terdit_cli.lab.bench.roofline import Product, analyse, bound, products
 from terdit_cli.model.dit import DiTConfig, build_config
 from terdit_cli.runtime.gpu import backend as gpu
 from terdit_cli.runtime.gpu import tiles as gpu_config
 from terdit_cli.system.gpus import GPUS, Gpu
 
+Make = dict[str, Callable[..., Any]]
 CHIP = Gpu("a chip", memory=1, bf16=100.0, int8=200.0, fp8=None, bandwidth=10.0)
 NO_GPU = not torch.cuda.is_available()
 
@@ -88,45 +82,41 @@ def row(who: str, activations: str, seconds: float, model: str = "600m", images:
     )  # fmt: skip
 
 
-def findings(least_share: float = 0.85) -> GpuFindings:
-    return GpuFindings(
-        device="a device",
-        peaks=GpuPeaks(1e15, 2e15, None, 3e12),
-        rows=[
+def findings(make: Make, least_share: float = 0.85, **more: Any) -> BenchResult:
+    values = {
+        "peaks": [],
+        "gpu_peaks": [GpuPeaks("a device", 1e15, 2e15, None, 3e12)],
+        "gpu": [
             row("terdit", "int8", 1.0), row("terdit", "bf16", 2.0),
             row("bf16-compiled", "bf16", 1.6), row("unpack", "fp32", 7.0),
             row("terdit", "int8", 0.3, "4.2b", 1),
         ],
-        adaln=[
+        "adaln": [
             AdalnRow("600m", "int8", Figure([1e-5]), 38_000_000, 0.9),
             AdalnRow("4.2b", "int8", Figure([4e-5]), 150_000_000, least_share),
         ],
-    )  # fmt: skip
+        "roofline": analyse(build_config("nano", input_size=8), GPUS["h100"], 1, "nano", 64),
+    }  # fmt: skip
+    return make["result"](**values | more)
 
 
-def report(found: GpuFindings, why_not: str | None = None) -> GpuReport:
-    limits = analyse(build_config("nano", input_size=8), GPUS["h100"], 1, "nano", 64)
-    return GpuReport("terdit bench", "torch", "2026-01-01", 0, 7, why_not, found, limits, [])
-
-
-def test_goals_are_met_missed_or_not_measured() -> None:
-    verdicts = [goal.met for goal in gpu_goals(findings())]
+def test_goals_are_met_missed_or_not_measured(make: Make) -> None:
+    verdicts = [goal.met for goal in goals(findings(make))]
     assert verdicts == [True, False, False, None, None, None, True, True]
-    assert [goal.met for goal in gpu_goals(findings(0.5))] == [*verdicts[:-1], False]
-    first = gpu_goals(findings())[0].found
+    assert [goal.met for goal in goals(findings(make, 0.5))] == [*verdicts[:-1], False]
+    first = goals(findings(make))[0].found
     assert first is not None
     assert first[0] == pytest.approx(1.6)
-    assert {goal.met for goal in gpu_goals(GpuFindings())} == {None}
+    assert {goal.met for goal in goals(findings(make, gpu=[], adaln=[]))} == {None}
 
 
-def test_the_page_says_what_was_measured_and_what_was_not() -> None:
-    text = gpu_page(report(findings()))
+def test_the_page_says_what_was_measured_and_what_was_not(make: Make) -> None:
+    text = page(findings(make))
     assert "| 600m | 256 px | 8 | terdit int8 | 1050.000 | 1000.000 .. 1100.000 | 50% |" in text
     assert "| a device | 1000 | 2000 | none | 3.00 |" in text
-    assert text.count("not measured |") == 3
-    without = gpu_page(report(GpuFindings(), "no GPU here"))
-    assert without.count("not measured |") == 8
-    assert "no GPU here" in without
+    assert text.count("| yes |") == 3
+    without = page(findings(make, gpu=[], adaln=[], gpu_peaks=[]))
+    assert "Goals" not in without
     assert "Whole networks" not in without
     assert "Limits on H100 SXM" in without
 
@@ -134,19 +124,28 @@ def test_the_page_says_what_was_measured_and_what_was_not() -> None:
 # The command
 
 
+def limits(subject: str = "600m", **words: Any) -> BenchResult:
+    given = {"full": False, "size": "", "images": "", "device": "", "output": None} | words
+    output = given.pop("output")
+    options = run_bench.parse(
+        [subject], "limits", threads="", activations="", others="", command="", **given
+    )
+    return run_bench.run(options, output)
+
+
 def test_counting_needs_no_gpu(tmp_path: Path) -> None:
-    page = tmp_path / "gpu.md"
-    found = bench_gpu.run("600m", "roofline", "256", "1,8", chip="a100", output=page)
-    assert "A100 SXM 80 GB" in page.read_text()
-    assert json.loads(json.dumps(bench_gpu.as_json(found)))["roofline"][0]["product"] == "wq wk wv"
+    path = tmp_path / "gpu.md"
+    found = limits(size="256", images="1,8", device="a100", output=path)
+    assert "A100 SXM 80 GB" in path.read_text()
+    assert json.loads(json.dumps(run_bench.as_json(found)))["roofline"][0]["product"] == "wq wk wv"
 
 
-def test_compiled_kernels_are_a_table() -> None:
+def test_compiled_kernels_are_a_table(make: Make) -> None:
     kernel = {
         "sm": 90, "kernel": "int8-plain", "tile": "128x256x64 w8 s3", "registers": 200,
         "shared": 100_000, "spills": 0, "tensor_cores": ["wgmma"],
     }  # fmt: skip
-    text = gpu_page(dataclasses.replace(report(GpuFindings(), "none"), kernels=[kernel]))
+    text = page(findings(make, kernels=[kernel]))
     assert "| sm_90 | int8-plain | 128x256x64 w8 s3 | 200 | 100.0 kB | 0 | wgmma |" in text
 
 
@@ -154,38 +153,38 @@ def test_compiling_needs_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(gpu, "kernels", lambda: SimpleNamespace(INTERPRETED=True))
     with pytest.raises(EnvironmentProblem, match="unset TRITON_INTERPRET"):
-        bench_gpu.run("nano", "kernels")
+        limits("nano", full=True)
 
 
 def test_a_tile_that_does_not_fit_is_one_that_cannot_run() -> None:
     """Triton's errors are no RuntimeErrors."""
     errors = pytest.importorskip("triton.runtime.errors")
     contender = bench._Contender("terdit", "int8")
-    with bench._why_not(contender):
+    with contender.trying():
         raise errors.OutOfResources(300_000, 232_448, "shared memory")
     assert "shared memory" in str(contender.why_not)
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
 def test_measuring_without_a_gpu_is_refused() -> None:
+    options = run_bench.parse(["nano"], "network", False, "", "", "cuda", "", "", "", "")
     with pytest.raises(EnvironmentProblem, match="no GPU to measure"):
-        bench_gpu.run("nano")
+        run_bench.run(options)
 
 
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ({"model": "600n"}, "did you mean '600m'"),
-        ({"what": "gemm"}, "all, roofline or kernels"),
+        ({"subject": "600n"}, "did you mean '600m'"),
         ({"size": "100"}, "a multiple of 16"),
-        ({"images": "0"}, "1 to 256"),
-        ({"chip": "h101"}, "one of b200, h200, h100"),
+        ({"images": "0"}, "1 to 128"),
+        ({"device": "h101"}, "one of b200, h200, h100"),
         ({"output": Path("gpu.txt")}, "expected .md"),
     ],
 )
 def test_wrong_words(words: dict[str, Any], problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
-        bench_gpu.run(**{"what": "roofline", **words})
+        limits(**words)
 
 
 # Measuring, in the interpreter
@@ -216,7 +215,6 @@ def test_everything_is_measured_in_the_interpreter(
         pytest.skip("Triton was imported without its interpreter")
     monkeypatch.setenv("TERDIT_CACHE", str(tmp_path))
     monkeypatch.setattr(bench, "PRECISIONS", ("int8",))
-    monkeypatch.setattr(bench, "RIVALS", ("bf16", "unpack"))
     monkeypatch.setattr(bench, "WARM_UP", 1)
     some, chosen = gpu_config.candidates, []
 
@@ -225,23 +223,25 @@ def test_everything_is_measured_in_the_interpreter(
         return some(*arguments)[-2:]
 
     monkeypatch.setattr(gpu_config, "candidates", last_two)
-    plan = Plan(("nano",), (16, 32), (1,), repeats=2, peak_side=32, copy_bytes=64)
-    found = measure(plan, torch.device("cpu"), Counter(), "an interpreter")
-    assert [(each.size, each.who) for each in found.rows] == [
+    plan = Plan(
+        ("nano",), (16, 32), (1,), repeats=2, rivals=("bf16", "unpack"), peak_side=32, copy_bytes=64
+    )
+    found = GpuBench(plan, torch.device("cpu"), Counter(), "an interpreter").measure()
+    assert [(each.size, each.who) for each in found["gpu"]] == [
         (16, "terdit"), (16, "bf16"), (16, "unpack"), (32, "terdit"), (32, "bf16"),
     ]  # fmt: skip
-    for each in found.rows:
+    for each in found["gpu"]:
         assert each.why_not is None
         assert each.figure.samples == [0.25, 0.25]
-    ours, bf16, exact = (each.error for each in found.rows[:3])
+    ours, bf16, exact = (each.error for each in found["gpu"][:3])
     assert exact == 0.0
     assert ours is not None
     assert bf16 is not None
     assert 0 < ours < 0.1
     assert 0 < bf16 < 0.1
     assert chosen
-    assert found.peaks.bf16 == 2 * 32**3 / 0.25
-    assert found.adaln[0].packed_bytes == gpu.weight_shape(4 * 6 * 64, 64)[1] * 4 * 6 * 64
+    assert found["gpu_peaks"][0].bf16 == 2 * 32**3 / 0.25
+    assert found["adaln"][0].packed_bytes == gpu.weight_shape(4 * 6 * 64, 64)[1] * 4 * 6 * 64
     tuned = json.loads((tmp_path / gpu_config.GPU_CACHE).read_text())
     assert {key.split("-")[1] for tiles in tuned.values() for key in tiles} == {
         "plain", "gated", "swiglu"
@@ -251,8 +251,8 @@ def test_everything_is_measured_in_the_interpreter(
 def test_what_takes_too_long_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "PRECISIONS", ())
     plan = Plan(("nano",), (32,), (1,), repeats=1, most_seconds=-1, peak_side=32, copy_bytes=64)
-    found = measure(plan, torch.device("cpu"), Counter(), "an interpreter")
-    reasons = {each.who: each.why_not for each in found.rows}
+    found = GpuBench(plan, torch.device("cpu"), Counter(), "an interpreter").measure()["gpu"]
+    reasons = {each.who: each.why_not for each in found}
     assert reasons["bf16"] == reasons["unpack"] == "out of time"
     assert reasons["bf16-compiled"] == "not compiled for this batch"
-    assert all(not each.figure.samples for each in found.rows)
+    assert all(not each.figure.samples for each in found)

@@ -15,7 +15,7 @@ import pytest
 
 from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.lab.bench import metrics_bench as metrics
-from terdit_cli.lab.bench.cpu_page import page, tables
+from terdit_cli.lab.bench.bench_page import page, tables
 from terdit_cli.lab.bench.goals import goals
 from terdit_cli.lab.bench.results import AgreementRow, Figure, ScoreRow
 from terdit_cli.lab.bench.settings import Options
@@ -111,9 +111,8 @@ def test_every_recorded_value_is_met(process: type[FakeProcess], tmp_path: Path)
     recorded = tmp_path / "metrics.json"
     recorded.write_text(json.dumps(cases))
     recorded.with_suffix(".npz").write_bytes(GOLDEN.with_suffix(".npz").read_bytes())
-    agreement, scores = metrics.measure(
-        Options(what="metrics", recorded=recorded, threads=(1,), repeats=9)
-    )
+    options = Options(subject=str(recorded), threads=(1,), full=True)
+    agreement, scores = metrics.measure(options).values()
     assert {row.metric for row in agreement} == {"FID", "KID", "precision", "recall", "IS"}
     assert len(agreement) == 2 + 2 + 8 + 4
     for row in agreement:
@@ -131,7 +130,7 @@ def test_every_recorded_value_is_met(process: type[FakeProcess], tmp_path: Path)
 
 def test_without_a_recording_the_witnesses_are_left(process: type[FakeProcess]) -> None:
     before = np.random.get_state()[1].copy()  # noqa: NPY002 - the global state must not move
-    agreement, _ = metrics.measure(Options(what="metrics"))
+    agreement = metrics.measure(Options(subject="metrics"))["agreement"]
     assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
     assert {row.metric for row in agreement} == {"FID", "KID", "precision", "recall", "IS"}
     for row in agreement:
@@ -145,7 +144,7 @@ def test_what_is_not_installed_is_left_out(
     process: type[FakeProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "witness", lambda name: None)
-    agreement, _ = metrics.measure(Options(what="metrics"))
+    agreement = metrics.measure(Options(subject="metrics"))["agreement"]
     assert agreement
     assert all(row.clean_fid is None and row.torch_fidelity is None for row in agreement)
     assert metrics.score("distance", 50, 4, 0, 3)["clean_fid_seconds"] == []
@@ -154,7 +153,7 @@ def test_what_is_not_installed_is_left_out(
 def test_a_process_that_fails_is_named(process: type[FakeProcess]) -> None:
     process.broken = True
     with pytest.raises(EnvironmentProblem, match="SIGKILL"):
-        metrics.measure(Options(what="metrics"))
+        metrics.measure(Options(subject="metrics", full=True))
 
 
 @pytest.mark.parametrize("damage", ["missing", "no npz", "no array", "no metric", "kid", "pickle"])
@@ -179,12 +178,12 @@ def test_a_recording_that_cannot_be_read_is_named(
     if damage != "no npz":
         np.savez(path.with_suffix(".npz"), **arrays)
     with pytest.raises(InputFileError, match="unknown KID case" if damage == "kid" else "odd.json"):
-        metrics.measure(Options(what="metrics", recorded=path))
+        metrics.measure(Options(subject=str(path)))
 
 
-def test_recorded_needs_metrics() -> None:
-    with pytest.raises(UsageError, match=r"--recorded a.json with --what gemm.*--what metrics"):
-        Options(what="gemm", recorded=Path("a.json"))
+def test_metrics_are_no_model() -> None:
+    with pytest.raises(UsageError, match=r"--what gemm of a.json.*leave --what out"):
+        Options(subject="a.json", what="gemm")
 
 
 def rows() -> dict[str, Any]:

@@ -80,16 +80,22 @@ def test_gemm_answers_for_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no such kernel\non this machine")
 
     monkeypatch.setitem(rivals.RIVALS, "bf16", rivals.Rival("torch bf16", "bf16", broken, 2))
+    ways = [
+        ("terdit", "fp32", "tensor"), ("terdit", "int8", "group128"), ("unpack", "fp32", "tensor"),
+        ("bf16", "bf16", "tensor"),
+    ]  # fmt: skip
     answer = Worker(threads=1).answer(
-        "gemm", shape=(5, 130, 68), ours=[("fp32", "tensor"), ("int8", "group128")],
-        others=["unpack", "bf16"], backend="reference", repeats=3, seed=0, ggml="",
-    )  # fmt: skip
-    assert set(answer["samples"]) == {"fp32/tensor", "int8/group128", "unpack"}
-    assert all(len(samples) == 3 for samples in answer["samples"].values())
-    assert all(min(samples) > 0 for samples in answer["samples"].values())
-    assert answer["errors"]["fp32/tensor"] < 1e-6
-    assert 1e-4 < answer["errors"]["int8/group128"] < 0.02
-    assert answer["why_not"] == {"bf16": "RuntimeError: no such kernel"}
+        "gemm", shape=(5, 130, 68), ways=ways, backend="reference", repeats=3, seed=0, ggml=""
+    )
+    rows = {row["who"] + row["granularity"]: row for row in answer["rows"]}
+    broken_row = rows.pop("bf16tensor")
+    assert set(rows) == {"terdittensor", "terditgroup128", "unpacktensor"}
+    assert all(len(row["samples"]) == 3 for row in rows.values())
+    assert all(min(row["samples"]) > 0 for row in rows.values())
+    assert rows["terdittensor"]["error"] < 1e-6
+    assert 1e-4 < rows["terditgroup128"]["error"] < 0.02
+    assert broken_row["why_not"] == "RuntimeError: no such kernel"
+    assert broken_row["samples"] == []
 
 
 def test_a_rival_that_cannot_load_says_why(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,9 @@ from terdit_cli.lab.study.records import (
     Probe,
     Score,
     Training,
-    drawn_by,
     lost_by,
     model_asked,
+    sampled_by,
     save,
     scored_by,
     timed_by,
@@ -65,7 +65,6 @@ bars:
   - {title: Equal steps, variants: [baseline, ternary, no-norm, ptq]}
 grids: [baseline, ternary, ptq]
 evaluation: {n: 40, curve_n: 20, sampling_steps: 3, batch_size: 20, loss_n: 64, grid: 2}
-quick: {steps: [10], overrides: [train.steps=10], seeds: [0], variants: [baseline, ternary]}
 """
 CLASSES = [
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
@@ -146,12 +145,12 @@ def _invent_model(study: Study, folder: Folder, variant: Variant, seed: int) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         images = rng.integers(0, 256, (20, 28, 28, 3), dtype=np.uint8)
         np.savez(path, arr_0=images, labels=np.arange(20) // 2)
-        save(place.grid_record(scale), Grid(asked=drawn_by(study, scale), **about))
+        save(place.grid_record(scale), Grid(asked=sampled_by(study, scale), **about))
     packed = variant.name != "baseline"
     scale = max(study.evaluation.cfg_scales)
     if variant.name in study.paired:
         near = {"distances": [30.5, 12.5, 31.5], "held_out": [29.5, 13.5, 33.5], "searched": 1000}
-        save(place.neighbours, Neighbours(asked=drawn_by(study, scale), **about, **near))
+        save(place.neighbours, Neighbours(asked=sampled_by(study, scale), **about, **near))
         np.savez(place.nearest_images, arr_0=images[::-1], labels=np.arange(20) // 2)
     sizes = {"bf16": 19_000_000, "fp32": 38_000_000} | (
         {"t5": 2_100_000, "t2": 2_600_000} if packed else {}

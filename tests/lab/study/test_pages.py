@@ -181,11 +181,11 @@ def test_other_pairs_have_their_own_ratio_and_goal(
     assert found.missing == 0
 
 
-def test_a_variant_that_begins_with_another_names_it(
+def test_a_variant_initialised_from_another_names_it(
     study: Study, folder: Folder, tmp_path: Path
 ) -> None:
     _, text, _ = pages(with_warm(study), folder, tmp_path / "r.md")
-    row = next(line for line in text.splitlines() if line.startswith("| begun with it |"))
+    row = next(line for line in text.splitlines() if line.startswith("| initialised from it |"))
     label = study.variant("baseline").label
     assert f"train.init_from=ckpt.pt of {label}" in row
     assert row.endswith("| 40 + 40 |")
@@ -211,7 +211,7 @@ def with_warm(study: Study, option: str = "train.init_from", **headline: str) ->
     values = study.model_dump()
     warm = {
         "name": "warm",
-        "label": "begun with it",
+        "label": "initialised from it",
         "question": "Does it help?",
         "after": "baseline",
     }
@@ -369,7 +369,7 @@ def test_figures_of_all_variants_show_kinds(study: Study, folder: Folder, tmp_pa
         "PTQ, per row": SERIES[2],
         "packed int8": SERIES[0],  # of a variant trained as ternary
     }
-    kinds = ["full precision", "trained as ternary", "ternarized after training"]
+    kinds = ["full precision", "ternary (QAT)", "ternary (PTQ)"]
     assert [text.text for text in root.iter("text") if text.text in kinds] == kinds
 
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from terdit_cli.cli import app
 from terdit_cli.errors import Interrupted, UsageError
-from terdit_cli.lab.study.children import ChildFailed, Finished, command_of, lock
+from terdit_cli.lab.children import ChildFailed, Finished, command_of, lock
 from terdit_cli.lab.study.collect import collect
 from terdit_cli.lab.study.records import Conversion, Folder, Score, Training, read
 from terdit_cli.lab.study.runner import Runner
@@ -327,7 +327,7 @@ def test_a_stopped_scoring_does_not_go_on_under_other_settings(
     assert score is not None
     assert score.evaluation["provenance"]["seed"] == 1
     assert not list(folder.path.rglob("*.work"))
-    assert not ours.features_begun(4, 2.0).exists()
+    assert not ours.features_started(4, 2.0).exists()
 
 
 LED = """\
@@ -339,7 +339,7 @@ LED = """\
 
 @pytest.fixture(scope="module")
 def led(place: Path) -> tuple[Path, Folder]:
-    """A study whose ternary variant begins with its baseline and is led by it, and its folder."""
+    """A study, its ternary variant initialised and distilled from the baseline; its folder."""
     path = place / "led.yaml"
     text = (place / "dots.yaml").read_text().replace("ternary: ternary, ", "ternary: led, ")
     path.write_text(text.replace("  - {name: ptq, ", LED))
@@ -385,7 +385,7 @@ def test_a_half_done_training_of_other_settings_is_refused(led: tuple[Path, Fold
 def test_a_half_done_training_does_not_go_on_from_another_parent(
     led: tuple[Path, Folder], place: Path
 ) -> None:
-    """The run's own recipe is the same: only the checkpoint that it began with is another."""
+    """The run's own recipe is the same: only the checkpoint that it starts from is another."""
     path, folder = led[0], Folder(place / "orphan" / "dots")
     shutil.copytree(led[1].path, folder.path)
     study = load_study(path)
@@ -458,7 +458,7 @@ def test_other_failures_end_the_study_with_their_code(place: Path, tiny: Study) 
     def run(words: Sequence[str], tick: object = None) -> Finished:
         raise ChildFailed(words, 3)
 
-    with pytest.raises(ChildFailed, match=r"a step of the study failed.*exit code 3") as error:
+    with pytest.raises(ChildFailed, match=r"a step failed.*exit code 3") as error:
         Runner(tiny, Folder(place / "failed"), run, lambda: None).work()
     assert error.value.exit_code == 3
 
@@ -467,7 +467,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from terdit_cli.system.signals import StopSignal, handled, raise_stop
-from terdit_cli.lab.study.children import lock, run_terdit
+from terdit_cli.lab.children import lock, run_terdit
 recipe, out = sys.argv[1:]
 try:
     with handled(raise_stop), lock(Path(out)) as held:

@@ -69,32 +69,13 @@ bars:"""
     assert [variant.name for variant in study.closure(["warm"])] == ["baseline", "warm"]
 
 
-def test_the_shortened_version_keeps_what_it_names(study_file: Path) -> None:
-    lines = "lines:\n  - {title: All, variants: [[ternary, no-norm], baseline]}\nbars:"
-    study_file.write_text(study_file.read_text().replace("bars:", lines))
-    quick = load_study(study_file, quick=True)
-    assert quick.name == "small-quick"
-    assert [variant.name for variant in quick.variants] == ["baseline", "ternary"]
-    assert (quick.steps, quick.seeds) == ((10,), (0,))
-    assert recipe_of(quick, quick.variants[0], 0).train.steps == 10
-    assert quick.grids == ("baseline", "ternary")
-    assert [figure.variants for figure in quick.bars] == [("baseline", "ternary")]
-    assert [figure.groups for figure in quick.lines] == [(("baseline",),)]
-
-
-def test_a_study_without_a_shortened_version_says_so(study_file: Path) -> None:
-    text = study_file.read_text()
-    study_file.write_text(text[: text.index("quick:")])
-    with pytest.raises(UsageError, match=r"no shortened version.*leave --quick out"):
-        load_study(study_file, quick=True)
-
-
 @pytest.mark.parametrize(
     ("old", "new", "parts"),
     [
         ("title: Small models", "titel: x", ["2 mistakes", "did you mean 'title'?", "missing"]),
         ("label: ternary,", "lable: ternary,", ["variants.1.lable", "did you mean 'label'?"]),
         ("baseline: baseline", "baseline: baselin", ["did you mean 'baseline'?"]),
+        ("baseline: baseline", "twin: baseline", ["the key `twin` is called `baseline` now"]),
         (
             "bars:",
             "lines: [{title: x, variants: [[baseline, ternry]]}]\nbars:",
@@ -149,5 +130,3 @@ def test_shipped_studies_are_whole(path: Path) -> None:
     assert first.startswith(f"# terdit study recipes/studies/{path.name}")
     study = load_study(path)
     assert study.name == path.stem
-    if study.quick is not None:
-        assert load_study(path, quick=True).name == f"{path.stem}-quick"

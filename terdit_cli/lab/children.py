@@ -1,21 +1,22 @@
-"""Every verb of a study as a process of its own: `python -m terdit_cli VERB ... --json`.
+"""Verbs as processes of their own: `python -m terdit_cli VERB ... --json`.
 
-A child's memory is measured alone, and a crash in one verb cannot harm the study. A child is in a
-session of its own, so that a stop from the keyboard reaches it once, through the study, which then
-waits until it has saved. It holds the study's lock: where a killed study has left a child behind,
-a second study of the same folder does not start beside it.
+A child's memory is measured alone, and a crash in one verb harms nothing else. A child is in a
+session of its own, so that a stop from the keyboard reaches it once, through its parent, which then
+waits until it has saved. It holds a study's lock: where a killed study has left a child behind, a
+second study of the same folder does not start beside it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +32,14 @@ _SAVING_SECONDS = 600.0  # that a child may take to save after it was told to st
 
 
 class ChildFailed(TerditError):
-    """A verb of the study failed; it has said why itself."""
+    """A verb failed; it has said why itself."""
 
     def __init__(self, words: Sequence[str], code: int) -> None:
         super().__init__(
-            "a step of the study failed; its own message stands above",
+            "a step failed; its own message stands above",
             got=f"exit code {code}",
             where=command_of(words),
-            fix="see that message, then run the study again: it goes on here",
+            fix="see that message, then run the same command again",
         )
         self.exit_code = code if 0 < code < 128 else 1
 
@@ -80,11 +81,17 @@ def lock(folder: Path) -> Iterator[int]:
         yield descriptor
 
 
-def run_terdit(words: Sequence[str], descriptor: int, tick: Tick | None = None) -> Finished:
+def run_terdit(
+    words: Sequence[str],
+    tick: Tick | None = None,
+    descriptor: int | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Finished:
     """Run a verb and return what it printed.
 
     Args:
-        descriptor: of the study's lock.
+        descriptor: of a lock that it holds.
+        environment: more variables.
         tick: called about every second while it runs, and once after it.
 
     Raises:
@@ -97,7 +104,8 @@ def run_terdit(words: Sequence[str], descriptor: int, tick: Tick | None = None) 
             [sys.executable, "-m", "terdit_cli", *words, "--json"],
             stdout=out,
             start_new_session=True,
-            pass_fds=(descriptor,),
+            pass_fds=() if descriptor is None else (descriptor,),
+            env={**os.environ, **(environment or {})},
         )
         try:
             peak = _wait(process, tick)
@@ -109,7 +117,7 @@ def run_terdit(words: Sequence[str], descriptor: int, tick: Tick | None = None) 
             stopped = -code if code < 0 else code - 128
             if stopped in STOP_SIGNALS:
                 raise Interrupted(
-                    "a step of the study was stopped; run the study again to go on",
+                    "a step was stopped; run the same command again to go on",
                     signal_number=stopped,
                 )
             raise ChildFailed(words, code)
@@ -128,19 +136,25 @@ def _wait(process: subprocess.Popen[bytes], tick: Tick | None) -> int:
             process.wait(_POLL_SECONDS)
             return peak
         except subprocess.TimeoutExpired:
-            peak = max(peak, _peak_of(process.pid))
+            peak = resident_bytes(str(process.pid))[1] or peak  # it only grows
         if tick is not None and time.monotonic() >= due:
             tick()
             due = time.monotonic() + _TICK_SECONDS
 
 
-def _peak_of(pid: int) -> int:
-    """Return VmHWM in bytes; getrusage would count this process's memory before the exec."""
+def resident_bytes(process: str) -> tuple[int | None, int | None]:
+    """Return resident memory now and its peak (VmRSS, VmHWM) of a process id or "self".
+
+    None where the system does not say (no /proc, or the process has ended). getrusage would count
+    the parent's memory before the exec.
+    """
     try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+        return None, None
+    values = dict(line.split(":", 1) for line in lines)
+    found = [int(values[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM") if key in values]
+    return (found[0], found[1]) if len(found) == 2 else (None, None)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
