@@ -256,7 +256,7 @@ def sample(options: Options, model: Path, folder: Path) -> list[SampleRow]:
         console.note(f"bench: terdit sample, {codec}, backend {backend}, {steps} steps")
         words = [
             "sample", "--model", path, "--prompt-class", 0, "--steps", steps, "--backend", backend,
-            "--device", "cpu", "--threads", threads, "-o", folder / "image.npz",
+            "--device", "cpu", "--threads", threads, "--force", "-o", folder / "image.npz",
         ]  # fmt: skip
         done = run_terdit(list(map(str, words)), environment=thread_variables(threads))
         rows.append(

@@ -193,7 +193,9 @@ class Runner:
         how = ["ternarize", "--granularity", str(variant.ternarize)]
         if variant.pack is not None:
             how = ["pack", "--codec", variant.pack.codec, "--rest", variant.pack.rest]
-        done = [self._run([how[0], str(old), "-o", str(new), *how[1:]]) for old, new in pairs]
+        done = [
+            self._run([how[0], str(old), "--force", "-o", str(new), *how[1:]]) for old, new in pairs
+        ]
         save(place.conversion, Conversion(asked=asked, **_facts(*done)))
         return True
 
@@ -337,7 +339,7 @@ class Runner:
         done = self._run(
             [
                 "sample", *self._sampling(variant, seed, cfg_scale), "-n", str(evaluation.grid),
-                "--batch-size", str(evaluation.batch_size), "-o", str(path),
+                "--batch-size", str(evaluation.batch_size), "--force", "-o", str(path),
             ]
         )  # fmt: skip
         save(record, Grid(asked=asked, **_facts(done)))
@@ -386,7 +388,7 @@ class Runner:
         if packed:
             for codec in ("t5", "t2"):
                 deployed = place.folder / f"footprint-{codec}.tdt"
-                words = ["pack", str(model), "-o", str(deployed), "--codec", codec]
+                words = ["pack", str(model), "--force", "-o", str(deployed), "--codec", codec]
                 made = [self._run([*words, "--rest", "bf16"])]
                 result = made[0].result
                 file_bytes[codec] = result["file_bytes"]
@@ -408,7 +410,7 @@ class Runner:
         ]
         words[words.index("--model") + 1] = str(deployed)
         images = place.folder / "footprint.npz"
-        runs = [self._run([*words, "-o", str(images)]) for _ in range(LATENCY_REPEATS)]
+        runs = [self._run([*words, "--force", "-o", str(images)]) for _ in range(LATENCY_REPEATS)]
         first = runs[0].result
         facts = _facts(*runs) | {"command": _facts(*made, runs[0])["command"]}
         record = Footprint(

@@ -60,12 +60,12 @@ def test_what_a_variant_needs_comes_with_it(study: Study) -> None:
 def test_a_variant_trained_after_another_gets_its_checkpoint(study_file: Path) -> None:
     warm = """\
   - {name: warm, label: from the baseline, question: "Does a start help?", after: baseline,
-     overrides: [data.path=$after]}
+     overrides: [distill.teacher=$after]}
 bars:"""
     study_file.write_text(study_file.read_text().replace("bars:", warm))
     study = load_study(study_file)
     words = words_of(study, study.variant("warm"), 0, Path("x/ckpt.pt"))
-    assert words == ["data.path=x/ckpt.pt", "seed=0", "name=small-warm"]
+    assert words == ["distill.teacher=x/ckpt.pt", "seed=0", "name=small-warm"]
     assert [variant.name for variant in study.closure(["warm"])] == ["baseline", "warm"]
 
 
