@@ -246,3 +246,10 @@ def _check_same_network(recipe: Recipe, saved: Saved) -> None:
         )
     if changed:
         console.warn(f"continuing with changed settings: {', '.join(changed)}")
+    planned = old["train"]["steps"]
+    ends = recipe.optim.schedule == "cosine" or recipe.distill.schedule == "linear"
+    if recipe.train.steps != planned and ends:
+        console.warn(
+            f"the schedule is stretched from {planned:,} to {recipe.train.steps:,} steps: the "
+            f"learning rate after step {saved.step:,} is not that of either run from its start"
+        )

@@ -352,3 +352,16 @@ def test_full_precision_does_not_care_how_ternary_would_be(tmp_path: Path, train
     assert train(run, *words, resume="auto").steps == 2
     with pytest.raises(UsageError, match=r"other ternary\.adaln_norm"):
         train(run, *words, "ternary.adaln_norm=true", resume="auto")
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_more_steps_under_a_schedule_that_ends(
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str], schedule: str
+) -> None:
+    words = (f"optim.schedule={schedule}", "checkpoint.every=2")
+    train(tmp_path / "run", *words, "train.steps=2")
+    capsys.readouterr()
+    train(tmp_path / "run", *words, "train.steps=4", resume="auto")
+    told = capsys.readouterr().err
+    stretched = "the schedule is stretched from 2 to 4 steps" in told
+    assert stretched == (schedule == "cosine")
