@@ -41,18 +41,32 @@ _err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 def note(text: str) -> None:
     """Print a line to stderr."""
     if is_main():
-        _err.print(escape(text))
+        with _heard():
+            _err.print(escape(text))
 
 
 def warn(text: str) -> None:
     """Print a warning line to stderr."""
     if is_main():
-        _err.print(f"[yellow]warning:[/] {escape(text)}")
+        with _heard():
+            _err.print(f"[yellow]warning:[/] {escape(text)}")
 
 
 def fail(text: str) -> None:
     """Print an error line to stderr, from any rank."""
-    _err.print(f"[red]error:[/] {escape(text)}")
+    with _heard():
+        _err.print(f"[red]error:[/] {escape(text)}")
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Go on where stderr is on a full disk: the work matters more than what is said of it."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from terdit_cli.errors import InputFileError, UsageError, did_you_mean
 
 LARGEST_FILE = 1 << 20  # bytes
-MOST_KEYS = 10_000  # of one mapping
+MOST_NODES = 10_000  # keys and values of a file, a thousand times a recipe's: about a second's work
+MOST_MISTAKES = 20  # told at once
 _PLURALS = {"recipe": "recipes", "study": "studies"}
 
 
@@ -55,13 +56,23 @@ def _keys_of(section: type[BaseModel]) -> str:
     return "{" + ", ".join(f"{name}: {name.upper()}" if needed else name for name in shown) + "}"
 
 
+class TooManyNodes(yaml.YAMLError):
+    """A text with more keys and values than anything that is meant to be read here."""
+
+
 class _StrictLoader(yaml.SafeLoader):
     """A safe loader for which repeated keys are errors instead of the last one winning.
 
-    So are aliases (`*name`): a few of them can stand for gigabytes.
+    So are aliases (`*name`): a few of them can stand for gigabytes. What has too many keys and
+    values is refused at the first that is one too many, not when all have been read.
     """
 
+    _nodes = 0
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._nodes += 1
+        if self._nodes > MOST_NODES:
+            raise TooManyNodes(f"more than {MOST_NODES} keys and values")
         if self.check_event(yaml.AliasEvent):
             raise yaml.constructor.ConstructorError(
                 None, None, "aliases (*name) are not allowed", self.peek_event().start_mark
@@ -70,10 +81,6 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    if len(node.value) > MOST_KEYS:
-        raise yaml.constructor.ConstructorError(
-            None, None, f"{len(node.value)} keys, expected at most {MOST_KEYS}", node.start_mark
-        )
     seen = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
@@ -105,6 +112,7 @@ def read_mapping(path: Path, kind: Literal["recipe", "study"]) -> dict[str, Any]
 
     Raises:
         InputFileError: missing, too large, or not YAML with a mapping at the top.
+        UsageError: more keys and values than any such file needs.
     """
     try:
         with path.open("rb") as file:
@@ -127,6 +135,11 @@ def read_mapping(path: Path, kind: Literal["recipe", "study"]) -> dict[str, Any]
     text = _decoded(data, kind, path)
     try:
         values = parse_yaml(text)
+    except TooManyNodes as error:
+        raise UsageError(
+            f"the {kind} is too long", got=error, expected="some dozens", where=path,
+            fix=f"give the path of a {kind}",
+        ) from error  # fmt: skip
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputFileError(
             f"the {kind} is not valid YAML", got=" ".join(str(error).split()), where=path,
@@ -166,8 +179,13 @@ def mistakes(
 
 
 def listed(lines: Sequence[str], kind: str, where: object, fix: str) -> UsageError:
-    """Return one error with a line for each mistake."""
+    """Return one error with a line for each mistake.
+
+    The first `MOST_MISTAKES` are listed, the others are counted.
+    """
     count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
+    if (left := len(lines) - MOST_MISTAKES) > 0:
+        lines = [*lines[:MOST_MISTAKES], f"and {left} more"]
     return UsageError(
         f"the {kind} has {count}:\n  " + "\n  ".join(lines) + "\n", where=where, fix=fix
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.recipe import Recipe, load_recipe, parse_recipe
-from terdit_cli.strict_yaml import LARGEST_FILE
+from terdit_cli.strict_yaml import LARGEST_FILE, MOST_MISTAKES, MOST_NODES
 from terdit_cli.train.build import model_config
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -195,7 +196,6 @@ def test_overrides_below_plain_values_and_broken_values(recipe_file: Path) -> No
         ("name: caf\u00e9\n".encode("utf-16"), "not UTF-8 text: got UTF-16"),
         ("name: a\n".encode("utf-16-le"), "not UTF-8 text: got UTF-16"),
         ("a: 1\nname: caf\u00e9\n".encode("latin-1"), "got byte 0xe9 in line 2, perhaps Latin-1"),
-        (b"".join(b"k%d: 1\n" % key for key in range(60_000)), "60000 keys, expected at most"),
         (b"name: [a", "not valid YAML"),
         (b"{[1]: 2}", "not valid YAML"),
         (b"name: 2001-99-99", "not valid YAML"),
@@ -212,6 +212,35 @@ def test_files_that_are_no_recipe(recipe_file: Path, content: bytes, match: str)
     assert str(recipe_file) in str(caught.value)
     assert "Fix: " in str(caught.value)
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(f"k{key}: 1\n" for key in range(60_000)),
+        "a:\n" + "".join(f"- k{key}: 1\n" for key in range(60_000)),
+        "a: [" + ",".join("1" * 400_000) + "]",
+        "{" + ",".join(f"k{key}: {{a: 1}}" for key in range(40_000)) + "}",
+    ],
+    ids=["keys", "list", "numbers", "nested"],
+)
+def test_a_file_of_very_many_keys_is_refused_at_once(recipe_file: Path, text: str) -> None:
+    recipe_file.write_text(text)
+    started = time.process_time()
+    with pytest.raises(UsageError, match=f"too long: got more than {MOST_NODES} keys") as caught:
+        load_recipe(recipe_file)
+    assert time.process_time() - started < 10
+    assert caught.value.exit_code == 2
+
+
+def test_of_very_many_mistakes_the_first_are_told(recipe_file: Path) -> None:
+    keys = MOST_NODES // 2 - 8
+    recipe_file.write_text("train:\n" + "".join(f"  k{key}: 1\n" for key in range(keys)))
+    with pytest.raises(UsageError, match=f"{keys + 1} mistakes:\n") as caught:
+        load_recipe(recipe_file)
+    assert f"and {keys + 1 - MOST_MISTAKES} more" in str(caught.value)
+    assert "train.k7: unknown key" in str(caught.value)
+    assert len(str(caught.value).splitlines()) < MOST_MISTAKES + 5
 
 
 def test_a_byte_order_mark_is_no_mistake(recipe_file: Path) -> None:

@@ -37,6 +37,7 @@ from terdit_cli.cli import (
 )
 from terdit_cli.cli.flags import Command, examples, expanded
 from terdit_cli.errors import EnvironmentProblem, TerditError, UsageError
+from terdit_cli.system import memory
 from terdit_cli.system.signals import StopSignal, handled, raise_stop
 
 EXIT_CODES = """Exit codes: 0 ok, 1 bug (with traceback), 2 usage or recipe, 3 bad input file,
@@ -132,24 +133,35 @@ def main() -> None:
             code = 128 + signal.SIGPIPE
     except StopSignal as stop:
         code = _fail(stop.told())
-    except TerditError as error:
-        code = _fail(error)
-    except OSError as error:  # help, say, which typer writes; what `atomic` writes is handled there
-        if error.errno not in _REFUSALS:
-            raise
-        what, fix = _REFUSALS[error.errno]
-        code = _fail(EnvironmentProblem(what, got=error.strerror, where=error.filename, fix=fix))
     except Exception as error:
-        if (problem := _not_compiled(error)) is None:
+        if (problem := _problem(error)) is None:
             raise
         code = _fail(problem)
     sys.exit(code)
 
 
+def _problem(error: Exception) -> TerditError | None:
+    """Return what to say of an error, None if it is a bug."""
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if (ran_out := memory.told(error, f"terdit {verb}".strip())) is not None:
+        return ran_out
+    if isinstance(error, TerditError):
+        return error
+    # Of help, say, which typer writes; what `atomic` writes is handled there.
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
+        what, fix = _REFUSALS[error.errno]
+        return EnvironmentProblem(what, got=error.strerror, where=error.filename, fix=fix)
+    return _not_compiled(error)
+
+
 # What the operating system refuses anywhere: its number -> what is wrong, the way out.
+_FULL = ("a disk is full", "make room, or write elsewhere")
 _FORBIDDEN = ("no permission", "name another place, or ask for the right to it")
 _REFUSALS = {
-    errno.ENOSPC: ("a disk is full", "make room, or write elsewhere"),
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: ("a file is larger than allowed here", "raise ulimit -f, or write elsewhere"),
+    errno.EIO: ("a disk or a terminal fails", "look at it, or write elsewhere"),
     errno.EACCES: _FORBIDDEN,
     errno.EPERM: _FORBIDDEN,
     errno.EROFS: _FORBIDDEN,

@@ -13,6 +13,9 @@ from typer.core import TyperCommand
 
 from terdit_cli.errors import UsageError
 from terdit_cli.generate.options import Weights
+from terdit_cli.system.memory import require_room
+
+WITHOUT_TORCH = ("models",)  # verbs that run without it
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
@@ -111,10 +114,16 @@ def refuse_given(context: typer.Context, names: Collection[str], only: str) -> N
 
 
 class Command(TyperCommand):
-    """A verb whose `--help` lists options under headings, those of no heading first."""
+    """A verb: checks that there is memory to begin, and that its `--help` is under headings."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb; raises EnvironmentProblem where a limit leaves no memory for torch."""
+        if ctx.info_name not in WITHOUT_TORCH:
+            require_room(f"terdit {ctx.info_name}")
+        return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the help of arguments and options."""
+        """Write the help of arguments and options, those of no heading first."""
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.ckpt import CKPT, load_ckpt
+from terdit_cli.system import memory
 from terdit_cli.system.job import Job
 from terdit_cli.train.checkpoint import (
     FOLDER,
@@ -67,7 +68,8 @@ def run(source: Path, out: Path | None = None) -> ExportResult:
             expected=f"step {saved.step}, as the checkpoint", where=path,
             fix="name another file: -o early.pt",
         )  # fmt: skip
-    FORMATS[path.suffix.lower()](saved, path)
+    with memory.explained(f"exporting {saved.path}"):
+        FORMATS[path.suffix.lower()](saved, path)
     return ExportResult(saved.path, path, saved.step)
 
 

@@ -14,6 +14,7 @@ from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.pack.exported import count_weights
 from terdit_cli.pack.tdt import RestDtype, write_tdt
 from terdit_cli.pack.trits import CODECS
+from terdit_cli.system import memory
 
 FP32_BYTES = 4
 
@@ -63,7 +64,10 @@ def run(
     file = ModelFile.open(source)
     file.refuse_output(output, force)
     started = time.monotonic()
-    with file.exported(weights, **(overrides or {})) as model:
+    with (
+        memory.explained(f"packing {file.path}", needs=file.size),
+        file.exported(weights, **(overrides or {})) as model,
+    ):
         steps = 2 * len(model.ternary_names()) + len(model.rest_names())
         with console.progress(f"packing {output.name}", steps) as meter:
             write_tdt(model, output, codec, rest, lambda done, total: meter.update(done))

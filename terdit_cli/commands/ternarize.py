@@ -11,6 +11,7 @@ from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.model.ternary import Granularity, absmean
 from terdit_cli.pack.read_checkpoint import CheckpointExport
 from terdit_cli.pack.tdt import write_tdt
+from terdit_cli.system import memory
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ def run(
             where=file.weights_file,
             fix="leave --granularity out",
         )
-    layers = [_report(export, name) for name in export.ternary_names()]
-    write_tdt(export, output, codec="int8", rest="fp32")
+    with memory.explained(f"ternarizing {file.path}", needs=file.size):
+        layers = [_report(export, name) for name in export.ternary_names()]
+        write_tdt(export, output, codec="int8", rest="fp32")
     sizes = [shape[0] * shape[1] for shape in (layer.shape for layer in layers)]
     mean_error = sum(
         layer.relative_error * size for layer, size in zip(layers, sizes, strict=True)

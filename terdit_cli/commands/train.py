@@ -109,7 +109,12 @@ def run(
             timeout_seconds=2 * recipe.parallel.hang_seconds,  # the watchdog speaks first
             retry=f"continue with: {resume_command(run_folder)}",
         ) as job,
-        explained(f"a micro-batch of {micro} images", job.device, fix),
+        explained(
+            f"a micro-batch of {micro} images",
+            job.device,
+            fix,
+            lambda: plan_run(recipe, job.size).total_bytes,
+        ),  # fmt: skip
     ):
         trainer, checkpoint = _train(recipe, resume, run_folder, job)
     first, last = loss_summary(run_folder) or (None, None)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.system.atomic import atomic_path
+from terdit_cli.system.memory import parsing
 
 Matrix = NDArray[np.float64]
 
@@ -41,7 +42,6 @@ _BROKEN = (  # what zipfile and numpy raise on damaged, encrypted or exotic file
     TypeError,
     OverflowError,
     RuntimeError,
-    MemoryError,
     struct.error,
     tokenize.TokenError,
     zipfile.BadZipFile,
@@ -226,10 +226,11 @@ def _declared(
     member = archive.getinfo(f"{name}.npy")
     with archive.open(member) as stream:
         header = io.BytesIO(stream.read(_LARGEST_HEADER))
-    if np.lib.format.read_magic(header) == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(header)
-    else:
-        shape, _, dtype = np.lib.format.read_array_header_2_0(header)
+    with parsing():
+        if np.lib.format.read_magic(header) == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(header)
     if dtype.hasobject:
         raise ValueError(f"{name} holds pickled objects, which are never loaded")
     if dtype.kind not in kinds:

@@ -26,6 +26,7 @@ from terdit_cli.diffusion.sampler import SamplerConfig, sample
 from terdit_cli.errors import EnvironmentProblem, InputFileError, TerditError, UsageError
 from terdit_cli.generate.options import Labels, ModelOptions, SamplingOptions
 from terdit_cli.hub.model_file import ModelFile
+from terdit_cli.model.layout import forward_bytes
 from terdit_cli.runtime.cpu import set_threads
 from terdit_cli.runtime.load import LoadedModel, load
 from terdit_cli.system.gpu_memory import ELSEWHERE, explained, free_bytes
@@ -148,15 +149,19 @@ class ImageGenerator:
             InputFileError: an image is not finite.
         """
         info = self.model.info
-        config, rows = info.config, info.label_rows()
+        config, row_of = info.config, info.label_rows()
         shape = (config.in_channels, config.input_size, config.input_size)
         for start in range(0, len(indices), batch_size):
             batch = indices[start : start + batch_size]
             classes = [class_of(index, config.num_classes, labels, seed) for index in batch]
-            y = torch.tensor([rows[class_id] for class_id in classes], device=self.model.conditions)
+            y = torch.tensor(
+                [row_of[class_id] for class_id in classes], device=self.model.conditions
+            )
             noise = ImageNoise(seed, batch, shape, self.device)
             what = f"{len(batch)} images at once"
-            with explained(what, self.device, _smaller(len(batch) // 2)):
+            rows = len(batch) * (2 if sampler.guided else 1)
+            needs = partial(forward_bytes, config, rows)
+            with explained(what, self.device, _smaller(len(batch) // 2), needs):
                 latents = sample(
                     self.model.network,
                     sampler,

@@ -15,6 +15,7 @@ from PIL import Image
 from terdit_cli.errors import UsageError
 from terdit_cli.report.grid import save_png
 from terdit_cli.system.atomic import atomic_path
+from terdit_cli.system.temporaries import is_temporary
 
 FACTS_FILE = ".terdit.json"  # whose images they are
 LARGEST_FACTS = 1 << 20  # bytes
@@ -34,7 +35,9 @@ class SavedImages:
                 folder next would take all of it for this run's.
         """
         path, ours = self.folder / FACTS_FILE, json.loads(json.dumps(facts))
-        found = sorted(p.name for p in self.folder.iterdir()) if self.folder.exists() else []
+        there = self.folder.iterdir() if self.folder.exists() else ()
+        # Of a run that was killed; the first write removes them.
+        found = sorted(path.name for path in there if not is_temporary(path.name))
         got = None
         if FACTS_FILE in found:
             if _read(path) != ours:

@@ -56,6 +56,10 @@ class ModelFile:
             return released_weights(self.path)
         return self.path / CKPT if self.path.is_dir() else self.path
 
+    def size(self) -> int:
+        """Return the bytes of the file that holds the weights; raises OSError."""
+        return self.weights_file.stat().st_size
+
     @cached_property
     def sha256(self) -> str:
         """The SHA-256 of the file that holds the weights, in hexadecimal."""

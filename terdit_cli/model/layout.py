@@ -120,6 +120,13 @@ def forward_operations(config: DiTConfig, batch: int) -> float:
     return 2.0 * batch * config.n_layers * (config.tokens * per_token + per_image)
 
 
+def forward_bytes(config: DiTConfig, batch: int) -> int:
+    """Return about how many bytes of activations a forward of `batch` rows holds at once."""
+    kv = config.kv_heads * config.head_dim
+    widest = max(config.dim + 2 * kv, config.ffn_width)  # q, k and v, or the gated products
+    return 4 * batch * config.tokens * (2 * config.dim + widest)
+
+
 def training_flops(config: DiTConfig) -> int:
     """Return the operations of training on one image (forward and backward)."""
     dim, width, tokens = config.dim, config.conditioning_width, config.tokens

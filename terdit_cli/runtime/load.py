@@ -88,7 +88,7 @@ def load(
             `resolve_activations`. EnvironmentProblem: the weights do not fit the GPU's memory.
     """
     file, device = ModelFile.open(where), torch.device(device)
-    with gpu_memory.explained("the model's weights", device, gpu_memory.ELSEWHERE):
+    with gpu_memory.explained("the model's weights", device, gpu_memory.ELSEWHERE, file.size):
         return _load(file, device, backend, weights, activations, compiled, overrides)
 
 

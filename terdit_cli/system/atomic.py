@@ -1,7 +1,8 @@
 """Files appear whole or not at all: write to a temporary name, sync, rename.
 
 A reader never sees a half-written file, and a failed or killed write leaves the previous file
-as it was. Failures of the disk become `EnvironmentProblem` with the path and the way out.
+as it was; what a killed one leaves beside it, the next write into that folder removes. Failures of
+the disk become `EnvironmentProblem` with the path and the way out.
 """
 
 from __future__ import annotations
@@ -9,17 +10,20 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from terdit_cli.errors import EnvironmentProblem, UsageError
+from terdit_cli.system import temporaries
+
+# What file systems say of `fsync` where they have none for folders: some of NFS, SMB and FUSE.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `target`; on success sync it and rename it to `target`.
+    """Yield an empty file beside `target`; on success sync it and rename it to `target`.
 
     Missing parent folders are made. On any exception the temporary file is removed and
     `target` is untouched.
@@ -29,9 +33,12 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(target)
     _refuse_folder(target)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        temporary, lock = temporaries.claim(target)
+    except OSError as error:
+        raise write_problem(target, error) from error
+    try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -49,8 +56,9 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
             raise
         raise write_problem(target, error) from error
     finally:
-        with suppress(OSError):  # gone after the rename, or never made
+        with suppress(OSError):  # gone after the rename
             temporary.unlink()
+        os.close(lock)
 
 
 def write_whole(target: str | os.PathLike[str], content: str | bytes) -> None:
@@ -120,12 +128,19 @@ def write_problem(target: Path, error: OSError) -> EnvironmentProblem:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable (a no-op where folders cannot be opened)."""
+    """Make a rename in `folder` durable, where folders can be opened and synced.
+
+    Raises:
+        OSError: the disk fails, EIO for one.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
         return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from terdit_cli.errors import EnvironmentProblem
+from terdit_cli.system import memory
 
 ELSEWHERE = "free memory of that GPU, name another with --device, or use --device cpu"
 
@@ -36,17 +37,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained(what: str, device: torch.device, fix: str) -> Iterator[None]:
-    """Turn running out of a GPU's memory inside into a sentence with a way out.
+def explained(
+    what: str, device: torch.device, fix: str, needs: Callable[[], int] | None = None
+) -> Iterator[None]:
+    """Turn running out of memory inside, a GPU's or the host's, into a sentence with a way out.
 
     Args:
         what: what there was too little memory for.
+        needs: returns the bytes of the host's memory that it takes without a GPU.
 
     Raises:
         EnvironmentProblem: the memory ran out.
     """
     try:
-        yield
+        with memory.explained(what, memory.MORE if fix == ELSEWHERE else fix, needs):
+            yield
     except RuntimeError as error:
         if device.type != "cuda" or not is_out_of_memory(error):
             raise

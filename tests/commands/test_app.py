@@ -39,13 +39,61 @@ def test_help_names_the_verbs_and_exit_codes(terdit: Terdit) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk at hand")
-def test_help_onto_a_full_disk() -> None:
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["train", "--help"], ["models"], ["models", "--json"]]
+)
+def test_results_onto_a_full_disk(words: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
-        line = [sys.executable, "-m", "terdit_cli", "--help"]
+        line = [sys.executable, "-m", "terdit_cli", *words]
         done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert done.returncode == 4
-    assert done.stderr.startswith("error: a disk is full: got No space left")
-    assert done.stderr.count("\n") == 1
+    assert re.fullmatch(r"error: .*: got No space left on device\. Fix: .*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [
+        (errno.EDQUOT, "a disk is full: got Disk quota exceeded"),
+        (errno.EFBIG, "a file is larger than allowed here: got File too large"),
+        (errno.EIO, "a disk or a terminal fails: got Input/output error"),
+    ],
+)
+def test_help_that_the_system_refuses_to_write(
+    terdit: Terdit, monkeypatch: pytest.MonkeyPatch, number: int, what: str
+) -> None:
+    def refuse(*words: object, **settings: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("terdit_cli.cli.app.app", refuse)
+    done = terdit("train", "--help")
+    assert (done.code, done.out) == (4, "")
+    assert done.err.startswith(f"error: {what}. Fix: ")
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk at hand")
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["models"], 0), (["models", "nobody"], 2), (["sample", "--prompt-class", "nobody"], 2)],
+)
+def test_a_full_disk_behind_stderr_changes_nothing(words: list[str], code: int) -> None:
+    with Path("/dev/full").open("w") as full:
+        line = [sys.executable, "-m", "terdit_cli", *words]
+        done = subprocess.run(line, stdout=subprocess.PIPE, stderr=full, cwd=ROOT)
+    assert done.returncode == code
+    assert bool(done.stdout) == (code == 0)
+
+
+def test_memory_that_runs_out_is_no_bug(terdit: Terdit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*words: object, **settings: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("terdit_cli.commands.models.run", fail)
+    done = terdit("models")
+    assert done.code == 4
+    assert re.fullmatch(
+        r"error: too little memory for terdit models: got .*\. Fix: free .*\n", done.err
+    )
 
 
 def test_what_the_system_refuses_is_no_bug(

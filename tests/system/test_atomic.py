@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
 from terdit_cli.errors import EnvironmentProblem
-from terdit_cli.system.atomic import atomic_path, check_writable, make_folder
+from terdit_cli.system.atomic import (
+    atomic_path,
+    check_writable,
+    make_folder,
+    sync_folder,
+    write_whole,
+)
 
 
 def test_a_file_appears_whole_with_its_folders(tmp_path: Path) -> None:
@@ -98,3 +105,47 @@ def test_what_cannot_be_written_is_told_beforehand(tmp_path: Path) -> None:
         with pytest.raises(EnvironmentProblem, match=r"file where a folder is needed.*file/.*new"):
             check_writable(tmp_path / below)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("number", "fails"),
+    [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True), (errno.ENOSPC, True)],
+)
+def test_file_systems_that_sync_no_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fails: bool
+) -> None:
+    sync = os.fsync
+
+    def of_files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_only)
+    if fails:
+        with pytest.raises(EnvironmentProblem, match=os.strerror(number)):
+            write_whole(tmp_path / "file", "x")
+        with pytest.raises(OSError, match=os.strerror(number)):
+            sync_folder(tmp_path)
+    else:
+        write_whole(tmp_path / "file", "x")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_file_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(EnvironmentProblem, match="Invalid argument"):
+        write_whole(tmp_path / "file", "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **settings: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "somewhere")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(EnvironmentProblem, match=r"cannot write: got Permission denied \(.*file\)"):
+        write_whole(tmp_path / "file", "x")

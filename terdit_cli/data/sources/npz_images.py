@@ -26,11 +26,12 @@ from terdit_cli.data.decode import MAX_PIXELS
 from terdit_cli.data.image_set import ImageSet, numbered
 from terdit_cli.data.sources.zips import ZIP_ERRORS
 from terdit_cli.errors import InputFileError
+from terdit_cli.system.memory import parsing
 
 IMAGE_KEYS, LABEL_KEYS = ("arr_0", "images"), ("arr_1", "labels")
 _MAX_HEADER = 1 << 16  # bytes of an array's header; numpy itself takes 10,000
 _DEFLATE_RATIO = 1033  # deflate packs no tighter: a larger size is a lie
-_BROKEN = (*ZIP_ERRORS, TypeError, MemoryError, tokenize.TokenError)
+_BROKEN = (*ZIP_ERRORS, TypeError, tokenize.TokenError)
 
 
 class NpzImages:
@@ -175,12 +176,13 @@ def _read_header(
     with archive.open(member) as stream:
         content = io.BytesIO(stream.read(_MAX_HEADER))
     version = np.lib.format.read_magic(content)
-    if version == (1, 0):
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(content)
-    elif version == (2, 0):
-        shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(content)
-    else:
-        raise ValueError(f"npy format version {version}")
+    with parsing():
+        if version == (1, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(content)
+        elif version == (2, 0):
+            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(content)
+        else:
+            raise ValueError(f"npy format version {version}")
     return shape, fortran_order, dtype, content.getvalue()[: content.tell()]
 
 
