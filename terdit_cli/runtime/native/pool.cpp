@@ -1,13 +1,15 @@
-// Workers wait for a generation number to change, take their own stretch of the tasks, then what
-// others have left of theirs, and report back. Where the tasks of every job go by rows, a thread
-// so meets the rows again that are in its cache. Between the jobs of one call they spin for some
-// microseconds, because the next job is near; after that they sleep, so nothing spins once a call
-// has returned.
+// Workers wait for a job to open, take their own stretch of its tasks, then what others have left of
+// theirs. Where the tasks of every job go by rows, a thread so meets the rows again that are in its
+// cache. Between the jobs of one call they spin for some microseconds, because the next job is near;
+// after that they sleep, so nothing spins once a call has returned.
+//
+// On a busy machine a worker may get no CPU for milliseconds. So the caller closes a job when no
+// task is left, and waits for those workers alone that are at one; who comes later goes back to
+// waiting. A caller that waits long sleeps too: its CPU is then free for the worker.
 #include "pool.h"
 
 #include <atomic>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 
 #include "ternary.h"
@@ -25,19 +27,22 @@ struct Job {
 
 pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;   // held during a call
 pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;
-pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
+pthread_cond_t wake = PTHREAD_COND_INITIALIZER;      // of workers: a job has opened
+pthread_cond_t finished = PTHREAD_COND_INITIALIZER;  // of the caller: no worker is at a task
 pthread_once_t fork_handler = PTHREAD_ONCE_INIT;
 
 Job job;
-std::atomic<uint64_t> generation{0};
+// Low bits: the workers at the job, and whether it takes more; above them, the job's number.
+constexpr uint64_t kOpen = 1 << 15, kWorkers = kOpen - 1, kNumber = kOpen << 1;
+std::atomic<uint64_t> state{0};
 // Each thread's own stretch of the tasks; another takes from it when it has none left.
 struct alignas(64) Share {
     std::atomic<int64_t> next;
     int64_t end;
 };
 Share shares[TERDIT_MAX_THREADS];
-std::atomic<int> still_working{0};
 std::atomic<int> sleepers{0};
+std::atomic<bool> caller_sleeps{false};
 int workers = 0;  // started
 int taking_part = 0;
 
@@ -61,15 +66,34 @@ void take_tasks(int thread) {
     }
 }
 
+uint64_t number() { return state.load() / kNumber; }
+
+// Returns when there is a job after that of number `seen`.
 void wait_for(uint64_t seen) {
     for (int spin = 0; spin < kSpins; spin++) {
-        if (generation.load(std::memory_order_acquire) != seen) return;
+        if (number() != seen) return;
         pause_cpu();
     }
     pthread_mutex_lock(&sleep_lock);
     sleepers.fetch_add(1);
-    while (generation.load() == seen) pthread_cond_wait(&wake, &sleep_lock);
+    while (number() == seen) pthread_cond_wait(&wake, &sleep_lock);
     sleepers.fetch_sub(1);
+    pthread_mutex_unlock(&sleep_lock);
+}
+
+// Joins the newest job if it is open, and so keeps `job` and `shares` as they are; tells its number.
+bool join(uint64_t &seen) {
+    uint64_t now = state.load();
+    while ((now & kOpen) && !state.compare_exchange_weak(now, now + 1)) {}
+    seen = now / kNumber;
+    return now & kOpen;
+}
+
+void leave() {
+    const uint64_t left = state.fetch_sub(1) - 1;
+    if ((left & (kOpen | kWorkers)) || !caller_sleeps.load()) return;
+    pthread_mutex_lock(&sleep_lock);
+    pthread_cond_signal(&finished);
     pthread_mutex_unlock(&sleep_lock);
 }
 
@@ -84,10 +108,9 @@ void *work(void *argument) {
     const Start start = *static_cast<Start *>(argument);
     for (uint64_t seen = start.seen;;) {
         wait_for(seen);
-        // Every worker reports every generation before the next begins, so none is missed.
-        seen++;
+        if (!join(seen)) continue;
         if (start.thread <= job.workers) take_tasks(start.thread);
-        still_working.fetch_sub(1, std::memory_order_acq_rel);
+        leave();
     }
     return nullptr;
 }
@@ -98,10 +121,11 @@ void forget_everything() {
     static const pthread_cond_t fresh_cond = PTHREAD_COND_INITIALIZER;
     turn = fresh_mutex;
     sleep_lock = fresh_mutex;
-    wake = fresh_cond;
+    wake = finished = fresh_cond;
     workers = 0;
     sleepers.store(0);
-    still_working.store(0);
+    caller_sleeps.store(false);
+    state.fetch_and(~(kOpen | kWorkers));
 }
 
 void install_fork_handler() { pthread_atfork(nullptr, nullptr, forget_everything); }
@@ -117,7 +141,7 @@ void pool_enter(int threads) {
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     while (workers < threads - 1) {
-        starts[workers] = {workers + 1, generation.load()};
+        starts[workers] = {workers + 1, number()};
         pthread_t thread;
         if (pthread_create(&thread, nullptr, work, &starts[workers]) != 0) break;
         pthread_detach(thread);
@@ -139,16 +163,21 @@ void pool_run(int64_t tasks, PoolTask run, void *context) {
         shares[i].next.store(tasks * i / (taking_part + 1), std::memory_order_relaxed);
         shares[i].end = tasks * (i + 1) / (taking_part + 1);
     }
-    still_working.store(workers, std::memory_order_relaxed);
-    generation.fetch_add(1);
+    state.store((number() + 1) * kNumber | kOpen);
     if (sleepers.load() > 0) {
         pthread_mutex_lock(&sleep_lock);
         pthread_cond_broadcast(&wake);
         pthread_mutex_unlock(&sleep_lock);
     }
     take_tasks(0);
-    for (int spin = 0; still_working.load(std::memory_order_acquire) > 0; spin++) {
+    state.fetch_and(~kOpen);
+    for (int spin = 0; spin < kSpins; spin++) {
+        if (!(state.load() & kWorkers)) return;
         pause_cpu();
-        if (spin >= kSpins) sched_yield();  // a worker may need this CPU
     }
+    pthread_mutex_lock(&sleep_lock);
+    caller_sleeps.store(true);
+    while (state.load() & kWorkers) pthread_cond_wait(&finished, &sleep_lock);
+    caller_sleeps.store(false);
+    pthread_mutex_unlock(&sleep_lock);
 }
