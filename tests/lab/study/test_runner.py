@@ -472,7 +472,7 @@ recipe, out = sys.argv[1:]
 try:
     with handled(raise_stop), lock(Path(out)) as held:
         words = ["train", recipe, "train.steps=1000000", "--out", out + "/run", "--resume", "auto"]
-        run_terdit(words, held)
+        run_terdit(words, descriptor=held)
 except StopSignal as stop:
     sys.exit(stop.told().exit_code)
 """
