@@ -21,6 +21,7 @@ from torch import Tensor
 from terdit_cli.model.dit import DiT, DiTConfig
 from terdit_cli.model.metadata import ModelInfo, SpaceInfo
 from terdit_cli.model.ternary import TernaryConfig
+from terdit_cli.system.openmp import bound_spinning
 from tests.ckpt_file import save_ckpt
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -42,6 +43,7 @@ def _import_triton() -> None:
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
     _import_triton()
 torch.set_num_threads(1)
+bound_spinning()  # of the processes that tests start: in this one no thread waits for another
 # Under nohup it is ignored, here and in all children, which is what a few tests are not about.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 settings.register_profile("terdit", deadline=None, derandomize=True)

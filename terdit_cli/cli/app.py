@@ -38,6 +38,7 @@ from terdit_cli.cli import (
 from terdit_cli.cli.flags import Command, examples, expanded
 from terdit_cli.errors import EnvironmentProblem, TerditError, UsageError
 from terdit_cli.system import memory
+from terdit_cli.system.openmp import bound_spinning
 from terdit_cli.system.signals import StopSignal, handled, raise_stop
 
 EXIT_CODES = """Exit codes: 0 ok, 1 bug (with traceback), 2 usage or recipe, 3 bad input file,
@@ -122,6 +123,7 @@ def main() -> None:
     # Of images with damaged tags, without saying which; their pixels are read whole or refused.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     code: Any = 0
+    bound_spinning()  # before any verb imports torch
     try:
         _refuse_empty(sys.argv[1:])
         _refuse_renamed(sys.argv[1:])

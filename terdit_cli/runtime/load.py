@@ -144,7 +144,11 @@ def load_model(
     backend: str = "auto",
     **overrides: Any,
 ) -> DiT:
-    """Return the network f(x, t, y) of a model, in eval mode; see `load`."""
+    """Return the network f(x, t, y) of a model, in eval mode; see `load`.
+
+    If torch was imported before terdit_cli.load_model, its waiting threads spin as long as its
+    OpenMP library has them; else as `system/openmp.py` says.
+    """
     return load(path_or_name, device, backend, activations=activations, **overrides).network
 
 
