@@ -16,6 +16,7 @@ from terdit_cli import console
 from terdit_cli.class_names import find_classes, numbers_that_are_names
 from terdit_cli.diffusion.sampler import SamplerConfig
 from terdit_cli.errors import UsageError
+from terdit_cli.generate.estimate import long_sampling
 from terdit_cli.generate.find_model import find_model
 from terdit_cli.generate.generator import (
     DEFAULT_BATCH,
@@ -25,6 +26,7 @@ from terdit_cli.generate.generator import (
 )
 from terdit_cli.generate.image_output import SOFTWARE, ImageOutput
 from terdit_cli.generate.options import ModelOptions, SamplingOptions
+from terdit_cli.model.layout import forward_flops
 from terdit_cli.report.grid import draw_grid, save_png
 from terdit_cli.system.atomic import atomic_path
 from terdit_cli.system.job import Job, join_job
@@ -103,6 +105,12 @@ def run(
             if job.is_main:
                 target.clear()
             job.require_shared(target.path, "-o")
+        shape, forwards = generator.model.info.config, config.nfe * len(indices) // job.size
+        if (seconds := long_sampling(shape, forwards, generator.device)) is not None:
+            console.warn(
+                f"this will take about {console.duration(seconds)}, for {forwards:,} forwards of "
+                f"{forward_flops(shape):.2g} operations; fewer --steps or images take less"
+            )
         text = {
             SOFTWARE: f"terdit {terdit_cli.__version__}",
             "model": file.path.name,

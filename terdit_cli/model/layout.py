@@ -127,12 +127,17 @@ def forward_bytes(config: DiTConfig, batch: int) -> int:
     return 4 * batch * config.tokens * (2 * config.dim + widest)
 
 
-def training_flops(config: DiTConfig) -> int:
-    """Return the operations of training on one image (forward and backward)."""
+def forward_flops(config: DiTConfig) -> int:
+    """Return the operations of a forward of one row."""
     dim, width, tokens = config.dim, config.conditioning_width, config.tokens
     of_tokens, of_images = (config.n_layers * weights for weights in block_weights(config))
     patch = config.patch_size**2
     per_token = of_tokens + dim * patch * (config.in_channels + config.out_channels)
     per_image = of_images + width * (2 * dim + TIMESTEP_WIDTH + width)
     attention = 2 * tokens**2 * dim * config.n_layers
-    return BACKWARD_AND_FORWARD * 2 * (tokens * per_token + per_image + attention)
+    return 2 * (tokens * per_token + per_image + attention)
+
+
+def training_flops(config: DiTConfig) -> int:
+    """Return the operations of training on one image (forward and backward)."""
+    return BACKWARD_AND_FORWARD * forward_flops(config)

@@ -9,9 +9,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from terdit_cli.errors import InputFileError
+from terdit_cli.model import mapped
 from terdit_cli.model.ckpt import Checkpoint
 from terdit_cli.model.dit import DiT, DiTConfig, LinearFactory
-from terdit_cli.model.mapped import MappedFile
 
 
 def empty_network(config: DiTConfig, linear: LinearFactory, kind: type[DiT] = DiT) -> DiT:
@@ -25,7 +25,7 @@ def restore_network(
 ) -> DiT:
     """Return the trained network of a checkpoint with float32 masters, frozen, in eval mode.
 
-    On the CPU its tensors stay mapped from the file.
+    On the CPU its tensors stay mapped from a local file.
 
     Raises:
         InputFileError: the tensors do not fit the checkpoint's own configuration; in a forward:
@@ -34,7 +34,10 @@ def restore_network(
     network = empty_network(checkpoint.info.config, checkpoint.info.ternary.linear())
     state = {key: value.float() for key, value in checkpoint.state_dict(weights).items()}
     try:
-        network.load_state_dict(state, strict=True, assign=True)
+        if device.type == "cpu":
+            mapped.keep(network, state, checkpoint.path)
+        else:
+            network.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         raise InputFileError(
             "the checkpoint does not fit its own configuration",
@@ -42,8 +45,6 @@ def restore_network(
             where=checkpoint.path,
             fix="copy it again",
         ) from error
-    if device.type == "cpu":
-        network.register_forward_pre_hook(MappedFile(checkpoint.path))
     return network.to(device).eval().requires_grad_(False)
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from terdit_cli.errors import EnvironmentProblem
+from terdit_cli.model import mapped
 from terdit_cli.model.ckpt import release_pages
 from terdit_cli.model.dit import DiT
 from terdit_cli.model.layout import ADALN
-from terdit_cli.model.mapped import MappedFile
 from terdit_cli.model.restore import empty_network
 from terdit_cli.model.ternary import Granularity, alpha_shape
 from terdit_cli.pack.exported import ExportedModel
@@ -88,7 +88,7 @@ def packed_network(
 ) -> DiT:
     """Build the network f(x, t, y) of an exported model with its weights packed as t2.
 
-    A t2 blob of a .tdt stays mapped from the file on the CPU; other codecs are packed here, one
+    A t2 blob of a .tdt stays mapped from a local file on the CPU; other codecs are packed here, one
     matrix at a time. All other tensors become float32.
 
     Args:
@@ -131,9 +131,10 @@ def packed_network(
         state[name] = _aligned(stored.float()).to(device)
         if stored.dtype != torch.float32:
             release_pages(stored)
-    network.load_state_dict(state, strict=True, assign=True)
     if device.type == "cpu" and model.path is not None:
-        network.register_forward_pre_hook(MappedFile(model.path))
+        mapped.keep(network, state, model.path)
+    else:
+        network.load_state_dict(state, strict=True, assign=True)
     return network.to(device).eval().requires_grad_(False)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from terdit_cli.errors import UsageError
-from terdit_cli.model.layout import BACKWARD_AND_FORWARD, training_flops
+from terdit_cli.model.layout import forward_flops, training_flops
 from terdit_cli.recipe import Recipe
 from terdit_cli.system.gpus import find_memory
 from terdit_cli.train import build
@@ -105,8 +105,7 @@ def plan_run(
             largest = _largest_micro_batch(tracer, recipe, memory * USABLE - on_device)
     flops = training_flops(build.model_config(recipe)) * train.global_batch_size
     if teacher is not None:
-        of_teacher = training_flops(teacher.info.config) // BACKWARD_AND_FORWARD
-        flops += of_teacher * train.global_batch_size
+        flops += forward_flops(teacher.info.config) * train.global_batch_size
     mfu = MFU if mfu is None else mfu
     seconds = None if peak is None else train.steps * flops / (gpus * peak * mfu)
     return Plan(

@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -361,3 +362,29 @@ def test_a_fork_after_use_computes_the_same(native, monkeypatch, count):
             expected.numpy().tobytes()
         )
     assert torch.equal(cpu.matmul(*arguments), expected)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not limit it")
+def test_memory_that_the_library_does_not_find() -> None:
+    """It returns a status; the process and the library go on."""
+    code = """
+import resource, torch
+from pathlib import Path
+from terdit_cli.pack.trits import t2_encode
+from terdit_cli.runtime import cpu
+packed = t2_encode(torch.ones(64, 1024, dtype=torch.int8))
+x, alphas = torch.ones(1 << 16, 1024), torch.ones(1)
+cpu.matmul(x[:64], packed, alphas, None, (64, 1024), "int16")
+cpu.release()
+room = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (80 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (room, room))
+try:
+    cpu.matmul(x, packed, alphas, None, (64, 1024), "int16")
+except MemoryError as error:
+    print(error)
+print(float(cpu.matmul(x[:64], packed, alphas, None, (64, 1024), "int16")[0, 0]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = "the native library found no memory for its activations\n"
+    assert done.stdout == f"{said}1024.0\n", done.stderr
+    assert done.returncode == 0

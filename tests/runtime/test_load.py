@@ -13,6 +13,7 @@ import torch
 
 import terdit_cli
 from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
+from terdit_cli.model import mapped
 from terdit_cli.model.ckpt import load_ckpt
 from terdit_cli.model.dit import DiTConfig
 from terdit_cli.model.ternary import TernaryConfig
@@ -332,3 +333,42 @@ def test_a_copy_computes_the_same_and_needs_no_file(
         assert torch.equal(before(*inputs), expected)
         with pytest.raises(InputFileError, match="changed while it was in use"):
             network(*inputs)
+
+
+@pytest.mark.parametrize("kind", ["out.tdt", "ckpt.pt"])
+@pytest.mark.parametrize(
+    ("system", "remote"),
+    [("ext4", False), ("nfs4", True), ("cifs", True), ("fuse.sshfs", True), ("fuseblk", False)],
+)
+def test_weights_on_a_networks_disk_are_copied(
+    run_folder, tiny_config, random_inputs, tmp_path, monkeypatch, kind, system, remote
+):
+    """There a file may be cut while a forward runs, which would end the process."""
+    device = run_folder.stat().st_dev
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "22 27 0:0 / /proc rw,relatime - proc proc rw\nodd\n"
+        f"36 35 {os.major(device)}:{os.minor(device)} / /data rw shared:1 - {system} server:/x rw\n"
+    )
+    monkeypatch.setattr(mapped, "_MOUNTS", mounts)
+    path = run_folder / kind
+    if kind == "out.tdt":
+        write_tdt(CheckpointExport(load_ckpt(run_folder / "ckpt.pt"), "ema"), path, "t2", "fp32")
+    assert mapped.is_remote(path) == remote
+    inputs = random_inputs(tiny_config)
+    network = load(path).network
+    with torch.inference_mode():
+        expected = network(*inputs)
+        if remote:
+            os.truncate(path, 100)
+            assert torch.equal(network(*inputs), expected)
+        else:
+            os.utime(path, (0, 0))
+            with pytest.raises(InputFileError, match="changed while it was in use"):
+                network(*inputs)
+
+
+def test_what_the_system_does_not_say_counts_as_local(tmp_path, monkeypatch):
+    monkeypatch.setattr(mapped, "_MOUNTS", tmp_path / "none")
+    assert not mapped.is_remote(tmp_path)
+    assert not mapped.is_remote(tmp_path / "gone")
