@@ -3,7 +3,7 @@
     what failed: got X, expected Y (where). Fix: command or field
 
 Exit codes: 0 ok, 1 bug (traceback), 2 usage or recipe, 3 bad input file, 4 environment
-(backend or extra missing, disk full, not writable), 5 quality gate failed,
+(backend or extra missing, disk full, not writable, too little memory), 5 quality gate failed,
 130/143 stopped by SIGINT/SIGTERM after saving (129: SIGHUP).
 """
 

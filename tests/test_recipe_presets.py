@@ -106,7 +106,7 @@ def test_a_preset_as_a_word_replaces_the_fields_of_the_file(tmp_path: Path) -> N
     [
         ("ternary.preset=papr", ["'papr'", "did you mean 'paper'?"]),
         ("ternary.preset=[paper]", ["ternary.preset", "paper"]),
-        ("ternary.preset=yes", ["ternary.preset", "not yes/no"]),
+        ("ternary.preset=yes", ["ternary.preset", "yes/no; expected"]),
         ("ternary.prest=paper", ["unknown key (did you mean 'preset'?)"]),
     ],
 )

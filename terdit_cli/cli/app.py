@@ -42,8 +42,8 @@ from terdit_cli.system.openmp import bound_spinning
 from terdit_cli.system.signals import StopSignal, handled, raise_stop
 
 EXIT_CODES = """Exit codes: 0 ok, 1 bug (with traceback), 2 usage or recipe, 3 bad input file,
-4 environment (backend or extra missing, disk full), 5 quality gate failed or training diverged,
-130/143 stopped by SIGINT/SIGTERM after saving (129: the terminal was closed)."""
+4 environment (backend or extra missing, disk full, too little memory), 5 quality gate failed or
+training diverged, 130/143 stopped by SIGINT/SIGTERM after saving (129: the terminal was closed)."""
 
 app = typer.Typer(
     name="terdit",

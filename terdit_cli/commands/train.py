@@ -13,6 +13,7 @@ from terdit_cli.data.vae import Space
 from terdit_cli.errors import InputFileError, UsageError
 from terdit_cli.model.ckpt import CKPT
 from terdit_cli.recipe import Recipe, load_recipe, refusal
+from terdit_cli.system import memory
 from terdit_cli.system.atomic import atomic_path
 from terdit_cli.system.gpu_memory import explained
 from terdit_cli.system.job import Job, join_job
@@ -101,21 +102,23 @@ def run(
     preview_sampler(recipe)
     run_folder = out or build.default_run_folder(recipe)
     micro = recipe.train.micro_batch_size
+    what = f"a micro-batch of {micro} images"
     fix = f"train.micro_batch_size={micro // 2}" if micro > 1 else "parallel.mode=fsdp"
     fix += ", or see what fits: --dry-run"
+
+    def needs() -> int:
+        return plan_run(recipe, job.size).total_bytes
+
     with (
         join_job(
             a_gpu_each=True,
             timeout_seconds=2 * recipe.parallel.hang_seconds,  # the watchdog speaks first
             retry=f"continue with: {resume_command(run_folder)}",
         ) as job,
-        explained(
-            f"a micro-batch of {micro} images",
-            job.device,
-            fix,
-            lambda: plan_run(recipe, job.size).total_bytes,
-        ),  # fmt: skip
+        explained(what, job.device, fix, needs),
     ):
+        if job.device.type == "cpu":
+            memory.require(what, needs, fix)
         trainer, checkpoint = _train(recipe, resume, run_folder, job)
     first, last = loss_summary(run_folder) or (None, None)
     return TrainResult(run_folder, checkpoint, trainer.step, first, last)

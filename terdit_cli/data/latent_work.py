@@ -100,8 +100,6 @@ class LatentWork:
                     write_json(self._record_path(record.number), record)
         write_json(self.folder / PLAN, LatentPlan(**self.plan.model_dump()))
         (self.folder / INDEX).unlink(missing_ok=True)
-        for leftover in self.folder.glob(".shard-*.tmp"):  # of a process that was killed
-            leftover.unlink(missing_ok=True)
 
     def is_complete(self) -> bool:
         """Say whether the finished folder lies there already, with all its shards.

@@ -29,6 +29,7 @@ from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.model.layout import forward_bytes
 from terdit_cli.runtime.cpu import set_threads
 from terdit_cli.runtime.load import LoadedModel, load
+from terdit_cli.system import memory
 from terdit_cli.system.gpu_memory import ELSEWHERE, explained, free_bytes
 
 DEFAULT_BATCH = 8  # images drawn at once
@@ -161,6 +162,8 @@ class ImageGenerator:
             what = f"{len(batch)} images at once"
             rows = len(batch) * (2 if sampler.guided else 1)
             needs = partial(forward_bytes, config, rows)
+            if self.device.type == "cpu":
+                memory.require(what, needs, _smaller(len(batch) // 2))
             with explained(what, self.device, _smaller(len(batch) // 2), needs):
                 latents = sample(
                     self.model.network,

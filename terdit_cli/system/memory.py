@@ -20,8 +20,9 @@ from terdit_cli.errors import EnvironmentProblem, InputFileError, TerditError, U
 
 MORE = "free memory, or raise the limit (ulimit -v unlimited)"
 LOADING = 1 << 30  # bytes of address space that torch, numpy and their threads take
+_AMPLE = 4 * LOADING  # what threads reserve beyond their needs does not matter
 _M_ARENA_MAX = -8  # <malloc.h>
-_CGROUP = Path("/sys/fs/cgroup/memory.max")  # of this container
+_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 # What libraries write in errors that have no class of their own.
 _TEXTS = re.compile(
@@ -92,6 +93,47 @@ def explained(what: str, fix: str = MORE, needs: Callable[[], int] | None = None
         raise problem from error
 
 
+def require(what: str, needs: Callable[[], int], fix: str) -> None:
+    """Refuse what cannot fit the container that this process runs in; arguments as `told`.
+
+    There the kernel kills what takes too much, and no program can say why. Without a container's
+    limit `needs` is not called.
+
+    Raises:
+        EnvironmentProblem: it does not fit.
+    """
+    limit = container_bytes()
+    if limit is not None and (needed := needs()) > limit:
+        raise EnvironmentProblem(
+            f"too little memory for {what}", got=f"a container of {_size(limit)}",
+            expected=f"about {_size(needed)}", fix=fix,
+        )  # fmt: skip
+
+
+def container_bytes() -> int | None:
+    """Return the bytes of memory that this process's control groups allow, None for all there is.
+
+    Swap, where the machine has some, may lie beyond them; it is too slow to count on.
+    """
+    limits = [_machine_bytes()]
+    with suppress(OSError):
+        for line in _CGROUP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                root, name = _CGROUPS, "memory.max"
+            elif "memory" in controllers.split(","):  # of version 1
+                root, name = _CGROUPS / "memory", "memory.limit_in_bytes"
+            else:
+                continue
+            folder = root / path.lstrip("/")
+            for place in (folder, *folder.parents):
+                with suppress(OSError, ValueError):  # "max", or outside of this container's view
+                    limits.append(int((place / name).read_text()))
+                if place == root:
+                    break
+    return min(limits) if min(limits) < limits[0] else None
+
+
 @contextmanager
 def parsing() -> Iterator[None]:
     """Raise ValueError where Python's parser gives up on a short text nested too deeply.
@@ -125,8 +167,9 @@ def require_room(what: str) -> None:
             expected=f"at least {_size(used + LOADING)} for torch to be loaded",
             fix="raise the limit (ulimit -v unlimited)",
         )  # fmt: skip
-    with suppress(OSError, AttributeError):  # another C library than glibc
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)  # else each thread reserves 64 MB and more
+    if used is None or limit - used < _AMPLE:
+        with suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)  # else each thread reserves 64 MB and more
     import torch
 
     if limit - (_address_space() or 0) < LOADING:
@@ -153,10 +196,12 @@ def _got(text: str) -> str:
     elif match := _ASKED.search(text):
         asked = f"a request for {_size(float(match[1]) * _UNITS[match[2].lower()])} with "
     for name, flag in ((resource.RLIMIT_AS, "-v"), (resource.RLIMIT_DATA, "-d")):
-        if (limit := resource.getrlimit(name)[0]) != resource.RLIM_INFINITY:
-            return f"{asked}a limit of {_size(limit)} (ulimit {flag})"
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):
-        if (limit := int(_CGROUP.read_text())) < total:  # else "max"
-            return f"{asked}a container of {_size(limit)}"
-    return f"{asked}a machine of {_size(total)}"
+        if (allowed := resource.getrlimit(name)[0]) != resource.RLIM_INFINITY:
+            return f"{asked}a limit of {_size(allowed)} (ulimit {flag})"
+    if (limit := container_bytes()) is not None:
+        return f"{asked}a container of {_size(limit)}"
+    return f"{asked}a machine of {_size(_machine_bytes())}"
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -71,6 +71,7 @@ def test_help_that_the_system_refuses_to_write(
     assert done.err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk at hand")
 @pytest.mark.parametrize(
     ("words", "code"),

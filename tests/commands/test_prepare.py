@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -201,7 +202,8 @@ def test_killed_and_resumed_by_two_processes(place: Place, whole: Path, tmp_path
     assert (folder / "prepare.json").exists()
     left = sorted(path.name for path in folder.glob("shard-*.json"))
     assert len(left) < 6
-    leftover = folder / ".shard-00005.safetensors.0badf00d.tmp"
+    host = socket.gethostname()
+    leftover = folder / f".shard-00005.safetensors.terdit-{host}-1-0badf00d.tmp"
     leftover.write_bytes(b"half")
     torn = folder / "shard-00005.safetensors"  # without a record: it does not count
     torn.write_bytes(b"half")

@@ -99,6 +99,7 @@ def test_what_is_chosen_for_a_gpu(images: int, size: str, tmp_path: Path) -> Non
     assert (recipe.input_size, recipe.in_channels) == (32, 4)
 
 
+@pytest.mark.slow
 def test_init_writes_a_recipe_and_says_what_it_takes(
     terdit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

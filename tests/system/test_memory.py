@@ -107,6 +107,56 @@ def test_what_libraries_really_say(allocate: object) -> None:
         allocate()  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(
+    ("groups", "files", "limit"),
+    [
+        ("0::/", {"memory.max": "2000000000"}, 2 * 10**9),
+        ("0::/", {"memory.max": "max"}, None),
+        ("0::/", {}, None),
+        ("0::/a/b", {"a/memory.max": "1000000000", "a/b/memory.max": "max"}, 10**9),
+        ("0::/a/b", {"a/memory.max": "1000000000", "a/b/memory.max": "500000000"}, 5 * 10**8),
+        (
+            "9:name=systemd:/x\n3:cpu,memory:/docker/7",
+            {"memory/memory.limit_in_bytes": "700000000"},
+            7 * 10**8,
+        ),
+        ("3:memory:/", {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
+    ],
+)
+def test_a_containers_limit(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    groups: str,
+    files: dict[str, str],
+    limit: int | None,
+) -> None:
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path / "mine")
+    (tmp_path / "mine").write_text(groups + "\n")
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text + "\n")
+    assert memory.container_bytes() == limit
+
+
+def test_what_cannot_fit_a_container_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel would kill it."""
+
+    def unasked() -> int:
+        raise AssertionError
+
+    monkeypatch.setattr(memory, "container_bytes", lambda: None)
+    memory.require("a cake", unasked, "eat less")
+    monkeypatch.setattr(memory, "container_bytes", lambda: 2 * 10**9)
+    memory.require("a cake", lambda: 10**9, "eat less")
+    with pytest.raises(EnvironmentProblem) as caught:
+        memory.require("a cake", lambda: 3 * 10**9, "eat less")
+    assert str(caught.value) == (
+        "too little memory for a cake: got a container of 2.00 GB, expected about 3.00 GB. "
+        "Fix: eat less."
+    )
+
+
 MODEL = ("--model", "fashion-mnist", "--steps", "2")
 VERBS = {
     "models": ["models"],
@@ -137,6 +187,7 @@ def limited(words: list[str], limit: int, folder: Path) -> subprocess.CompletedP
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not limit it")
 @pytest.mark.parametrize(
     ("verb", "megabytes"),

@@ -43,12 +43,14 @@ def spins(code: str, **chosen: str) -> int:
     return int(told[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [COMMAND_LINE, API], ids=["command line", "API"])
 def test_the_library_that_torch_loads_knows_it(code: str) -> None:
     assert spins(BUSY + code) == openmp.SPINS
     assert spins(QUIET + code) == spins("import torch") > openmp.SPINS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chosen", [{"GOMP_SPINCOUNT": "77"}, {"OMP_WAIT_POLICY": "PASSIVE"}, {"KMP_BLOCKTIME": "1"}]
 )
