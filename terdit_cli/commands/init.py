@@ -11,15 +11,16 @@ import torch
 from terdit_cli import console
 from terdit_cli.data.check_recipe import data_mistakes
 from terdit_cli.errors import UsageError
-from terdit_cli.recipe import Recipe, load_recipe
+from terdit_cli.recipe import Recipe, load_recipe, parse_recipe
 from terdit_cli.system.atomic import check_writable, refuse_existing, write_whole
 from terdit_cli.train import build
 from terdit_cli.train.optim import build_optimizer
 from terdit_cli.train.planner import Plan, plan_run
-from terdit_cli.train.suggest import DataFacts, look_at, recipe_text, suggest
+from terdit_cli.train.suggest import ADAMW, DataFacts, look_at, recipe_text, suggest
 from terdit_cli.train.ternary_cache import ternarized_once
 
 _TRIED_STEPS = 3
+MUON_GAIN = 2.0  # a step of Muon may take so many times as long as one of AdamW
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,12 @@ def run(
     if gpu is None and has_gpu:
         gpu = f"{torch.cuda.get_device_properties(0).total_memory >> 20}MiB"
     values = suggest(facts, has_gpu, None if output is None else _name_of(output))
+    seconds = None
+    if not has_gpu:
+        seconds = seconds_per_step(parse_recipe(values, "the suggestion"))
+        quick = values | {"optim": dict(ADAMW)}
+        if seconds > MUON_GAIN * (other := seconds_per_step(parse_recipe(quick, "the suggestion"))):
+            values, seconds = quick, other
     output = output or Path(f"{values['name']}.yaml")
     if output.suffix.lower() not in (".yaml", ".yml"):
         raise UsageError(
@@ -71,10 +78,10 @@ def run(
     write_whole(output, recipe_text(values, facts, output))
     recipe = load_recipe(output, more=data_mistakes)
     plan = plan_run(recipe, gpus, gpu)
-    if has_gpu:
-        seconds = None if plan.days is None else plan.days * 24 * 3600
-    else:
-        seconds = recipe.train.steps * seconds_per_step(recipe)
+    if seconds is not None:
+        seconds *= recipe.train.steps
+    elif plan.days is not None:
+        seconds = plan.days * 24 * 3600
     return InitResult(output, recipe, facts, plan, seconds)
 
 

@@ -27,6 +27,14 @@ _TOKENS_A_SIDE = 8  # on a CPU; twice as many on a GPU
 _GPU_SIZES = ((500_000, "600m", 400_000), (50_000, "base", 150_000), (0, "small", 50_000))
 _CPU_STEPS = 3_000
 
+# Optimizers of a CPU's recipe. Muon learns more in a step (docs/lab.md), but computes in bfloat16,
+# which some CPUs have no instructions for: there a step can take ten times as long.
+MUON = {
+    "kind": "muon", "lr": 5e-3, "alpha_lr_ratio": 0.1, "weight_decay": 0.2, "warmup_steps": 100,
+    "schedule": "cosine",
+}  # fmt: skip
+ADAMW = {"kind": "adamw", "lr": 1e-3, "warmup_steps": 100, "schedule": "cosine"}
+
 
 @dataclass(frozen=True)
 class DataFacts:
@@ -120,12 +128,9 @@ def suggest(facts: DataFacts, gpu: bool, name: str | None = None) -> dict[str, A
         values |= {
             "train": train,
             "ternary": {"ste": "identity"},
-            "optim": {
-                "kind": "muon", "lr": 5e-3, "alpha_lr_ratio": 0.1, "weight_decay": 0.2,
-                "warmup_steps": 100, "schedule": "cosine",
-            },
+            "optim": dict(MUON),
             "ema": {"decay": 0.99, "warmup": True},
-        }  # fmt: skip
+        }
         every = max(1, train["steps"] // 4)
     shown = min(20, 2 * len(facts.class_names))
     return values | {

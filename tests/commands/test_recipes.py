@@ -105,12 +105,17 @@ def test_init_writes_a_recipe_and_says_what_it_takes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_images(tmp_path / "cats", 2, 6, (16, 16), True)
-    monkeypatch.setattr(init, "seconds_per_step", lambda recipe: 0.5)
+    costs = {"muon": 0.5, "adamw": 0.4}
+    monkeypatch.setattr(init, "seconds_per_step", lambda recipe: costs[recipe.optim.kind])
     done = terdit("init", "--data", "cats")
     assert done.code == 0, done.err
     assert "12 colour images, 16 pixels, in 2 classes (class 0, class 1)" in done.out
     assert "about 25m 00s on this machine" in done.out
     assert done.out.endswith("\nterdit train cats.yaml\n")
+    assert load_recipe(Path("cats.yaml")).optim.kind == "muon"
+    costs["adamw"] = 0.2  # a CPU without bfloat16
+    assert "about 10m 00s" in terdit("init", "--data", "cats", "-o", "b.yaml").out
+    assert load_recipe(Path("b.yaml")).optim.kind == "adamw"
     again = terdit("init", "--data", "cats")
     assert (again.code, "the output exists: got cats.yaml" in again.err) == (2, True)
     values = json.loads(terdit("init", "--data", "cats", "--force", "--gpu", "h100", "--json").out)

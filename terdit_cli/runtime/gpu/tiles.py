@@ -23,7 +23,7 @@ from terdit_cli.system.cache import cache_folder
 
 Epilogue = Literal["plain", "swiglu", "gated"]
 
-SLICE = 128  # as in gpu_kernels.py
+SLICE = 128  # as in triton_kernels.py
 ITEM_BYTES = {"int8": 1, "fp8": 1, "bf16": 2, "fp32": 4}
 SMALLEST_SHARED = 99 << 10  # bytes a program may have on any GPU from sm_80 on
 GPU_CACHE = "gpu.json"
