@@ -23,8 +23,8 @@ EXAMPLES = (
     "terdit bench 600m,4.2b --device cuda --out docs/gpu.md",
     "terdit bench 600m,4.2b --what roofline --gpu a100",
 )
-ON_GPU = ("roofline", "kernels")  # of data sheets and compilers: they need no GPU
-# Options that not every benchmark has: which have them, and how to say so.
+ON_GPU = ("roofline", "kernels")  # from data sheets and compilers: they need no GPU
+# Options that only some benchmarks have, and which those are.
 _CPU_ONLY = ("batch", "threads", "activations", "backend", "rivals", "ggml", "recorded")
 _GPU_ONLY = ("images", "gpu")
 _MEASURED_BY: dict[str, tuple[str, ...]] = {
@@ -44,16 +44,16 @@ def bench(
     what: Annotated[
         str,
         typer.Option(
-            help="all of gemm, forward, sample and (for a .tdt) images; metrics of eval-fid; "
-            "training steps of a recipe; roofline and kernels of a GPU that need not be here."
+            help="gemm, forward, sample, images (of a .tdt), or all of them; metrics (eval-fid); "
+            "training (of a recipe); roofline or kernels (of a GPU, which need not be present)."
         ),
     ] = "all",
     size: Annotated[str, typer.Option(help="Image sizes in pixels: 256,512.")] = "",
     batch: Annotated[
-        int, typer.Option(help="Batch size of a forward; CFG uses two rows per image.")
+        int, typer.Option(help="Batch size of a forward pass; CFG uses two rows per image.")
     ] = 2,
     images: Annotated[
-        str, typer.Option(help="Images per batch on a GPU, with guidance.  [default: 1,8,32]")
+        str, typer.Option(help="Images per batch on a GPU, with CFG.  [default: 1,8,32]")
     ] = "",
     device: Annotated[str, typer.Option(help="cpu, or cuda to benchmark the GPU.")] = "cpu",
     gpu: Annotated[
@@ -65,14 +65,14 @@ def bench(
     activations: Annotated[
         str,
         typer.Option(
-            help="Of int8, int16, bf16, fp32; the first is used everywhere.  [default: all]"
+            help="Some of int8,int16,bf16,fp32; the first is used everywhere.  [default: all]"
         ),
     ] = "",
     backend: Annotated[str, typer.Option(help="auto, gpu, cpu or reference.")] = "auto",
     rivals: Annotated[
         str,
         typer.Option(
-            help="all, none, or of fp32,fp32-medium,bf16,bf16-compiled,int8-ao,int8-mm,unpack."
+            help="all, none, or some of fp32,fp32-medium,bf16,bf16-compiled,int8-ao,int8-mm,unpack."
         ),
     ] = "all",
     ggml: Annotated[
@@ -80,7 +80,7 @@ def bench(
         typer.Option(help="A libggml-cpu.so: also benchmark ggml TQ2_0."),
     ] = None,
     recorded: Annotated[
-        Path | None, typer.Option(help="Recorded metrics to compare with: .json beside an .npz.")
+        Path | None, typer.Option(help="Recorded metrics to compare with: a .json beside its .npz.")
     ] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved repeats; medians are shown.")] = 7,
     seed: Annotated[int, typer.Option(help="Random seed of weights and inputs.")] = 0,
@@ -89,7 +89,7 @@ def bench(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Benchmark speed, exactness and memory on this CPU or a GPU, beside rivals."""
+    """Benchmark speed, accuracy and memory on a CPU or GPU, against other libraries."""
     line = shlex.join(["terdit", *sys.argv[1:]])
     if what in ON_GPU or (device != "cpu" and what != "images"):
         refuse_given(context, _CPU_ONLY, "for the benchmarks of CPUs")

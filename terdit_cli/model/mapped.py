@@ -1,4 +1,4 @@
-"""Files that networks are mapped from: noticed when they change, before their pages are read."""
+"""Files that networks are mapped from: changes are detected before their pages are read."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from terdit_cli.errors import InputFileError
 
 
 class MappedFile:
-    """The file that a network's tensors are mapped from; called before each of its forwards.
+    """The file that a network's tensors are mapped from; called before each forward pass.
 
-    A file that another replaces by renaming stays mapped as it was. One that is written or cut in
-    place does not: its weights change, and a page that is gone stops the process with SIGBUS. So
-    each forward first compares inode, size and time of change with those at load. What remains: a
-    file cut while a forward runs, or between the check of its digests and the first look here.
+    If another file replaces it by renaming, the old one stays mapped. If it is written or truncated
+    in place, the weights change, and a missing page stops the process with SIGBUS. So each forward
+    pass first compares inode, size and change time with those at load. Not covered: a file
+    truncated during a forward pass, or between the check of its digests and the first check here.
 
-    A copied or unpickled network has its tensors in memory of its own, so it looks at no file.
+    A copied or unpickled network has its tensors in memory of its own, so it checks no file.
     """
 
     def __init__(self, path: Path) -> None:

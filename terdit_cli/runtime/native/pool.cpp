@@ -1,8 +1,7 @@
-// Workers wait for a generation number to change, take their own stretch of the tasks, then what
-// others have left of theirs, and report back. Where the tasks of every job go by rows, a thread
-// so meets the rows again that are in its cache. Between the jobs of one call they spin for some
-// microseconds, because the next job is near; after that they sleep, so nothing spins once a call
-// has returned.
+// Workers wait for a generation number to change, do their own range of the tasks, then tasks left
+// in the ranges of others, and report back. As the tasks of every job go by rows, a thread gets the
+// rows again that are in its cache. Between the jobs of one call they spin for some microseconds,
+// because the next job comes soon; after that they sleep, so nothing spins after a call.
 #include "pool.h"
 
 #include <atomic>
@@ -20,7 +19,7 @@ struct Job {
     PoolTask run;
     void *context;
     int64_t tasks;
-    int workers;  // how many take part
+    int workers;  // number of workers that take part
 };
 
 pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;   // held during a call
@@ -30,7 +29,7 @@ pthread_once_t fork_handler = PTHREAD_ONCE_INIT;
 
 Job job;
 std::atomic<uint64_t> generation{0};
-// Each thread's own stretch of the tasks; another takes from it when it has none left.
+// Each thread's own range of the tasks; others take from it when theirs is done.
 struct alignas(64) Share {
     std::atomic<int64_t> next;
     int64_t end;
@@ -84,7 +83,7 @@ void *work(void *argument) {
     const Start start = *static_cast<Start *>(argument);
     for (uint64_t seen = start.seen;;) {
         wait_for(seen);
-        // Every worker reports every generation before the next begins, so none is missed.
+        // Every worker reports every generation before the next starts, so none is missed.
         seen++;
         if (start.thread <= job.workers) take_tasks(start.thread);
         still_working.fetch_sub(1, std::memory_order_acq_rel);
@@ -92,7 +91,7 @@ void *work(void *argument) {
     return nullptr;
 }
 
-// The child of a fork has none of the threads, and the locks as they were at that moment.
+// The child of a fork has none of the threads, and the locks in their state at that moment.
 void forget_everything() {
     static const pthread_mutex_t fresh_mutex = PTHREAD_MUTEX_INITIALIZER;
     static const pthread_cond_t fresh_cond = PTHREAD_COND_INITIALIZER;
@@ -112,7 +111,7 @@ void pool_enter(int threads) {
     pthread_once(&fork_handler, install_fork_handler);
     pthread_mutex_lock(&turn);
     if (threads > TERDIT_MAX_THREADS) threads = TERDIT_MAX_THREADS;
-    // Workers take no signals: those are for the thread that called, which runs Python.
+    // Workers block signals, which are for the calling thread: it runs Python.
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
