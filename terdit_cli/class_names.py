@@ -1,4 +1,4 @@
-"""From what a user types to class ids: ids, names, lists of either, and `all`.
+"""Turns what a user types into class ids: ids, names, lists of either, and `all`.
 
 A class can have several names (ImageNet's synonyms); a name that several classes share is
 refused with their ids.
@@ -22,15 +22,15 @@ def _imagenet() -> list[tuple[str, list[str]]]:
 
 
 def imagenet_class_names() -> list[list[str]]:
-    """Return what ImageNet's 1000 classes can be called, wnids last, in the standard order."""
+    """Return the names of ImageNet's 1000 classes, wnids last, in the standard order."""
     return [[*names, wnid] for wnid, names in _imagenet()]
 
 
 def names_of_classes(stored: list[str], num_classes: int) -> list[list[str]]:
-    """Return what each class of a model can be called, the name to show first.
+    """Return the names of each class of a model, the one to show first.
 
     ImageNet's names stand in for a model of 1000 classes that stores none and for folders named
-    by wnid; classes without any name are called by their number.
+    by wnid; classes without any name have their number as name.
     """
     if not stored and num_classes == 1000:
         return imagenet_class_names()
@@ -67,8 +67,8 @@ def find_class(query: str, names: list[list[str]]) -> int:
         owners = ", ".join(map(str, found))
         raise UsageError(
             "ambiguous class name",
-            got=f"{query!r}, which classes {owners} share",
-            fix=f"name the class by its id: one of {owners}",
+            got=f"{query!r}, a name that classes {owners} share",
+            fix=f"give the id of the class: one of {owners}",
         )
     by_id = not all(group[0].isdecimal() for group in names) or _are_ids(names)
     if by_id and query.removeprefix("-").isdecimal():
@@ -93,7 +93,7 @@ def find_class(query: str, names: list[list[str]]) -> int:
 
 
 def find_classes(query: str, names: list[list[str]]) -> list[int]:
-    """Return the class ids meant by `all`, one class, or a comma separated list, in its order.
+    """Return the class ids for `all`, one class, or a comma-separated list, in its order.
 
     A name that matches as a whole is not split at its commas.
 
@@ -160,5 +160,5 @@ def _are_ids(names: list[list[str]]) -> bool:
 
 
 def _folded(name: str) -> str:
-    """Return a name for comparing: any case, and accents as one character or two (as on macOS)."""
+    """Return a name for comparing, whatever its case and encoding of accents (macOS uses two)."""
     return unicodedata.normalize("NFC", name).casefold()

@@ -1,6 +1,6 @@
 """What the user sees: results on stdout, everything else on stderr.
 
-A live progress bar on a terminal; elsewhere one plain line every so many steps. Only the main
+A live progress bar on a terminal; elsewhere a plain line every few steps. Only the main
 process of a job (rank 0) writes.
 """
 
@@ -74,14 +74,14 @@ def _written() -> Iterator[None]:
     """Raise EnvironmentProblem where stdout is on a full disk; a closed pipe's own error."""
     try:
         yield
-        if sys.stdout is not None:  # closed by whoever called
+        if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
         raise EnvironmentProblem(
             "the result cannot be written to stdout", got=error.strerror,
-            fix="redirect it to a disk with room",
+            fix="redirect it to a disk with free space",
         ) from error  # fmt: skip
 
 
@@ -117,14 +117,16 @@ def result_table(title: str, header: Sequence[str], rows: Sequence[Sequence[obje
         )
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
-    # Rich would cut what is wider than the terminal, digits too, and a pipe is none: there the
+    # Rich would cut what is wider than the terminal, digits too, and a pipe has no width: there the
     # terminal itself wraps.
     wide = Console(width=10 * PIPE_WIDTH)
     needed = Measurement.get(wide, wide.options, table).maximum
     fits = _out.is_terminal and needed <= _out.width
     target = _out if fits else Console(width=max(needed, PIPE_WIDTH), highlight=False)
     with _written():
-        _out.print(f"[bold]{escape(title)}[/]")  # not the table's own: that is folded to its width
+        _out.print(
+            f"[bold]{escape(title)}[/]"
+        )  # not the table's own title, which is folded to the table's width
         target.print(table, soft_wrap=not fits)
 
 
@@ -141,12 +143,12 @@ class Meter:
         self._last_line = self._started
 
     def start_at(self, completed: int) -> None:
-        """Say that `completed` of the total was done before this process started."""
+        """Record that `completed` of the total was done before this process started."""
         if self._bar is not None and self._task is not None:
             self._bar.reset(self._task, completed=completed)
 
     def update(self, completed: int, status: str = "") -> None:
-        """Say that `completed` of the total is done; `status` is free text beside the bar."""
+        """Record that `completed` of the total is done; `status` is free text beside the bar."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=completed, status=escape(status))
             return
@@ -161,11 +163,11 @@ class Meter:
 
 @contextmanager
 def progress(description: str, total: int, every: int | None = None) -> Iterator[Meter]:
-    """Show progress over `total` units; without a terminal a line every `every` units.
+    """Show progress over `total` units; without a terminal, one line every `every` units.
 
     With `every=None` a plain line comes at most every ten seconds.
     """
-    # rich can be told to take a pipe for a terminal, and draws nothing on one without a cursor.
+    # rich can be told to treat a pipe as a terminal, and shows nothing on one without a cursor.
     drawn = sys.stderr is not None and sys.stderr.isatty() and _err.is_interactive
     if not (drawn and is_main()):
         yield Meter(description, total, every, None)

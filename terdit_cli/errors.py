@@ -1,4 +1,4 @@
-"""The errors a user can cause, one class for each exit code, all with one shape of message.
+"""The errors a user can cause, one class for each exit code, all with one form of message.
 
     what failed: got X, expected Y (where). Fix: command or field
 
@@ -37,7 +37,7 @@ class TerditError(Exception):
 
 
 def _sentence(text: str) -> str:
-    """Return a text with one full stop; the three of a list that goes on stay."""
+    """Return a text that ends in one full stop; a final ellipsis stays."""
     return text if text.endswith("...") else text.rstrip(".") + "."
 
 

@@ -1,4 +1,4 @@
-"""How an option is declared once: a dataclass field that the command line makes a flag of."""
+"""Options are declared once, as dataclass fields from which the command line makes flags."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def option(default: Any, help: str, *flags: str, group: str | None = None, **set
 
     Args:
         help: one line of `--help`.
-        flags: how it is spelled; by default the field's name.
-        group: the heading of `--help` under which it stands; by default that of the dataclass.
+        flags: its spellings on the command line; by default the field's name.
+        group: its heading in `--help`; by default that of the dataclass.
         settings: further arguments of `typer.Option`.
     """
     metadata = {"help": help, "flags": flags, "group": group, "settings": settings}

@@ -1,6 +1,6 @@
-"""The recipe: one YAML file says everything that changes the result of a run.
+"""The recipe: one YAML file with everything that changes the result of a run.
 
-Strict: an unknown key, a wrong type or an impossible value is an error, and all errors come at
+Strict: an unknown key, a wrong type or an impossible value is an error. All errors are reported at
 once, each with its dotted path and the nearest valid key. `key=value` words override. The
 resolved recipe (defaults + file + overrides) is what is hashed and written beside every result.
 """
@@ -74,7 +74,7 @@ def find_recipe(path: Path) -> Path:
 
 
 def _at_home(path: Path) -> Path:
-    """Return a path with its ~ replaced, as a shell does not in the word data.path=~/images."""
+    """Return a path with its ~ replaced, which a shell does not do in data.path=~/images."""
     with suppress(RuntimeError):  # a user without a home
         path = path.expanduser()
     return path
@@ -92,11 +92,11 @@ class ModelSection(Section):
     size: str = "600m"
     """Named size: nano, tiny, small, base, 600m, 4.2b or 7b. Gives dim, n_layers and n_heads."""
     dim: PositiveInt | None = None
-    """Width of the tokens; null: as the size has it."""
+    """Width of the tokens; null: that of `size`."""
     n_layers: PositiveInt | None = None
-    """Number of blocks; null: as the size has it."""
+    """Number of blocks; null: that of `size`."""
     n_heads: PositiveInt | None = None
-    """Attention heads; null: as the size has it."""
+    """Attention heads; null: those of `size`."""
     n_kv_heads: PositiveInt | None = None
     """Heads of keys and values (grouped-query attention); null: as many as n_heads."""
     patch_size: PositiveInt = 2
@@ -116,10 +116,10 @@ class ModelSection(Section):
     qk_norm: bool = True
     """LayerNorm of queries and keys."""
     pos_embed: bool = False
-    """Add DiT's fixed positional embedding to the tokens, besides rotary attention."""
+    """Add DiT's fixed positional embedding to the tokens, in addition to rotary attention."""
 
 
-# Sets of fields of `ternary`; those that a set does not name have their defaults.
+# Sets of fields of `ternary`; fields that a set does not name keep their defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "best": {},
     "paper": {
@@ -135,18 +135,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class TernarySection(Section):
-    """The quantiser; docs/train.md says what each option does to training."""
+    """The quantiser; docs/train.md describes the effect of each option."""
 
-    # Fields given beside a preset win; a word ternary.preset=NAME comes after the file and replaces
-    # them. A resolved recipe has no preset any more: it spells the fields out.
+    # Fields given beside a preset take precedence; an override ternary.preset=NAME is applied after
+    # the file and replaces them. A resolved recipe has no preset: its fields are written out.
     preset: Annotated[Literal["best", "paper"] | None, Field(exclude=True)] = None
-    """A set of options at once: best (the defaults) or paper (the published TerDiT's)."""
+    """Several options at once: best (the defaults) or paper (those of the published TerDiT)."""
     enabled: bool = True
     """false trains the full-precision baseline."""
     scale: Literal["learned", "absmean"] = "learned"
     """A trained alpha, or the mean absolute master weight (BitNet)."""
     alpha_init: Literal["randn", "absmean"] = "absmean"
-    """What a learned alpha starts from."""
+    """Initial value of a learned alpha: random normal, or the mean absolute weight."""
     adaln_norm: bool | None = None
     """RMSNorm after adaLN, the paper's addition; null: as `enabled`."""
     granularity: Literal["tensor", "row", "group128"] = "row"
@@ -154,14 +154,14 @@ class TernarySection(Section):
     activations: Literal["none", "int8"] = "none"
     """int8 quantises each token's inputs of ternary layers."""
     ste: Literal["scaled", "identity"] = "scaled"
-    """Gradient of a master weight: alpha times the effective weight's, or only alpha's sign."""
+    """Gradient of a master weight: the effective weight's times alpha, or times alpha's sign."""
     ste_clip: PositiveFloat | None = None
-    """No gradient for master weights larger than so many gammas; null: all have one."""
+    """No gradient for weights beyond this many gammas (mean absolute weight); null: no limit."""
 
     @model_validator(mode="before")
     @classmethod
     def _spell_out_preset(cls, values: Any) -> Any:
-        """Put a preset's fields in its place; unknown presets are left to the field's check."""
+        """Replace a preset by its fields; unknown presets are left to the field's check."""
         if not isinstance(values, dict) or not isinstance(values.get("preset"), str):
             return values
         fields = PRESETS.get(values["preset"])
@@ -170,7 +170,7 @@ class TernarySection(Section):
         return fields | {key: value for key, value in values.items() if key != "preset"}
 
     def said(self) -> dict[str, Any]:
-        """Return the fields that say something of the network: full precision has no quantiser."""
+        """Return the fields that describe the network: full precision has no quantiser."""
         if self.enabled:
             return self.model_dump(mode="json")
         return {"enabled": False, "adaln_norm": bool(self.adaln_norm)}
@@ -180,18 +180,18 @@ class DiffusionSection(Section):
     """The objective of the diffusion: what the network learns to predict."""
 
     objective: Literal["eps"] = "eps"
-    """What the network predicts: eps, the noise, on 1000 linear betas."""
+    """What the network predicts. eps: the noise, with 1000 steps of linearly spaced betas."""
 
 
 class DataSection(Section):
     """Images and the space the diffusion runs in."""
 
     source: DataSource = "embedded"
-    """Kind of the training images."""
+    """Where the training images come from."""
     path: UserPath | None = None
-    """Where they are: a folder, file or pattern. Not for `embedded`."""
+    """Their folder, file or pattern. Not for `embedded`."""
     split: str | None = None
-    """Part of the data: train, heldout, all, or a parquet set's own name; null: train, else all."""
+    """Part of the data: train, heldout, all, or a split of a parquet set; null: train, else all."""
     image_size: PositiveInt = 256
     """Side of the training images, in pixels."""
     channels: Literal[1, 3] = 3
@@ -209,10 +209,10 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    """Steps, batches and arithmetic."""
+    """Steps, batches and precision."""
 
     init_from: UserPath | None = None
-    """Run folder or ckpt.pt whose EMA weights a new run starts from; null: random."""
+    """Run folder or ckpt.pt whose EMA weights initialise a new run; null: random."""
     steps: PositiveInt = 400_000
     """Optimizer steps."""
     global_batch_size: PositiveInt = 256
@@ -220,78 +220,78 @@ class TrainSection(Section):
     micro_batch_size: PositiveInt = 32
     """Images per forward pass of one process."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic of the blocks; master weights are always fp32."""
+    """Precision of the blocks; master weights are always fp32."""
     compile: bool = False
-    """Compile each block by torch.compile."""
+    """Compile each block with torch.compile."""
     activation_checkpointing: bool | PositiveInt = False
     """Recompute activations: false, true (every block), or k (every k-th)."""
     max_skipped: NonNegativeInt = 10
-    """Steps in a row without finite gradients that are skipped; one more ends the run."""
+    """Consecutive steps without finite gradients that are skipped; one more ends the run."""
 
 
 class DistillSection(Section):
-    """A trained model whose predictions are learned beside the noise itself."""
+    """Distillation: the predictions of a trained model become part of the target."""
 
     teacher: UserPath | None = None
     """Run folder or ckpt.pt whose predictions are part of the target; null: none."""
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the teacher's prediction in the target; the noise has the rest."""
+    """Share of the teacher's prediction in the target; the rest is the noise."""
     schedule: Literal["constant", "linear"] = "constant"
     """linear: the weight falls to 0 by the last step."""
     features: NonNegativeFloat = 0.0
-    """Weight of the relative difference of the last blocks' outputs."""
+    """Loss weight of the relative squared difference between the last blocks' outputs."""
 
 
 class ParallelSection(Section):
-    """How several processes share the work; one process alone takes no notice of it."""
+    """How several processes share the work; no effect on a single process."""
 
     mode: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """ddp: every process holds everything; fsdp: sharded; hsdp: sharded in groups."""
     shard_size: PositiveInt | None = None
-    """Processes that share one copy (hsdp); null: those of a machine."""
+    """Processes that share one copy (hsdp); null: all of one machine."""
     reshard_after_forward: bool = True
     """Free gathered weights between forward and backward (fsdp, hsdp)."""
     reduce: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the sum of gradients over processes."""
+    """Precision in which gradients are summed over processes."""
     cpu_offload: bool = False
     """Keep master weights and optimizer state in host memory; full precision only."""
     hang_seconds: PositiveFloat = 600
-    """A job that makes no step for so long is ended."""
+    """Seconds without a completed step after which the job is ended."""
 
 
 class OptimSection(Section):
     """The optimizer and its learning-rate schedule."""
 
     kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    """adamw; adamw8bit: states of one byte (torchao); muon: the blocks' matrices by Muon."""
+    """adamw; adamw8bit: 8-bit state (torchao); muon: Muon for the blocks' matrices."""
     lr: PositiveFloat = 1e-4
     """Learning rate after warm-up."""
     alpha_lr_ratio: PositiveFloat = 1.0
     """Learning rate of the learned scales, relative to lr."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
-    """Averaging of Adam's first and second state."""
+    """Decay rates of Adam's averages of the gradient and of its square."""
     eps: PositiveFloat = 1e-8
-    """Added to the root of Adam's second state."""
+    """Added to Adam's denominator."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
     decayed: Literal["matrices", "blocks"] = "matrices"
-    """Which matrices decay: all, or those of the blocks."""
+    """Which matrices get weight decay: all, or only those of the blocks."""
     grad_clip: PositiveFloat | None = 2.0
     """Largest L2 norm of all gradients; null: no clipping."""
     warmup_steps: NonNegativeInt = 0
-    """Steps over which the rate rises linearly."""
+    """Steps over which the learning rate rises linearly."""
     schedule: Literal["constant", "cosine", "step"] = "constant"
-    """Learning rate after warm-up."""
+    """Course of the learning rate after warm-up."""
     final_lr_ratio: Fraction = 0.0
-    """Last rate relative to lr (cosine)."""
+    """Final learning rate relative to lr (cosine)."""
     drop_at: tuple[Fraction, ...] = (0.7,)
-    """Shares of the run after which the rate drops (step)."""
+    """Fractions of the run after which the learning rate drops (step)."""
     drop_factor: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Factor of each drop (step)."""
 
 
 class EmaSection(Section):
-    """The averaged copy that previews, ternarize and pack use."""
+    """The averaged weights that previews, ternarize and pack use."""
 
     decay: Fraction = 0.9999
     """Decay of the exponential moving average, per step."""
@@ -300,7 +300,7 @@ class EmaSection(Section):
 
 
 class SampleSection(Section):
-    """Preview grids drawn from the EMA weights during training."""
+    """Preview grids generated with the EMA weights during training."""
 
     every: NonNegativeInt = 5_000
     """Steps between preview grids; 0: none."""
@@ -315,7 +315,7 @@ class SampleSection(Section):
 
 
 class WandbSection(Section):
-    """Where Weights & Biases keeps the run."""
+    """Where Weights & Biases stores the run."""
 
     project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")]
     """Project that the run belongs to."""
@@ -326,14 +326,14 @@ class WandbSection(Section):
 
 
 class LoggingSection(Section):
-    """metrics.jsonl and loss.png always; TensorBoard and Weights & Biases where wanted."""
+    """metrics.jsonl and loss.png are always written; TensorBoard and Weights & Biases optional."""
 
     every: PositiveInt = 100
     """Steps between entries of metrics.jsonl."""
     tensorboard: bool = False
     """Also write RUN/tensorboard."""
     wandb: WandbSection | None = None
-    """Also log to Weights & Biases: {project: NAME}; null: not."""
+    """Also log to Weights & Biases: {project: NAME}; null: off."""
 
 
 class CheckpointSection(Section):
@@ -344,7 +344,7 @@ class CheckpointSection(Section):
     keep_last: PositiveInt = 2
     """Newest checkpoints to keep."""
     keep_every_hours: PositiveFloat | None = None
-    """Of older ones keep one per so many hours; null: none."""
+    """Also keep one older checkpoint per this many hours; null: none."""
 
 
 class Recipe(Section):
@@ -467,7 +467,7 @@ def load_recipe(
     """
     path = find_recipe(path)
     values = read_mapping(path, "recipe")
-    # A preset takes the place of what the file says; fields beside it win, on either side of it.
+    # A preset replaces what the file says; fields given as overrides win, before or after it.
     for word in sorted(overrides, key=lambda word: not word.startswith("ternary.preset=")):
         _apply_override(values, word)
     return parse_recipe(values, path, more)
@@ -508,7 +508,7 @@ def _apply_override(values: dict[str, Any], word: str) -> None:
     try:
         value = parse_yaml(text)
         if re.match(r"[^'\"]*\s#", text):
-            raise ValueError("what follows ' #' would be a comment")
+            raise ValueError("the text after ' #' would be a comment")
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UsageError(
             "an override's value is not valid YAML", got=repr(word[:200]),
@@ -521,10 +521,10 @@ def _apply_override(values: dict[str, Any], word: str) -> None:
         values = values[section]
         if not isinstance(values, dict):
             raise UsageError(
-                "an override names a field inside a plain value", got=repr(word),
-                fix=f"{section} has no fields",
+                "an override names a key inside a single value", got=repr(word),
+                fix=f"set {section} itself: it has no keys",
             )  # fmt: skip
-    if key == "ternary.preset":  # said after the file, so instead of what the file says
+    if key == "ternary.preset":  # applied after the file, so it replaces what the file says
         for name in PRESETS["paper"]:
             values.pop(name, None)
     values[last] = value

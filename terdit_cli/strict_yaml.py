@@ -1,4 +1,4 @@
-"""YAML files of sections, read strictly: all that is misspelt is an error, all at once."""
+"""YAML files of sections, read strictly: every mistake is an error, all reported at once."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse YAML's `yes` where a number is wanted: pydantic would read it as 1."""
-        annotation = cls.model_fields[str(info.field_name)].annotation
+        """Refuse YAML's `yes` where a number is expected: pydantic would read it as 1."""
+        field = cls.model_fields[str(info.field_name)]
+        annotation = field.annotation
         parts = value if isinstance(value, list | tuple) else [value]
         kinds = (annotation, *get_args(annotation))
         if bool not in kinds and any(isinstance(part, bool) for part in parts):
@@ -86,11 +87,11 @@ def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Ha
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, Hashable):
             raise yaml.constructor.ConstructorError(
-                None, None, f"a {type(key).__name__} for a key", key_node.start_mark
+                None, None, f"a {type(key).__name__} as a key", key_node.start_mark
             )
         if key in seen:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} stands twice", key_node.start_mark
+                None, None, f"the key {key!r} is given twice", key_node.start_mark
             )
         seen.add(key)
     return loader.construct_mapping(node)
@@ -108,7 +109,7 @@ def read_mapping(path: Path, kind: Literal["recipe", "study"]) -> dict[str, Any]
     """Read a YAML file of sections, strictly: no repeated keys, no aliases.
 
     Args:
-        kind: what messages call it.
+        kind: what error messages call the file.
 
     Raises:
         InputFileError: missing, too large, or not YAML with a mapping at the top.
@@ -119,11 +120,12 @@ def read_mapping(path: Path, kind: Literal["recipe", "study"]) -> dict[str, Any]
             data = file.read(LARGEST_FILE + 1)
     except OSError as error:
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        absent = isinstance(error, FileNotFoundError)
         raise InputFileError(
-            f"cannot read the {kind}",
-            got=error.strerror or error,
+            f"{kind} not found" if absent else f"cannot read the {kind}",
+            got=None if absent else error.strerror or error,
             where=path,
-            fix=f"{_PLURALS[kind]} here: " + ", ".join(near)
+            fix=f"available {_PLURALS[kind]}: " + ", ".join(near)
             if near
             else "give the path of a .yaml file",
         ) from error
@@ -143,7 +145,7 @@ def read_mapping(path: Path, kind: Literal["recipe", "study"]) -> dict[str, Any]
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputFileError(
             f"the {kind} is not valid YAML", got=" ".join(str(error).split()), where=path,
-            fix="correct it at that place",
+            fix="correct that place",
         ) from error  # fmt: skip
     if not isinstance(values, dict):
         got = "an empty file" if values is None else f"a {type(values).__name__}"
@@ -160,7 +162,7 @@ def _decoded(data: bytes, kind: str, path: Path) -> str:
     encoding = "UTF-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data else None
     try:
         if encoding is None:
-            return data.decode("utf-8-sig")  # Windows' editors begin with a mark
+            return data.decode("utf-8-sig")  # editors on Windows begin files with a byte-order mark
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         encoding = f"byte {data[error.start]:#04x} in line {line}, perhaps Latin-1 or Windows-1252"
@@ -173,7 +175,7 @@ def _decoded(data: bytes, kind: str, path: Path) -> str:
 def mistakes(
     error: ValidationError, root: type[BaseModel], kind: str, where: object, fix: str
 ) -> UsageError:
-    """Return one error that lists everything pydantic found; `root` is what was validated."""
+    """Return one error that lists everything pydantic found; `root` is the validated model."""
     lines = [_explain(problem, root) for problem in error.errors(include_url=False)]
     return listed(lines, kind, where, fix)
 

@@ -69,7 +69,7 @@ def test_other_class_lists() -> None:
         ("3,,4", ["got ''"]),
         ("", ["got ''"]),
         ("tench,goldn retriever", ["'goldn retriever'"]),
-        ("crane", ["'crane'", "134, 517", "Fix: name the class by its id"]),
+        ("crane", ["'crane'", "134, 517", "Fix: give the id of the class"]),
         ("Maillot", ["'Maillot'", "638, 639"]),
         ("tench,crane", ["134, 517"]),
     ],

@@ -73,7 +73,7 @@ for _name, _verb, _examples in (
 ):
     app.command(_name, cls=Command, epilog=examples(*_examples))(expanded(_verb))
 
-# Options that have another name now: (verb, old option) -> what to write.
+# Renamed options: (verb, old option) -> what to write now.
 RENAMED = {
     ("train", "--plot"): "terdit plot RUN",
     ("train", "--export"): "terdit export RUN",
@@ -120,7 +120,7 @@ def main() -> None:
     A stop signal becomes an exception, so that half-written files are removed; training, while it
     runs, handles them itself (`train/loop.py`).
     """
-    # Of images with damaged tags, without saying which; their pixels are read whole or refused.
+    # PIL warns of damaged tags without naming the image; pixels are read completely or refused.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     code: Any = 0
     bound_spinning()  # before any verb imports torch
@@ -131,7 +131,9 @@ def main() -> None:
             app(prog_name="terdit")
     except SystemExit as end:
         code = end.code
-        if isinstance(end.__context__, BrokenPipeError):  # of which click says 1, a bug
+        if isinstance(
+            end.__context__, BrokenPipeError
+        ):  # click's exit code for it is 1, which means a bug here
             code = 128 + signal.SIGPIPE
     except StopSignal as stop:
         code = _fail(stop.told())
@@ -167,37 +169,37 @@ _REFUSALS = {
     errno.EACCES: _FORBIDDEN,
     errno.EPERM: _FORBIDDEN,
     errno.EROFS: _FORBIDDEN,
-    errno.ENAMETOOLONG: ("a name is too long for the file system", "give a shorter one"),
+    errno.ENAMETOOLONG: ("a file name is too long for the file system", "give a shorter one"),
 }
 
 
 def _not_compiled(error: BaseException) -> EnvironmentProblem | None:
-    """Return what to say if torch.compile failed, for want of a compiler mostly; else None."""
+    """Return the error to show if torch.compile failed (mostly for lack of a compiler), or None."""
     seen: BaseException | None = error
     while seen is not None:
         if type(seen).__module__.startswith(("torch._dynamo", "torch._inductor")):
             lines = str(error.__cause__ or error).strip().splitlines()
             return EnvironmentProblem(
                 "torch cannot compile the network", got=lines[0][:200] if lines else "no reason",
-                fix="install a C++ compiler (Debian: g++ python3-dev), or do without: "
-                "train.compile=false, no --compile",
+                fix="install a C++ compiler (Debian: g++ python3-dev), or set "
+                "train.compile=false and leave --compile out",
             )  # fmt: skip
         seen = seen.__cause__ or seen.__context__
     return None
 
 
 def _refuse_empty(words: list[str]) -> None:
-    """Refuse an empty word, which as a path would be the current folder."""
+    """Refuse an empty argument, which as a path would be the current folder."""
     if "" in words:
         raise UsageError(
-            "a word of the command is empty",
+            "an argument of the command is empty",
             got=shlex.join(["terdit", *words]),
-            fix="give it a value; a shell variable without one leaves such a word",
+            fix="give it a value; an unset shell variable leaves an empty argument",
         )
 
 
 def _refuse_renamed(words: list[str]) -> None:
-    """Refuse an option of an earlier version, with the name it has now."""
+    """Refuse an option of an earlier version; the message gives its present name."""
     verb = next((word for word in words if not word.startswith("-")), "")
     for word in words[: words.index("--") if "--" in words else None]:
         if new := RENAMED.get((verb, word.partition("=")[0])):

@@ -25,14 +25,16 @@ def export(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="The file to write, .pt.  [default: ckpt.pt in the run folder]"
+            "--out", "-o", help="Output file (.pt).  [default: ckpt.pt in the run folder]"
         ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Export the newest checkpoint of a run, or a named one, as one file."""
+    """Export the newest checkpoint of a run, or a given one, as a single file."""
     if not run.exists():  # shows before torch is imported
-        raise InputFileError("no such run", where=run, fix="name a run folder, runs/quickstart say")
+        raise InputFileError(
+            "no such run", where=run, fix="give a run folder such as runs/quickstart"
+        )
     from terdit_cli.commands import export as command
 
     result = command.run(run, out)

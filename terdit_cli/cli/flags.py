@@ -1,4 +1,4 @@
-"""From dataclasses of options to flags; and what several verbs share. No torch here."""
+"""Turns dataclasses of options into flags; flags that several verbs share. No torch here."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from terdit_cli.system.memory import require_room
 WITHOUT_TORCH = ("models",)  # verbs that run without it
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output.")]
 Ema = Annotated[
     bool,
-    typer.Option("--ema/--raw", help="EMA weights of a checkpoint, or those of the last step."),
+    typer.Option("--ema/--raw", help="Use a checkpoint's EMA weights, or those of its last step."),
 ]
 
 
 def weights_of(ema: bool) -> Weights:
-    """Return what `Ema` chose, by its name in the library."""
+    """Return the choice of `Ema` by its name in the Python API."""
     return "ema" if ema else "raw"
 
 
@@ -101,16 +101,18 @@ def names_of(*kinds: Any) -> tuple[str, ...]:
 
 
 def refuse_given(context: typer.Context, names: Collection[str], only: str) -> None:
-    """Raise UsageError if one of these parameters stands on the command line and would do nothing.
+    """Raise UsageError if one of these parameters is on the command line but would have no effect.
 
     Args:
-        only: what they are for.
+        only: what they are for, as in "for a --dry-run".
     """
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name in names and source is not None and source.name == "COMMANDLINE":
             flag = parameter.opts[0]
-            raise UsageError(f"{flag} would do nothing here: it is {only}", fix=f"leave {flag} out")
+            raise UsageError(
+                f"{flag} would have no effect here: it is {only}", fix=f"leave {flag} out"
+            )
 
 
 class Command(TyperCommand):

@@ -30,7 +30,7 @@ def models(
 ) -> None:
     """List the packaged models, or show the card of one.
 
-    Each NAME is a --model of sample and eval-fid.
+    sample and eval-fid take each NAME as --model.
     """
     from terdit_cli.commands import models as command
 
@@ -43,7 +43,7 @@ def models(
     elif found:
         _print_list(found)
     else:
-        console.note("no model is packaged")
+        console.note("no packaged models")
 
 
 def _as_json(model: PackagedModel) -> dict[str, Any]:

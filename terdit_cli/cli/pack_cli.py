@@ -26,7 +26,7 @@ def pack(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="Run folder, ckpt.pt, ternarized .safetensors, or a released TerDiT folder.",
+            help="Run folder, ckpt.pt, ternarized .safetensors, or a folder of TerDiT's release.",
         ),
     ],
     overrides: Annotated[
@@ -35,16 +35,18 @@ def pack(
             metavar="KEY=VALUE", help="Metadata missing from the checkpoint: n_heads=32."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .tdt file to write.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output file (.tdt).")] = Path(
         "model.tdt"
     ),
     codec: Annotated[
         Literal["t2", "t5"],
-        typer.Option(help="t2: 2 bits/weight, memory-mapped. t5: 1.6 bits/weight, unpacked."),
+        typer.Option(
+            help="t2: 2 bits/weight, memory-mapped. t5: 1.6 bits/weight, unpacked at load."
+        ),
     ] = "t2",
     rest: Annotated[
         Literal["bf16", "fp32"],
-        typer.Option(help="Dtype of non-ternary tensors; fp32 keeps outputs bit for bit."),
+        typer.Option(help="Dtype of non-ternary tensors; fp32 keeps the outputs bit for bit."),
     ] = "fp32",
     ema: Ema = True,
     force: Force = False,

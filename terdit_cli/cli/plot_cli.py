@@ -20,7 +20,7 @@ EXAMPLES = (
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The picture to write: .png, .svg or .html.")
+        Path, typer.Option("--out", "-o", help="Output file: .png, .svg or .html.")
     ] = Path("curves.png"),
     json: Json = False,
 ) -> None:

@@ -35,7 +35,7 @@ def prepare(
     ] = None,
     shard_mb: Annotated[float, typer.Option(help="Target shard size (MB).")] = 256,
     batch_size: Annotated[
-        int, typer.Option(help="Images per batch, each with its mirror image.")
+        int, typer.Option(help="Images per batch; mirror images come in addition.")
     ] = 16,
     device: Annotated[
         str | None,
@@ -47,9 +47,9 @@ def prepare(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Encode a recipe's images with its VAE into latents on disk that any run can train on.
+    """Encode a recipe's images with its VAE into latents on disk.
 
-    Rerun to resume; missing shards are regenerated.
+    Any run can train on them. Rerun to resume; missing shards are regenerated.
     """
     if (recipe is None) == (verify is None):
         raise UsageError(
@@ -69,7 +69,7 @@ def prepare(
             console.result_json(dataclasses.asdict(checked))
             return
         console.result(
-            f"{verify}: {checked.shards} shards are whole, {checked.images:,} images, "
+            f"{verify}: {checked.shards} shards are intact, {checked.images:,} images, "
             f"{console.byte_size(checked.bytes)} in {console.duration(checked.seconds)}"
         )
         return
@@ -84,6 +84,4 @@ def prepare(
         f"{result.folder}: {result.images:,} images{skipped} in {result.shards} shards, "
         f"{console.byte_size(result.bytes)}{rate}"
     )
-    console.note(
-        f"train on them with: data.source=latents data.path={result.folder} data.split=null"
-    )
+    console.note(f"to train on them: data.source=latents data.path={result.folder} data.split=null")

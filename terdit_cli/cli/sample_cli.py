@@ -26,20 +26,20 @@ EXAMPLES = (
 def sample(
     *,
     prompt_class: Annotated[
-        str, typer.Option(help="Class id, class name, a comma separated list of them, or all.")
+        str, typer.Option(help="Class id or name, a comma-separated list of them, or all.")
     ],
     model: Annotated[
         Path | None,
         typer.Option(
-            help="File, folder or packaged model.  [default: TERDIT_MODEL, the only .tdt here, "
-            "newest run, packaged model of that class]"
+            help="Model file, run folder or packaged model.  [default: TERDIT_MODEL, the only .tdt "
+            "here, the newest run, or the packaged model with that class]"
         ),
     ] = None,
     n: Annotated[int, typer.Option("-n", help="Images per class.")] = 1,
     out: Annotated[
         str,
         typer.Option(
-            "--out", "-o", help=".png a labelled grid, .npz an array, otherwise a folder of PNGs."
+            "--out", "-o", help=".png: a labelled grid; .npz: an array; otherwise a folder of PNGs."
         ),
     ] = "sample.png",
     force: Force = False,

@@ -34,20 +34,22 @@ def study(
     runs: Annotated[Path, typer.Option(help="Folder of the studies' runs.")] = Path("runs/studies"),
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="The report, .md; an .html and figures go beside it."),
+        typer.Option(
+            "--out", "-o", help="Report (.md); an .html and figures are written beside it."
+        ),
     ] = Path("runs/results.md"),
     keep: Annotated[
         Path | None,
         typer.Option(
             metavar="<folder>",
-            help="Also write the findings of each study into FOLDER as one archive.",
+            help="Also write the results of each study into FOLDER as one archive.",
         ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Train and evaluate the variants of a study: run missing variants and report.
+    """Train and score the variants of a study, and write a report.
 
-    Rerun to resume.
+    Rerun to resume; only missing variants are run.
     """
     from terdit_cli.lab.study import run_study as command
 
@@ -64,4 +66,4 @@ def study(
         console.result(f"{name}: {verdict}")
     console.result(f"{result.page} and {result.html} written")
     if result.missing:
-        console.note(f"{result.missing} scores are still missing: run the same command again")
+        console.note(f"{result.missing} scores are still missing: rerun the command")

@@ -1,4 +1,4 @@
-"""What the verbs print of their results, as tables. Nothing here imports torch."""
+"""The tables in which the verbs print their results. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def print_plan(recipe: Recipe, plan: Plan, json: bool) -> None:
-    """Print memory, work and time of a training run."""
+    """Print memory, operations and time of a training run."""
     if json:
         values = dataclasses.asdict(plan)
         values |= {"ternary_share": plan.ternary_share}
@@ -24,11 +24,11 @@ def print_plan(recipe: Recipe, plan: Plan, json: bool) -> None:
         return
     size = console.byte_size
     train = recipe.train
-    chosen = "chosen" if train.activation_checkpointing else "not chosen"
+    chosen = "enabled" if train.activation_checkpointing else "not enabled"
     moments = {
-        "adamw": "two moments, fp32",
-        "adamw8bit": "two moments, 8 bit",
-        "muon": "moments of Muon and AdamW, fp32",
+        "adamw": "Adam state, fp32",
+        "adamw8bit": "Adam state, 8 bit",
+        "muon": "Muon and Adam state, fp32",
     }[recipe.optim.kind]
     processes = "one process" if plan.gpus == 1 else f"{plan.gpus} processes, {plan.mode}"
     rows = [
@@ -37,34 +37,34 @@ def print_plan(recipe: Recipe, plan: Plan, json: bool) -> None:
         ("weights, fp32", size(plan.weight_bytes)),
         (f"optimizer, {moments}", size(plan.optimizer_bytes)),
         ("EMA, fp32", size(plan.ema_bytes)),
-        ("record of codes, to count flips", size(plan.record_bytes)),
+        ("last trits, to count flips", size(plan.record_bytes)),
         *([("teacher, fp32", size(plan.teacher_bytes))] if plan.teacher_bytes else []),
         (
             f"activations, {train.micro_batch_size} images, {train.precision}",
             size(plan.activation_bytes),
         ),
-        (f"  with checkpointing ({chosen})", size(plan.checkpointed_bytes)),
+        (f"  with activation checkpointing ({chosen})", size(plan.checkpointed_bytes)),
         ("gradients, fp32", size(plan.gradient_bytes)),
-        ("ternarized weights of a step", size(plan.codes_bytes)),
-        ("a step's peak: the last three, gathered weights, temporaries", size(plan.step_bytes)),
-        ("memory of one process", size(plan.total_bytes)),
+        ("trits of a step", size(plan.codes_bytes)),
+        ("peak of a step: the last three, gathered weights, temporaries", size(plan.step_bytes)),
+        ("total memory per process", size(plan.total_bytes)),
     ]
     if plan.host_bytes:
-        rows.append(("offloaded to the host, a process", size(plan.host_bytes)))
+        rows.append(("offloaded to host memory, per process", size(plan.host_bytes)))
     if plan.gpu_bytes is not None:
         largest = plan.largest_micro_batch
-        fits = f"{largest} images" if largest else "none: shard over more GPUs, or checkpoint"
+        fits = f"{largest} images" if largest else "none: use more GPUs or activation checkpointing"
         rows.append((f"largest micro-batch that fits {size(plan.gpu_bytes)}", fits))
     rows += [
         ("steps", f"{plan.steps:,}"),
         ("images", f"{plan.images:,}"),
-        ("micro-batches a step (one process)", f"{plan.grad_accum_steps:,}"),
-        ("operations a step", f"{plan.flops_per_step / 1e12:,.2f} TFLOP"),
+        ("micro-batches per step and process", f"{plan.grad_accum_steps:,}"),
+        ("operations per step", f"{plan.flops_per_step / 1e12:,.2f} TFLOP"),
     ]
     if plan.days is not None and plan.peak_flops is not None:
         speed = f"{plan.gpus} x {plan.peak_flops / 1e12:,.0f} TFLOP/s at {plan.mfu:.0%} MFU"
         rows.append((speed, f"{plan.days:,.1f} days"))
-    console.result_table(f"{recipe.name}: plan of {processes}, nothing trained", ("", ""), rows)
+    console.result_table(f"{recipe.name}: plan for {processes}", ("", ""), rows)
 
 
 def print_ternarized(result: TernarizeResult) -> None:
@@ -85,9 +85,9 @@ def print_ternarized(result: TernarizeResult) -> None:
     console.result_table(f"{result.output} ({result.weights} weights)", header, rows)
     if result.fitted:
         console.warn(
-            "this checkpoint was trained in full precision: its weights were fitted afterwards "
-            f"with a mean relative error of {result.relative_error:.2f}. Such a model usually "
-            "draws noise; for a usable one train with ternary.enabled=true"
+            "this checkpoint was trained in full precision: post-training quantisation has a mean "
+            f"relative error of {result.relative_error:.2f}. Such a model usually generates noise; "
+            "for a usable one train with ternary.enabled=true"
         )
 
 
@@ -97,7 +97,7 @@ def print_packed(result: PackResult) -> None:
         ("parameters", f"{result.parameters:,}"),
         ("ternary", f"{result.ternary:,} ({100 * result.ternary / result.parameters:.3f} %)"),
         ("codec", f"{result.codec}, {result.bits_per_weight:.3f} bits per ternary weight"),
-        ("rest", result.rest),
+        ("other tensors", result.rest),
         ("fp32", f"{result.fp32_bytes:,} bytes"),
         ("this file", f"{result.file_bytes:,} bytes ({result.ratio:.2f} times smaller)"),
         ("packed and verified in", console.duration(result.seconds)),
@@ -106,7 +106,7 @@ def print_packed(result: PackResult) -> None:
 
 
 def print_evaluation(result: EvalResult) -> None:
-    """Print every metric with its interval, and the verdicts."""
+    """Print every metric with its interval, and the result of each gate."""
     from terdit_cli.evaluate.result import format_interval, format_value, share
 
     rows = [
@@ -119,10 +119,10 @@ def print_evaluation(result: EvalResult) -> None:
     ]
     found = result.recognised
     rows += [
-        (name, format_value("", value), f"{share(found[name])} recognised" if name in found else "")
+        (name, format_value("", value), f"accuracy {share(found[name])}" if name in found else "")
         for name, value in result.per_class.items()
     ]
-    reference = "of unknown n" if result.n_reference is None else result.n_reference
+    reference = "of unknown size" if result.n_reference is None else result.n_reference
     title = f"{result.n} images, reference {reference}; {result.pipeline}"
     header = ("", "", "95 %" if result.intervals else "")
     console.result_table(title, header, rows)

@@ -23,19 +23,19 @@ def ternarize(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT", help="ckpt.pt, or its run folder.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors file to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output file (.safetensors).")],
     ema: Ema = True,
     force: Force = False,
     granularity: Annotated[
         Literal["tensor", "row", "group128"] | None,
         typer.Option(
-            help="Granularity of the fitted scales, for a full-precision checkpoint.  "
+            help="Granularity of the scales that are fitted to a full-precision checkpoint.  "
             "[default: tensor]"
         ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Freeze a checkpoint into ternary weights and scales, with a table of every layer."""
+    """Convert a checkpoint to ternary weights and scales; print a table of every layer."""
     catalogue.resolve(checkpoint)  # a wrong path shows before torch is imported
     from terdit_cli.commands import ternarize as command
 

@@ -39,25 +39,26 @@ def train(
         typer.Option("--out", "-o", help="Run folder.  [default: runs/<name of the recipe>]"),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print memory, operations and days without training.")
+        bool, typer.Option("--dry-run", help="Print memory, operations and days; train nothing.")
     ] = False,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs to plan for (dry run).")] = 1,
     gpu_memory: Annotated[
         str | None,
         typer.Option(
             metavar="GPU|SIZE",
-            help="GPU to plan for (dry run): h100, a100, ... or 80GB. Adds the largest "
-            "micro-batch and, for a known GPU, the days.",
+            help="GPU or memory size to plan for (dry run): h100, a100, ..., 80GB. Adds the "
+            "largest micro-batch and, for a named GPU, the training days.",
         ),
     ] = None,
     mfu: Annotated[
-        float | None, typer.Option(help="Assumed MFU (dry run).  [default: 0.4]")
+        float | None,
+        typer.Option(help="Assumed MFU: share of peak FLOP/s (dry run).  [default: 0.4]"),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Train a recipe using quantization-aware training, into a run folder.
+    """Train the model of a recipe using quantisation-aware training.
 
-    Or plan it without training (--dry-run).
+    With --dry-run, only print a plan: memory, operations and days.
     """
     if dry_run:
         refuse_given(context, ("resume", "out"), "for training")

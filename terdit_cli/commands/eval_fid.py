@@ -1,6 +1,6 @@
 """`terdit eval-fid`: a model or a set of images against a reference, with gates for CI.
 
-One pass of the images through the extractor, block by block into a work folder; then every metric
+One pass of the images through the extractor, block by block into a work folder; then all metrics
 from there. Only the two Inception pipelines' distances are called FID.
 """
 
@@ -72,7 +72,7 @@ DEFAULT_IMAGES = 1000  # of a model
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Images that a model draws when they are asked for."""
+    """Images that a model generates on demand."""
 
     generator: ImageGenerator
     sampler: SamplerConfig
@@ -118,11 +118,11 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class SetSource:
-    """Images that lie somewhere: the ones of a set at `indices`."""
+    """Existing images: those of a set at `indices`."""
 
     images: ImageSet
     indices: list[int]
-    skipped: list[str]  # why each image that was left out was
+    skipped: list[str]  # the reason for each skipped image
 
     @property
     def where(self) -> str:
@@ -185,10 +185,10 @@ def open_set(where: str, n: int | None, on_bad_image: BadImagePolicy) -> SetSour
 
 
 def reference_images(where: str, n: int | None, on_bad_image: BadImagePolicy) -> SetSource | None:
-    """Open the images of a reference, None if it is a file of statistics alone.
+    """Open the images of a reference; None if it is a file of statistics.
 
     Args:
-        n: at most so many of images; all that a file of statistics holds.
+        n: the maximum of images to take; a file of statistics is used as a whole.
     """
     path = Path(where)
     if is_statistics_file(path):
@@ -200,7 +200,7 @@ def reference_images(where: str, n: int | None, on_bad_image: BadImagePolicy) ->
 
 
 class _Download:
-    """Says every few seconds how much of an extractor's weights has come."""
+    """Reports every few seconds how much of an extractor's weights is downloaded."""
 
     SECONDS = 5.0
 
@@ -220,11 +220,11 @@ def run(
     loading: ModelOptions | None = None,
     command: str = "terdit eval-fid",
 ) -> EvalResult | None:
-    """Evaluate; returns None where there was nothing to compare, and in all but the main process.
+    """Evaluate; returns None if there is nothing to compare, and in all but the main process.
 
     Args:
         sampling, loading: of `options.model`.
-        command: how it was called, for the provenance.
+        command: the command line, for the provenance.
 
     Raises:
         UsageError, InputFileError, EnvironmentProblem. A missed gate is not raised here: see
@@ -257,7 +257,7 @@ def run(
         provenance = _provenance(source, extractor, sampling.seed, command)
         warnings = list(extractor.warnings)
         reference, members = None, {}
-        # The reference first: what is wrong with it shows before hours of sampling.
+        # The reference first: its mistakes show before hours of sampling.
         if (where := options.reference) is not None:
             compared = reference_images(where, options.n, options.on_bad_image)
             if options.per_class is not None:
@@ -368,7 +368,7 @@ def _open(
 def _provenance(
     source: Source, extractor: FeatureExtractor, seed: int, command: str
 ) -> dict[str, Any]:
-    """Return all that is needed to repeat the run; `gate.ALIKE` are keys of it."""
+    """Return everything needed to repeat the run; `gate.ALIKE` are keys of it."""
     facts: dict[str, Any] = {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -404,7 +404,7 @@ def _provenance(
 
 
 def _warnings(source: Source, shards: FeatureShards) -> list[str]:
-    """Return what the user should know of the images."""
+    """Return what the user should know about the images."""
     found = conversions(shards)
     if source.skipped:
         found.append(

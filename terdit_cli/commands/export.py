@@ -19,13 +19,13 @@ from terdit_cli.train.checkpoint import (
 )
 from terdit_cli.train.write_ckpt import write_ckpt
 
-# By suffix: what writes the file.
+# Suffix -> the function that writes the file.
 FORMATS: dict[str, Callable[[Saved, Path], None]] = {".pt": write_ckpt}
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was made of which checkpoint."""
+    """What was written from which checkpoint."""
 
     checkpoint: Path
     out: Path
@@ -33,11 +33,11 @@ class ExportResult:
 
 
 def run(source: Path, out: Path | None = None) -> ExportResult:
-    """Write a checkpoint as one file, in one process and little memory.
+    """Write a checkpoint as one file, in one process and with little memory.
 
     Args:
         source: a run folder, whose newest undamaged checkpoint is taken, or a checkpoint folder.
-        out: the file to write, of a suffix in `FORMATS`; default ckpt.pt in the run folder.
+        out: the file to write, with a suffix in `FORMATS`; default ckpt.pt in the run folder.
 
     Raises:
         InputFileError: no checkpoint there, or a damaged one.
@@ -46,7 +46,7 @@ def run(source: Path, out: Path | None = None) -> ExportResult:
     """
     if out is not None and out.suffix.lower() not in FORMATS:
         raise UsageError(
-            "unknown kind of export", got=out.name,
+            "unknown export format", got=out.name,
             expected="a name that ends in " + ", ".join(FORMATS), fix="-o ckpt.pt",
         )  # fmt: skip
     job = Job()
@@ -58,15 +58,15 @@ def run(source: Path, out: Path | None = None) -> ExportResult:
         if newest is None:
             raise InputFileError(
                 "there is no complete checkpoint", where=source,
-                fix="name a run folder or one of its checkpoints/step-* folders",
+                fix="give a run folder or one of its checkpoints/step-* folders",
             )  # fmt: skip
         saved = newest
     path = out or run_folder / CKPT
     if out is None and _step_of(path) not in (None, saved.step):
         raise UsageError(
-            "the run's ckpt.pt is of another step", got=f"step {_step_of(path)}",
-            expected=f"step {saved.step}, as the checkpoint", where=path,
-            fix="name another file: -o early.pt",
+            "the run's ckpt.pt is from another step", got=f"step {_step_of(path)}",
+            expected=f"step {saved.step}, that of the checkpoint", where=path,
+            fix="write another file: -o early.pt",
         )  # fmt: skip
     with memory.explained(f"exporting {saved.path}"):
         FORMATS[path.suffix.lower()](saved, path)
@@ -74,7 +74,7 @@ def run(source: Path, out: Path | None = None) -> ExportResult:
 
 
 def _step_of(path: Path) -> int | None:
-    """Return the step of a ckpt.pt; None where there is none, or a damaged one to be made again."""
+    """Return the step of a ckpt.pt; None if it is absent, or damaged and to be written again."""
     try:
         return load_ckpt(path).info.step
     except InputFileError:

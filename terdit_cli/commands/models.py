@@ -1,4 +1,4 @@
-"""`terdit models`: what is packaged, as the cards tell it, without opening a model or torch."""
+"""`terdit models`: the packaged models by their cards, without opening a model or torch."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class PackagedModel:
 
 
 def run(name: str | None = None) -> list[PackagedModel]:
-    """Return the packaged models, or only the one of a name.
+    """Return the packaged models, or only the named one.
 
     Raises:
         UsageError: no model of that name.
-        InputFileError: a damaged card, or a model that is not the card's, byte for byte.
+        InputFileError: a damaged card, or a model file that is not the one of the card.
     """
     return [_describe(name) for name in (catalogue.names() if name is None else [name])]
 
@@ -40,11 +40,11 @@ def _describe(name: str) -> PackagedModel:
     path, card = catalogue.path_of(name), read_card(name)
     if (found := file_sha256(path)) != card.sha256:
         raise InputFileError(
-            "a packaged model is damaged, or its card is of another model",
+            "a packaged model is damaged, or its card belongs to another model",
             got=f"SHA-256 {found}",
             expected=card.sha256,
             where=path,
-            fix="install terdit again, or make both with `make add-model`",
+            fix="install terdit again, or write both with `make add-model`",
         )
     fields = card.network.model_dump()
     return PackagedModel(name=name, path=path, file_bytes=path.stat().st_size, card=card, **fields)

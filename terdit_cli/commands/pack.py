@@ -52,11 +52,11 @@ def run(
     Args:
         source: ckpt.pt, run folder, ternarized .safetensors, .tdt or released TerDiT folder.
         output: the .tdt to write.
-        codec: t2 (2 bits a weight, mapped at load) or t5 (1.6 bits, unpacked at load).
+        codec: t2 (2 bits per weight, mapped at load) or t5 (1.6 bits, unpacked at load).
         rest: dtype of everything that is not ternary; fp32 keeps the outputs bit for bit.
-        weights: of a checkpoint, the average or the last step's.
-        overrides: `DiTConfig` fields that a released folder does not show (n_heads=32).
-        force: replace an output that exists.
+        weights: of a checkpoint, the EMA or those of the last step.
+        overrides: `DiTConfig` fields that a released folder lacks (n_heads=32).
+        force: overwrite an existing output.
 
     Raises:
         InputFileError, UsageError, EnvironmentProblem.

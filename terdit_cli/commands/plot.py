@@ -1,4 +1,4 @@
-"""`terdit plot`: the training curves of runs on one picture."""
+"""`terdit plot`: the training curves of runs in one figure."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from terdit_cli.train.curves import plot_runs
 
 @dataclass(frozen=True)
 class PlotResult:
-    """Which runs' curves lie where."""
+    """The runs and the file of their curves."""
 
     runs: tuple[Path, ...]
     out: Path
 
 
 def run(runs: Sequence[Path], out: Path) -> PlotResult:
-    """Plot the curves of several runs on one picture, .png, .svg or .html.
+    """Plot the curves of several runs in one figure, .png, .svg or .html.
 
     Raises:
         InputFileError: a folder without metrics.jsonl.
-        UsageError: no run, or another kind of picture.
+        UsageError: no run, or an unknown format.
     """
     return PlotResult(tuple(runs), plot_runs(runs, out))

@@ -1,6 +1,6 @@
-"""`terdit prepare`: the images of a recipe become latents on disk, once and for all runs.
+"""`terdit prepare`: encodes the images of a recipe into latents on disk, once for all runs.
 
-Alone or started by torchrun; the shards that are not there yet are dealt out to the processes.
+Alone or started by torchrun; the missing shards are divided among the processes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _HASHERS = 4  # files read at once by `verify`
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What lies in the folder now, and what this job did for it."""
+    """What the folder holds now, and what this job added to it."""
 
     folder: Path
     images: int
@@ -50,7 +50,7 @@ class PrepareResult:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """A folder whose shards are all as they were written."""
+    """A folder whose shards are all intact."""
 
     folder: Path
     images: int
@@ -67,12 +67,12 @@ def run(
     batch_size: int = BATCH_SIZE,
     device: str | None = None,
 ) -> PrepareResult:
-    """Prepare the latents of a recipe's images, or go on where a stopped job left off.
+    """Prepare the latents of a recipe's images, or resume where a stopped job left off.
 
     Args:
         out: the folder; default latents/<name of the recipe>.
-        shard_mb: about how large a shard is, 10^6 bytes.
-        batch_size: images encoded at once, with their mirrors.
+        shard_mb: target size of a shard, 10^6 bytes.
+        batch_size: images encoded at once, their mirror images in addition.
         device: default a GPU if there is one.
 
     Raises:
@@ -83,7 +83,7 @@ def run(
     if shard_mb <= 0 or batch_size < 1:
         raise UsageError(
             "wrong size",
-            got=f"{shard_mb} MB a shard, {batch_size} images a batch",
+            got=f"{shard_mb} MB per shard, {batch_size} images per batch",
             expected="positive numbers",
             fix="leave out --shard-mb and --batch-size",
         )
@@ -104,15 +104,15 @@ def run(
             space = build.open_space(recipe, place)
         if not isinstance(space, VaeSpace) or not space.has_moments:
             raise UsageError(
-                "this VAE gives no distributions to prepare",
+                "this VAE has no posterior to prepare",
                 got=f"data.vae {data.vae}, an AutoencoderTiny",
                 expected="an AutoencoderKL",
-                fix="train on the images themselves: this VAE is quick",
+                fix="train on the images themselves: this VAE encodes fast",
             )
         plan = make_plan(data, listing, space, round(shard_mb * 1e6), batch_size)
         work = LatentWork(folder, plan)
         if job.broadcast(work.is_complete() if job.is_main else None):
-            console.note(f"{folder}: all {plan.num_shards} shards are there already")
+            console.note(f"{folder}: all {plan.num_shards} shards exist already")
             return _result(folder, read_index(folder), 0, None)
         if job.is_main:
             _announce(work)
@@ -135,25 +135,25 @@ def run(
 def _check_recipe(recipe: Recipe) -> None:
     if recipe.data.vae is None:
         raise UsageError(
-            "the recipe has no VAE: its model works on pixels, nothing is to prepare",
+            "the recipe has no VAE: its model works on pixels, there is nothing to prepare",
             where="data.vae",
-            fix="set data.vae, or train it as it is",
+            fix="set data.vae, or train without preparing",
         )
     if recipe.data.source == "latents":
         raise UsageError(
-            "the recipe trains on latents already",
+            "the recipe already trains on latents",
             got="data.source latents",
             expected="a source of images",
-            fix="give the images: data.source=folder data.path=IMAGES",
+            fix="set data.source=folder data.path=IMAGES",
         )
 
 
 def _announce(work: LatentWork) -> None:
     plan = work.plan
     channels, height, width = plan.latent_shape
-    views = "each and its mirror" if plan.mirrored else "no mirrors"
+    views = "each also mirrored" if plan.mirrored else "not mirrored"
     console.note(
-        f"preparing {plan.listed:,} images of {plan.image_size} pixels, {views}, as moments of "
+        f"preparing {plan.listed:,} images of {plan.image_size} pixels, {views}, as posteriors of "
         f"{channels} x {height} x {width} latents in bfloat16: "
         f"{console.byte_size(plan.total_bytes)} in {plan.num_shards} shards, into {work.folder}"
     )
@@ -171,7 +171,7 @@ def _check_disk(work: LatentWork) -> None:
         raise EnvironmentProblem(
             "not enough disk for the latents",
             got=f"{console.byte_size(free)} free",
-            expected=f"{console.byte_size(needed)} for the shards that are missing",
+            expected=f"{console.byte_size(needed)} for the missing shards",
             where=work.folder,
             fix="free disk space or name another folder with -o",
         )
@@ -212,7 +212,7 @@ def _make_shards(
             record = work.make(number, listing, space, pool, skip_bad, report)
             if record.skipped:
                 console.warn(
-                    f"{record.file}: {len(record.skipped)} unreadable images left out, "
+                    f"{record.file}: {len(record.skipped)} unreadable images skipped, "
                     f"first: {record.skipped[0]}"
                 )
     job.wait()
@@ -257,8 +257,8 @@ def verify(folder: Path) -> VerifyResult:
             f"{len(damage)} of {len(index.shards)} shards are damaged",
             got=", ".join(damage[:20]) + (f" and {len(damage) - 20} more" if damage[20:] else ""),
             where=folder,
-            fix="delete these files and run the `terdit prepare` that made them again: "
-            "it makes only what is missing",
+            fix="delete these files and rerun the `terdit prepare` that wrote them: "
+            "it writes only what is missing",
         )
     total = sum(record.bytes for record in index.shards)
     seconds = time.monotonic() - began

@@ -34,7 +34,7 @@ from terdit_cli.system.job import Job, join_job
 
 @dataclass(frozen=True)
 class SampleResult:
-    """What was drawn; `nfe` counts network calls an image."""
+    """What was generated; `nfe` counts network calls per image."""
 
     output: Path
     images: int
@@ -64,17 +64,17 @@ def run(
     sampling: SamplingOptions | None = None,
     loading: ModelOptions | None = None,
 ) -> SampleResult:
-    """Generate `n` images of each class that `prompt_class` names; under torchrun together.
+    """Generate `n` images of each class that `prompt_class` names.
 
-    Each process generates some of the batches, and the result is that of one process. It is
-    returned in all of them.
+    Under torchrun each process generates some of the batches; the result is that of one process
+    and is returned in all of them.
 
     Args:
-        prompt_class: an id, a name, a comma separated list of either, or "all".
+        prompt_class: an id, a name, a comma-separated list of either, or "all".
         model: a path, the name of a packaged model, or None: see `find_model`.
         output: .png (a labelled grid), .npz (arr_0 uint8 [N, H, W, 3], labels int64 [N]) or a
             folder (one PNG per image, numbered in the order of `prompt_class`).
-        force: replace what is there.
+        force: overwrite what is there.
 
     Raises:
         UsageError, InputFileError, EnvironmentProblem.
@@ -96,11 +96,11 @@ def run(
         target.check_count(n * len(classes), generator.model.info.image_size)
         indices = [copy * len(names) + class_id for class_id in classes for copy in range(n)]
         config = generator.fit(asked)
-        _ = generator.space  # a VAE that cannot be opened is found before the work
+        _ = generator.space  # a VAE that cannot be opened fails before the work
         # The same in all processes, whatever else their GPUs do: images depend on it a little.
         size = job.smallest(generator.batch_size(sampling.batch_size, config.guided))
         if size < (sampling.batch_size or DEFAULT_BATCH):
-            console.note(f"--batch-size {size}: the GPU has too little memory for {DEFAULT_BATCH}")
+            console.note(f"--batch-size {size}: too little GPU memory for {DEFAULT_BATCH}")
         if target.kind == "folder":
             if job.is_main:
                 target.clear()
@@ -163,7 +163,7 @@ def _draw(
     target: ImageOutput,
     text: dict[str, str],
 ) -> NDArray[np.uint8] | None:
-    """Draw the images `indices` together with the other processes.
+    """Generate the images `indices` together with the other processes.
 
     Whole batches are dealt out: each is computed as if there were one process.
 
@@ -180,7 +180,7 @@ def _draw(
     with console.progress("sampling", len(indices) * config.steps) as meter:
 
         def on_step(count: int) -> None:
-            """Show what all processes have done together, in steps of an image."""
+            """Show the progress of all processes together, in sampling steps of single images."""
             done = job.add("steps", count)
             meter.update(done, f"{done * calls / (time.monotonic() - started):.3g} NFE/s")
 

@@ -1,4 +1,4 @@
-"""`terdit ternarize`: a checkpoint becomes ternary weights and scales, with a table."""
+"""`terdit ternarize`: converts a checkpoint to ternary weights and scales, with a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from terdit_cli.system import memory
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One ternary matrix: its trits, scales and distance from the master weight."""
+    """One ternary matrix: its trits, scales and error against the master weight."""
 
     name: str
     shape: tuple[int, int]
@@ -51,10 +51,10 @@ def run(
 
     Args:
         checkpoint: ckpt.pt or run folder; full precision is fitted (post-training quantisation).
-        weights: the averaged or the raw weights.
+        weights: the EMA weights or those of the last step.
         granularity: scales of a post-training fit (default "tensor"); an error for a ternary
             checkpoint, whose scales were trained.
-        force: replace an output that exists.
+        force: overwrite an existing output.
 
     Raises:
         InputFileError, UsageError, EnvironmentProblem.
@@ -65,9 +65,9 @@ def run(
     export = CheckpointExport(found, weights, granularity or "tensor")
     if granularity is not None and not export.fitted:
         raise UsageError(
-            "the scales of a ternary checkpoint are trained",
+            "the scales of a ternary checkpoint are trained, not fitted",
             got=f"granularity {granularity}",
-            expected=f"none: this checkpoint has {export.info.ternary.granularity}",
+            expected=f"no --granularity: this checkpoint has {export.info.ternary.granularity}",
             where=file.weights_file,
             fix="leave --granularity out",
         )

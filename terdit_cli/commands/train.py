@@ -1,4 +1,4 @@
-"""`terdit train`: a recipe becomes a run folder with ckpt.pt, or, in a dry run, a plan."""
+"""`terdit train`: trains a recipe into a run folder with ckpt.pt, or plans it in a dry run."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from terdit_cli.train.preview import preview_sampler
 from terdit_cli.train.run_lock import locked_run
 from terdit_cli.train.trainer import Trainer
 
-# Changing these on resume would give another network than the one that was saved, or moments that
-# are not there.
+# Changing these on resume would need another network than the saved one, or optimizer state that
+# was not saved.
 _FIXED_SECTIONS, _FIXED_KEYS = ("model", "ternary"), ("optim.kind",)
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where the product lies, and how the loss went."""
+    """The checkpoint that was written, and the first and last loss."""
 
     run_folder: Path
     checkpoint: Path
@@ -112,7 +112,7 @@ def run(
     with (
         join_job(
             a_gpu_each=True,
-            timeout_seconds=2 * recipe.parallel.hang_seconds,  # the watchdog speaks first
+            timeout_seconds=2 * recipe.parallel.hang_seconds,  # the watchdog reports first
             retry=f"continue with: {resume_command(run_folder)}",
         ) as job,
         explained(what, job.device, fix, needs),
@@ -129,7 +129,7 @@ def _train(recipe: Recipe, resume: str | None, run_folder: Path, job: Job) -> tu
     saved = _find_checkpoint(resume, run_folder, job)
     if saved is not None:
         _check_same_network(recipe, saved)
-    build.model_config(recipe)  # a network that cannot be is found before any data is read
+    build.model_config(recipe)  # an impossible network fails before any data is read
     source = build.open_data(recipe)
     space = build.open_space(recipe, job.device)
     with locked_run(run_folder, job):
@@ -144,7 +144,7 @@ def _run(
     run_folder: Path,
     job: Job,
 ) -> tuple[Trainer, Path]:
-    """Train in a folder that is held; see `_train`."""
+    """Train in a locked folder; see `_train`."""
     start = recipe.train.init_from if saved is None else None
     trainer = Trainer(recipe, source, space, job, run_folder, start)
     if saved is not None:
@@ -163,7 +163,7 @@ def _run(
 
 
 def _find_checkpoint(resume: str | None, run_folder: Path, job: Job) -> Saved | None:
-    """Return the checkpoint to continue from, or None for a new run."""
+    """Return the checkpoint to resume from, or None for a new run."""
     newest = job.largest(max(complete_checkpoints(run_folder), default=-1))
     if resume is None:
         used = newest >= 0 or (run_folder / CKPT).exists()
@@ -171,7 +171,7 @@ def _find_checkpoint(resume: str | None, run_folder: Path, job: Job) -> Saved | 
             raise UsageError(
                 "the run folder already holds a run",
                 where=run_folder,
-                fix="continue it with --resume auto, or name another folder with --out",
+                fix="resume it with --resume auto, or give another folder with --out",
             )
         return None
     if resume == "auto":
@@ -181,10 +181,10 @@ def _find_checkpoint(resume: str | None, run_folder: Path, job: Job) -> Saved | 
         finished = (run_folder / CKPT).exists()
         if job.largest(max(newest, 0 if finished else -1)) >= 0:
             raise InputFileError(
-                "no checkpoint to continue from",
-                got="a finished run without checkpoints" if finished else "damaged ones only",
+                "no checkpoint to resume from",
+                got="a finished run without checkpoints" if finished else "only damaged ones",
                 where=run_folder,
-                fix="restore one, or begin a new run in another folder with --out",
+                fix="restore one, or start a new run in another folder with --out",
             )
         console.note(f"no complete checkpoint in {run_folder}: starting a new run")
         return None
@@ -206,9 +206,9 @@ def _find_checkpoint(resume: str | None, run_folder: Path, job: Job) -> Saved | 
         raise UsageError(
             "the run folder holds a later checkpoint or another run",
             got=folder_of(run_folder, int(newest)),
-            expected="the checkpoint to resume to be its newest, or an empty folder",
+            expected="a folder whose newest checkpoint is the one to resume, or an empty folder",
             where=saved.path,
-            fix="continue the newest with --resume auto, or into a new folder with --out",
+            fix="resume the newest with --resume auto, or give a new folder with --out",
         )
     return saved
 
@@ -239,8 +239,8 @@ def _check_same_network(recipe: Recipe, saved: Saved) -> None:
     fixed = [key for key in changed if key.split(".")[0] in _FIXED_SECTIONS or key in _FIXED_KEYS]
     if fixed:
         raise UsageError(
-            "the checkpoint is of another network or optimizer",
-            got=f"other {', '.join(fixed)}",
+            "the checkpoint belongs to another network or optimizer",
+            got=f"different {', '.join(fixed)}",
             where=saved.path,
             fix="use the recipe it was trained with, or another --out",
         )

@@ -4,7 +4,7 @@
     bits = Philox4x64-10 with that key, counter from 1
     z    = sqrt(-2 ln u1) (cos, sin)(2 pi u2)             (Box-Muller, float64 -> float32)
 
-So an image does not depend on the batch it is drawn in, on the number of workers, or on which
+So an image does not depend on the batch it is generated in, on the number of workers, or on which
 other images or earlier draws were asked for, and every device gets the same numbers, made on the
 CPU. torch.Generator would not do: its CPU engine keeps 32 bits of the seed, and a run of 50,000
 images with 250 draws each would repeat thousands of them. Philox's bits are fixed by its paper
@@ -27,7 +27,7 @@ from terdit_cli.errors import UsageError
 
 
 class ImageNoise:
-    """The initial noise and the draw of every step for the images of one batch."""
+    """The initial noise and that of every step for the images of one batch."""
 
     def __init__(
         self,

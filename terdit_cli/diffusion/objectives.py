@@ -1,10 +1,10 @@
-"""What a network is trained to predict, and all that follows from it.
+"""What a network is trained to predict, and everything that depends on it.
 
-An objective says how a timestep is drawn, what the loss is, which samplers fit, and what the files
-of a model say of it. Trainer, generator and measurements ask it; nobody else knows the process. A
-new objective is a row of `OBJECTIVES`.
+An objective defines how timesteps are sampled, what the loss is, which samplers work with it, and
+its metadata in model files. Trainer, generator and measurements ask it; no other code knows the
+process. A new objective is an entry of `OBJECTIVES`.
 
-    eps    predict the noise of Ho et al. 2020 (arXiv 2006.11239) on 1000 linear betas, and the
+    eps    predict the noise of Ho et al. 2020 (arXiv 2006.11239), 1000 linear betas, and the
            variance where the network has channels for it (`process.py`)
 """
 
@@ -26,11 +26,11 @@ from terdit_cli.diffusion.process import (
 
 
 class Objective(ABC):
-    """What the rest of the project asks of an objective."""
+    """The interface of an objective."""
 
     name: ClassVar[str]
     num_steps: ClassVar[int]  # timesteps; t [B] int64 is 0 .. num_steps - 1, the least noise first
-    samplers: ClassVar[tuple[str, ...]]  # that fit a network trained with it
+    samplers: ClassVar[tuple[str, ...]]  # that work with a network trained with it
     description: ClassVar[dict[str, object]]  # in the metadata of model files; plain JSON types
 
     @abstractmethod
@@ -59,7 +59,7 @@ class EpsObjective(Objective):
     name = "eps"
     num_steps = TRAIN_STEPS
     samplers = ("ddpm", "ddim", "dpmpp-2m", "unipc", "euler")
-    # The variance is of networks with `learn_sigma`; the others' is fixed.
+    # Networks with `learn_sigma` predict the variance; that of others is fixed.
     description: ClassVar[dict[str, object]] = {
         "steps": TRAIN_STEPS,
         "schedule": "linear",
@@ -73,7 +73,7 @@ class EpsObjective(Objective):
         self._schedule = make_schedule("")
 
     def timestep(self, share: float) -> int:
-        """Return a timestep, each as likely as any other."""
+        """Return a timestep, uniformly distributed."""
         return int(share * self.num_steps)
 
     def losses(
@@ -96,7 +96,7 @@ def objective_of(description: dict[str, object]) -> Objective:
     """Return the objective that the metadata of a model file describe.
 
     Raises:
-        KeyError: none of this version.
+        KeyError: unknown to this version.
     """
     for make in OBJECTIVES.values():
         if make.description == description:

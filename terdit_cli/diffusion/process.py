@@ -39,7 +39,7 @@ Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # f(x, t, y) -> [B, 2C or 
 
 
 class Teacher(NamedTuple):
-    """A trained network, and its weight in the objective beside the noise itself, in [0, 1]."""
+    """A trained network and its weight in the target, in [0, 1]; the noise has the rest."""
 
     network: Network
     weight: float
@@ -54,7 +54,7 @@ class Gaussian(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """p(x_{t-1} | x_t) as the network sees it, with its guess of x0; tensors [B, C, H, W]."""
+    """p(x_{t-1} | x_t) as the network sees it, with its prediction of x0; tensors [B, C, H, W]."""
 
     mean: Tensor
     variance: Tensor
@@ -64,7 +64,7 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """A noise schedule of S steps; every array is a CPU tensor [S], float64 but for the map."""
+    """A noise schedule of S steps; every array is a CPU tensor [S], float64 except the map."""
 
     timestep_map: Tensor  # int64, ascending: the original timestep (0..999) of each step
     betas: Tensor
@@ -81,7 +81,7 @@ class Schedule:
 
     @cached_property
     def alpha_bar_prev(self) -> Tensor:
-        """Return alpha_bar one step nearer to the image; 1 before the first step."""
+        """Return alpha_bar one step closer to the image; 1 before the first step."""
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
 
     @cached_property
@@ -145,10 +145,10 @@ class Schedule:
     def p_mean_variance(
         self, network_output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool
     ) -> Prediction:
-        """Return p(x_{t-1} | x_t) from what the network said of x_t [B, C, H, W].
+        """Return p(x_{t-1} | x_t) from the network's output for x_t [B, C, H, W].
 
         network_output: [B, 2C, H, W] for eps and v (learned range), or [B, C, H, W] for eps
-        (fixed large variance). clip_denoised clamps the guess of x0 to [-1, 1]. Raises
+        (fixed large variance). clip_denoised clamps the predicted x0 to [-1, 1]. Raises
         ValueError for another number of channels.
         """
         eps, v = split_output(network_output, x_t)
@@ -252,7 +252,7 @@ def spaced_timesteps(respacing: str) -> list[int]:
         if count > size:
             raise _respacing_error(respacing, f"at most {size} steps of section {section + 1}")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        position = 0.0  # summed up, not multiplied: the rounding of upstream's timesteps
+        position = 0.0  # summed, not multiplied: rounds as upstream does
         for _ in range(count):
             kept.add(start + round(position))
             position += stride
@@ -272,9 +272,9 @@ def _strided(respacing: str, count: int) -> list[int]:
         raise UsageError(
             f"{count} DDIM steps are not an even division of {TRAIN_STEPS}",
             got=repr(respacing),
-            expected=f"{valid} steps, the nearest that are",
+            expected=f"{valid} steps, the nearest even division",
             where="diffusion respacing",
-            fix=f"take {valid} steps, or the ddpm sampler, which takes any number",
+            fix=f"use {valid} steps, or the ddpm sampler, which takes any number",
         )
     return list(range(0, TRAIN_STEPS, strides[count]))
 

@@ -10,7 +10,7 @@ where ab' is alpha_bar of the next step and s = eta times the ddpm deviation. No
 callable: noise(k) is the draw of the k-th step, counted from the noisiest, asked for at every
 step of ddpm and ddim even where its factor is 0, so that a recorded trajectory can be replayed.
 
-The network gets t where y lies, which need not be beside x.
+The network gets t on the device of y, which need not be that of x.
 
 Shapes: B images, C channels, H, W pixels or latents. x stays float32. t [B] int64, y [B] int64.
 """
@@ -48,7 +48,7 @@ NAMES = ("ddpm", "ddim", *SOLVERS)
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Which sampler, how many steps, how much guidance; wrong values raise UsageError."""
+    """Sampler, number of steps and CFG scale; wrong values raise UsageError."""
 
     name: SamplerName = "ddpm"
     steps: int = 250
@@ -56,7 +56,7 @@ class SamplerConfig:
     cfg_channels: CfgChannels = "3"
     eps_scale: float = 1.0  # 1.0 = off; arXiv 2308.15321 divides by its lambda instead
     eta: float = 0.0  # ddim only: 0 = deterministic, 1 = as much noise as ddpm
-    clip_denoised: bool = False  # clamp every guess of x0 to [-1, 1]: for pixels, not latents
+    clip_denoised: bool = False  # clamp every predicted x0 to [-1, 1]: for pixels, not latents
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -68,7 +68,7 @@ class SamplerConfig:
                 where="sampler",
                 fix="--sampler ddpm",
             )
-        # The solvers' grid has no place for 1000 different timesteps above 0.
+        # The solvers' grid cannot hold 1000 different timesteps above 0.
         low, high = (1, TRAIN_STEPS - 1) if self.name in SOLVERS else (2, TRAIN_STEPS)
         if isinstance(self.steps, bool) or not isinstance(self.steps, int):
             raise _wrong("steps", self.steps, "an integer", "--steps 50")
@@ -88,10 +88,10 @@ class SamplerConfig:
             raise _wrong("eta", self.eta, f"0 for {self.name}", "eta=0, or --sampler ddim")
 
     def clipped_for(self, pixels: bool) -> SamplerConfig:
-        """Return the sampler for pixels, which end in [-1, 1], or for latents, which end anywhere.
+        """Return the sampler for pixels, which end in [-1, 1], or for latents, without bounds.
 
-        ddpm and ddim clamp their guesses of pixels, as ADM does; the solvers, which extrapolate
-        from guess to guess, do not.
+        ddpm and ddim clamp their predictions of pixels, as ADM does; the solvers, which extrapolate
+        between predictions, do not.
         """
         return replace(self, clip_denoised=pixels and self.name not in SOLVERS)
 
@@ -102,12 +102,12 @@ class SamplerConfig:
 
     @property
     def guided(self) -> bool:
-        """Return whether the network is asked twice a step, with the class and without."""
+        """Return whether the network is called twice per step, with the class and without."""
         return self.cfg_scale != 1.0
 
     @property
     def nfe(self) -> int:
-        """Return the network calls an image takes."""
+        """Return the number of network calls per image."""
         return self.steps * (2 if self.guided else 1)
 
 
@@ -128,7 +128,7 @@ def sample(
 
     z: [B, C, H, W]; y: [B] int64; null_class: the id that means "no class" in guidance.
     noise(k) gives [B, C, H, W] for step k; the solvers never call it. on_step(k, x) sees the
-    state after each step. Gradients and dropout are the caller's: run in inference mode.
+    state after each step. The caller decides on gradients and dropout: run in inference mode.
     """
     if config.guided:
         network = guided(network, null_class, config.cfg_scale, config.cfg_channels)
@@ -179,7 +179,7 @@ def forward_with_cfg(
 def guided(
     network: Network, null_class: int, cfg_scale: float, cfg_channels: CfgChannels = "3"
 ) -> Network:
-    """Return a network of the same contract that asks the given one for 2B images and guides."""
+    """Return a network with the same interface that applies CFG, with 2B rows per call."""
 
     def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         labels = torch.cat([y, torch.full_like(y, null_class)])
@@ -190,11 +190,11 @@ def guided(
 
 
 def scaled(network: Network, eps_scale: float) -> Network:
-    """Return a network of the same contract whose eps [B, C, H, W] is `eps_scale` times as large.
+    """Return a network with the same interface whose eps [B, C, H, W] is times `eps_scale`.
 
-    The variance channels stay. A sampler meets states that carry the errors of the steps before, as
-    no state of the training does, so the noise that the network finds in them is a little too much
-    or too little. One factor for all steps may take some of that back: the epsilon scaling of Ning
+    The variance channels stay. In sampling, states carry the errors of earlier steps, unlike the
+    states of training, so the noise that the network predicts is a little too much or too little.
+    One factor for all steps may correct part of that: the epsilon scaling of Ning
     et al. 2024 (arXiv 2308.15321).
     """
 
@@ -289,7 +289,7 @@ def solver_loop(
 
 
 def _timesteps(step: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `step` for each image, int64 [B]: beside x for the arithmetic, beside y for f."""
+    """Return `step` for each image, int64 [B]: on the device of x for arithmetic, of y for f."""
     t = torch.full((len(x),), step, device=x.device)
     return t, t if y.device == x.device else torch.full((len(x),), step, device=y.device)
 
@@ -315,7 +315,7 @@ def sigmas_of(timesteps: Sequence[int]) -> Tensor:
 
 
 def _draw(noise: Noise, k: int, x: Tensor) -> Tensor:
-    """Return noise(k) beside x; ValueError where its shape would broadcast."""
+    """Return noise(k) on the device of x; ValueError if its shape would broadcast."""
     draw = noise(k)
     if draw.shape != x.shape:
         raise ValueError(f"noise({k}) is {list(draw.shape)}, expected {list(x.shape)}")

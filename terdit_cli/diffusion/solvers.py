@@ -29,7 +29,7 @@ from torch import Tensor
 class Solver(ABC):
     """One trajectory: step k goes from sigmas[k] to sigmas[k + 1].
 
-    `start` is the deviation of the state to start from.
+    `start` is the standard deviation of the initial state.
     """
 
     def __init__(self, sigmas: Tensor) -> None:
@@ -79,7 +79,7 @@ class Euler(Solver):
 
 
 class DpmPlusPlus2M(Solver):
-    """DPM-Solver++ (2M): second order from two guesses of x0."""
+    """DPM-Solver++ (2M): second order from two predictions of x0."""
 
     def __init__(self, sigmas: Tensor) -> None:
         super().__init__(sigmas)
@@ -106,7 +106,7 @@ class UniPC(Solver):
     def __init__(self, sigmas: Tensor) -> None:
         super().__init__(sigmas)
         self._guesses: list[Tensor] = []  # of x0, at most two
-        self._state: Tensor | None = None  # that the last step began with
+        self._state: Tensor | None = None  # from which the last step started
         self._order = 1
 
     def step(self, x: Tensor, eps: Tensor, k: int) -> Tensor:
@@ -128,7 +128,7 @@ class UniPC(Solver):
         scale = torch.expm1(minus_h)  # B(h), and h phi_1(h)
         following = s_next / s * x - alpha_next * scale * x0
         ratios: list[Tensor] = []
-        slopes: list[Tensor] = []  # differences of guesses, per unit of the ratio
+        slopes: list[Tensor] = []  # differences of predictions, per unit of the ratio
         if order == 2:
             ratios = [(self._levels(k - 1)[2] - now) / -minus_h]
             slopes = [(self._guesses[-2] - x0) / ratios[0]]

@@ -28,20 +28,20 @@ class EvalOptions:
     )
     images: str | None = option(
         None,
-        "Score these: folder, zip, tars, .npz, parquet, CIFAR-10 or Fashion-MNIST folder, or "
-        "embedded; with :SPLIT for a part (:train, :heldout).",
+        "Score these images: folder, zip, tars, .npz, parquet, CIFAR-10 or Fashion-MNIST folder, "
+        "or embedded; with :SPLIT for a part (:train, :heldout).",
     )
     reference: str | None = option(
         None, "Images as above, or an .npz of statistics (ours, ADM's, pytorch-fid's)."
     )
     n: int | None = option(
         None,
-        "Number of images; also the most that are taken of a reference of images.  "
-        "[default: all; 1000 of a model]",
+        "Number of images to score; also the maximum taken from a reference set of images.  "
+        "[default: all; 1000 with --model]",
         "-n",
     )
     labels: Literal["balanced", "uniform"] = option(
-        "balanced", "Classes of generated images: in turn, or at random as DiT's sample_ddp."
+        "balanced", "Classes of generated images: in turn, or at random as in DiT's sample_ddp."
     )
     per_class: str | None = option(
         None, "Distance and classifier accuracy per class: names, ids or all."
@@ -59,7 +59,7 @@ class EvalOptions:
     )
     precision: Literal["fp32", "bf16"] = option(
         "fp32",
-        "Precision of the feature extractor; the effect of bf16 is measured.",
+        "Precision of the feature extractor; the effect of bf16 is measured and reported.",
         group="Features and metrics",
     )
     on_bad_image: Literal["error", "skip"] = option(
@@ -69,7 +69,7 @@ class EvalOptions:
     )
     pr_samples: str = option(
         "10000",
-        "Images of each side for precision and recall: a number (0 disables) or all.",
+        "Images per side for precision and recall: a number (0 disables) or all.",
         group="Features and metrics",
     )
     confidence: int = option(
@@ -91,7 +91,7 @@ class EvalOptions:
     )
     max_regression: Path | None = option(
         None,
-        "Exit with 5 if the distance is worse than in this result (of --json).",
+        "Exit with 5 if the distance is larger than in this earlier result (of --json).",
         group="Quality gates",
     )
     tolerance: float = option(
@@ -109,7 +109,7 @@ class EvalOptions:
     )
     work: Path | None = option(
         None,
-        "Keep features here; rerun to resume.  [default: a temporary folder]",
+        "Folder that keeps the features; rerun to resume.  [default: a temporary folder]",
         group="Output",
     )
     make_reference: Path | None = option(
@@ -119,7 +119,7 @@ class EvalOptions:
     )
     reference_features: bool = option(
         False,
-        "Also store features in it, for KID, precision and recall.",
+        "Also store features in the reference, for KID, precision and recall.",
         "--reference-features",
         group="Output",
     )

@@ -1,1 +1,1 @@
-"""From a model file to images: the generator, its options, and saved images."""
+"""Images from a model file: the generator, its options, and saved images."""

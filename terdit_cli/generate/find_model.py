@@ -1,4 +1,4 @@
-"""Which model generates when none is named."""
+"""Which model is used when none is given."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SHOWN_CLASSES = 12  # names in one message
 
 
 def find_model(named: Path | None, prompt_class: str) -> ModelFile:
-    """Return the model to use: the named one, $TERDIT_MODEL, the only .tdt here, the newest run.
+    """Return the model to use: the given one, $TERDIT_MODEL, the only .tdt here, the newest run.
 
-    Where there is none of these, the packaged model that knows the classes of the prompt.
+    If there is none of these, the packaged model that has the classes of the prompt.
 
     Raises:
         UsageError: none at all, or several .tdt files or packaged models to choose from.
@@ -44,17 +44,17 @@ def find_model(named: Path | None, prompt_class: str) -> ModelFile:
         return _packaged_model(prompt_class)
     raise UsageError(
         "no model to sample from",
-        got="no --model, no TERDIT_MODEL, no .tdt here, no finished run in runs/, none packaged",
-        fix="--model FILE, or make one with `terdit train` and `terdit pack`",
+        got="no --model, no TERDIT_MODEL, no .tdt here, no finished run, no packaged model",
+        fix="give --model FILE, or make one with `terdit train` and `terdit pack`",
     )
 
 
 def _packaged_model(prompt_class: str) -> ModelFile:
-    """Return the packaged model that knows the classes of a prompt, and say so on stderr.
+    """Return the packaged model that has the classes of a prompt, and say so on stderr.
 
     Raises:
-        UsageError: several know them, or none of several does. A single model is taken in any
-            case: what is wrong with the prompt then shows when its classes are looked up.
+        UsageError: several have them, or none of several has. A single model is always taken:
+            a mistake in the prompt then shows when its classes are looked up.
     """
     classes = {name: _class_names(name) for name in catalogue.names()}
     fitting = [name for name, known in classes.items() if _knows(prompt_class, known)]
@@ -65,17 +65,17 @@ def _packaged_model(prompt_class: str) -> ModelFile:
         return ModelFile.open(catalogue.path_of(fitting[0]))
     if fitting:
         raise UsageError(
-            "several packaged models know this class",
+            "several packaged models have this class",
             got=repr(prompt_class),
-            expected=f"a class of one of {', '.join(fitting)}",
+            expected=f"a class that only one of {', '.join(fitting)} has",
             fix=f"choose one: --model {fitting[0]}",
         )
     spoken = [name.lower() for known in classes.values() for names in known for name in names]
     raise UsageError(
-        "no packaged model knows this class",
+        "no packaged model has this class",
         got=repr(prompt_class) + did_you_mean(prompt_class.lower(), spoken),
         expected="; ".join(f"of {name}: {_shown(known)}" for name, known in classes.items()),
-        fix="name another class, or your own model with --model",
+        fix="give another class, or your own model with --model",
     )
 
 

@@ -1,8 +1,8 @@
 """Images from a model: the part that `sample` and `eval-fid` share.
 
 Image i of a model with C classes is of class i mod C ("balanced": (class c, copy j) is image
-j * C + c) or of a class drawn for it ("uniform", as DiT's sample_ddp draws them); its noise is a
-function of (seed, i). So an image is the same whoever asks for it and together with whatever else.
+j * C + c) or of a random class ("uniform", as in DiT's sample_ddp); its noise is a
+function of (seed, i). So an image does not depend on which others are generated with it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from terdit_cli.runtime.load import LoadedModel, load
 from terdit_cli.system import memory
 from terdit_cli.system.gpu_memory import ELSEWHERE, explained, free_bytes
 
-DEFAULT_BATCH = 8  # images drawn at once
+DEFAULT_BATCH = 8  # images generated at once
 
 OnStep = Callable[[int], None]
 
@@ -52,7 +52,7 @@ def default_device() -> torch.device:
 
 @dataclass(frozen=True)
 class ImageGenerator:
-    """A loaded model and, opened when first used, the space that its output lives in."""
+    """A loaded model and the space of its output, which is opened when first used."""
 
     file: ModelFile
     model: LoadedModel
@@ -71,11 +71,11 @@ class ImageGenerator:
         latent = (info.config.in_channels, info.config.input_size, info.config.input_size)
         if space.latent_shape(info.image_size) != latent:
             raise UsageError(
-                "the VAE does not fit the model",
+                "the VAE does not match the model",
                 got=f"latents {space.latent_shape(info.image_size)}",
                 expected=latent,
                 where=vae,
-                fix="name the VAE it was trained with: --vae FOLDER",
+                fix="give the VAE it was trained with: --vae FOLDER",
             )
         return space
 
@@ -85,23 +85,23 @@ class ImageGenerator:
         return names_of_classes(info.class_names, info.config.num_classes)
 
     def fit(self, sampler: SamplerConfig) -> SamplerConfig:
-        """Return the sampler as this model needs it: pixels clip the guess of x0 to [-1, 1].
+        """Return the sampler as this model needs it: for pixels it clips x0 to [-1, 1].
 
         Raises:
-            UsageError: a sampler of another objective, or guidance of a model trained without label
+            UsageError: a sampler of another objective, or CFG with a model trained without label
                 dropout.
         """
         info = self.model.info
         fitting = objective_of(info.diffusion).samplers
         if sampler.name not in fitting:
             raise UsageError(
-                "this sampler does not fit the model's objective", got=f"--sampler {sampler.name}",
+                "the sampler does not work with the objective", got=f"--sampler {sampler.name}",
                 expected="one of " + ", ".join(fitting), where=self.file.path,
                 fix=f"--sampler {fitting[0]}",
             )  # fmt: skip
         if sampler.guided and info.config.null_class is None:
             raise UsageError(
-                "this model has no null class for guidance",
+                "this model has no null class for classifier-free guidance",
                 got=f"--cfg-scale {sampler.cfg_scale:g}",
                 expected=1,
                 where=self.file.path,
@@ -110,13 +110,13 @@ class ImageGenerator:
         return sampler.clipped_for(pixels=info.space.kind == "pixel")
 
     def batch_size(self, asked: int | None, guided: bool) -> int:
-        """Return how many images to draw at once: what was asked for, or what a GPU has room for.
+        """Return how many images to generate at once: as many as asked for, or as fit on the GPU.
 
         Args:
-            asked: None: `DEFAULT_BATCH`, or as many fewer as fit.
+            asked: None: `DEFAULT_BATCH`, or fewer if the GPU has no room.
 
         Raises:
-            EnvironmentProblem: fewer fit than were asked for, or not one.
+            EnvironmentProblem: fewer fit than were asked for, or none.
         """
         wanted = asked or DEFAULT_BATCH
         fits = self.model.largest_batch(guided)
@@ -179,7 +179,7 @@ class ImageGenerator:
             yield images, classes
 
     def _require_finite(self, latents: torch.Tensor, batch: Sequence[int]) -> None:
-        """Raise InputFileError where an image is not finite: as bytes it would look like black."""
+        """Raise InputFileError if an image is not finite: as bytes it would be black."""
         broken = (~latents.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
         if broken:
             raise InputFileError(
@@ -187,7 +187,7 @@ class ImageGenerator:
                 got=f"{len(broken)} of {len(batch)} images, the first of them number "
                 f"{batch[broken[0]]}",
                 where=self.file.path,
-                fix="take an earlier checkpoint, or another precision (--activations)",
+                fix="use an earlier checkpoint, or another precision (--activations)",
             )
 
 
@@ -200,11 +200,11 @@ def _count_images(on_step: OnStep, k: int, x: torch.Tensor) -> None:
 
 
 def sampler_for(file: ModelFile, asked: SamplingOptions) -> SamplerConfig:
-    """Return the sampler that was asked for; what was not (None) is `SamplerConfig`'s default.
+    """Return the sampler that was asked for; options of None are `SamplerConfig`'s defaults.
 
-    For a packaged model it is what its card advises instead, and a line on stderr says so. The
-    advised steps are those of the advised sampler: another sampler has its own default. The advised
-    factor on the predicted noise is of that sampler with those steps and that guidance.
+    For a packaged model they are the settings of its card, and a line on stderr says so. The card's
+    steps belong to the card's sampler: another sampler has its own default. The card's factor on
+    the predicted noise belongs to that sampler with those steps and that CFG scale.
 
     Raises:
         UsageError: impossible values. InputFileError: a damaged card.
@@ -225,7 +225,7 @@ def sampler_for(file: ModelFile, asked: SamplingOptions) -> SamplerConfig:
             found |= (taken := taken | {"eps_scale": advice.eps_scale})
         words = [f"--{field.replace('_', '-')} {taken[field]}" for field in found if field in taken]
         if words:
-            console.note(f"{file.name}: {' '.join(words)}, as its card advises")
+            console.note(f"{file.name}: {' '.join(words)}, from its card")
     given = {field: value for field, value in found.items() if value is not None}
     if "sampler" in given:
         given["name"] = given.pop("sampler")
@@ -247,23 +247,24 @@ def open_generator(file: ModelFile, options: ModelOptions) -> ImageGenerator:
     )
     if model.info.space.kind == "pixel" and options.vae is not None:
         raise UsageError(
-            "this model generates pixels",
+            "this model generates pixels, without a VAE",
             got=f"--vae {options.vae}",
-            expected="no VAE",
+            expected="no --vae",
             where=file.path,
+            fix="leave --vae out",
         )
     console.note(f"{file.path}: {model.reason} on {place}")
     return ImageGenerator(file, model, place, options.vae)
 
 
-DEVICES = ("cpu", "cuda", "mps")  # their kinds, as torch calls them
+DEVICES = ("cpu", "cuda", "mps")  # the kinds, by torch's names
 
 
 def exact_convolutions(device: torch.device) -> None:
-    """Turn off TF32, the default of a GPU's convolutions, and algorithms chosen by a race.
+    """Turn off TF32, the default of a GPU's convolutions, and algorithms chosen by timing.
 
     The flags are the process's: set once, for a VAE and a network of features may run in two
-    threads, and images are the same whoever asks for them.
+    threads, and images must not depend on the caller.
     """
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
@@ -274,7 +275,7 @@ def usable_device(name: str | None) -> torch.device:
     """Return a device by name, or the default one for None and "auto".
 
     Raises:
-        UsageError: no such kind of device. EnvironmentProblem: a GPU that is not there.
+        UsageError: no such kind of device. EnvironmentProblem: a GPU that is absent.
     """
     if name is None or name == "auto":
         return default_device()
@@ -304,7 +305,7 @@ def _require_gpu(device: torch.device) -> None:
     if count == 0:
         why = "finds no GPU" if torch.version.cuda else "is built without CUDA"
         raise EnvironmentProblem(
-            "this machine has no GPU to use",
+            "this machine has no usable GPU",
             got=f"--device {device}; torch {torch.__version__} {why}",
             fix="--device cpu, or install NVIDIA's driver and torch for CUDA",
         )

@@ -13,24 +13,24 @@ from PIL import Image
 from terdit_cli.errors import UsageError
 from terdit_cli.system.atomic import check_writable, make_folder, refuse_existing
 
-SOFTWARE = "software"  # key of a PNG's text that says what made it
-GRID_LIMIT = 256  # images in one picture
+SOFTWARE = "software"  # text key of a PNG that names the program
+GRID_LIMIT = 256  # images in one grid
 FOLDER_LIMIT = 10_000_000
 
 
 @dataclass(frozen=True)
 class ImageOutput:
-    """A path, and what is written there."""
+    """A path, and the format written there."""
 
     path: Path
     kind: Literal["grid", "array", "folder"]
 
     @classmethod
     def named(cls, where: str | os.PathLike[str]) -> ImageOutput:
-        """Return what a name stands for.
+        """Return the output that a name stands for.
 
-        A name is a folder's if it ends in a slash, if a folder is there, or if what follows its
-        last dot is no suffix: v1.5, cfg-1.5-seed-0.
+        A name stands for a folder if it ends in a slash, if that folder exists, or if the text
+        after its last dot is not a suffix: v1.5, cfg-1.5-seed-0.
 
         Raises:
             UsageError: a suffix of another kind of file.
@@ -49,7 +49,7 @@ class ImageOutput:
         if suffix == ".npz":
             return cls(path, "array")
         raise UsageError(
-            "unknown kind of output",
+            "unknown output format",
             got=path.suffix,
             expected=".png (a grid), .npz (an array) or a folder",
             where=path,
@@ -57,9 +57,9 @@ class ImageOutput:
         )
 
     def check(self, force: bool) -> None:
-        """Refuse, before any work, what cannot be written or would take another file's place.
+        """Refuse, before any work, an output that is not writable or would overwrite a file.
 
-        A grid that `terdit sample` made may be replaced: its text says how to make it again.
+        A grid made by `terdit sample` may be overwritten: its text says how to make it again.
 
         Raises:
             UsageError: it exists, and not `force`. EnvironmentProblem: not writable.
@@ -67,7 +67,7 @@ class ImageOutput:
         if self.kind == "folder":
             if os.path.isfile(self.path):  # noqa: PTH113
                 raise UsageError(
-                    "the output folder is a file", where=self.path, fix="name another with -o"
+                    "the output folder is a file", where=self.path, fix="give another with -o"
                 )
             check_writable(self.path / "file")
             there = next((path for path in self.path.glob("*.png") if path.is_file()), None)
@@ -81,7 +81,7 @@ class ImageOutput:
     def clear(self) -> None:
         """Make the folder, and remove the images that an earlier call left there.
 
-        Those that are not written again would pass for this call's.
+        Otherwise those that are not written again would seem to be this call's.
 
         Raises:
             EnvironmentProblem: not writable.
@@ -96,7 +96,7 @@ class ImageOutput:
         return self.path / f"{number:06d}-class{class_id:04d}.png"
 
     def check_count(self, count: int, image_size: int) -> None:
-        """Refuse more images than a picture, a folder or, for an array, the memory holds.
+        """Refuse more images than fit in a grid, in a folder or, for an array, in memory.
 
         Raises:
             UsageError: too many.
@@ -117,7 +117,7 @@ class ImageOutput:
 
 
 def _is_ours(path: Path) -> bool:
-    """Say whether a PNG was made by `terdit sample`."""
+    """Return whether a PNG was made by `terdit sample`."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             return str(image.info.get(SOFTWARE, "")).startswith("terdit ")

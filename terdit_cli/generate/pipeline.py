@@ -37,7 +37,7 @@ class Pipeline:
 
     @property
     def info(self) -> ModelInfo:
-        """What the model says of itself: configuration, image size, training step."""
+        """The model's metadata: configuration, image size, training step."""
         return self.generator.model.info
 
     @property
@@ -66,8 +66,8 @@ class Pipeline:
         Args:
             classes: ids (int) or what `--prompt-class` takes (str): names, "3,7,9", "all".
             n: images per class.
-            steps, sampler, cfg_scale, eps_scale: None: as the card of a packaged model advises,
-                else the published sampler's.
+            steps, sampler, cfg_scale, eps_scale: None: the setting of a packaged model's card,
+                else that of the published sampler.
             batch_size: images per batch; None: 8, or what fits the GPU.
 
         Raises:
@@ -114,8 +114,8 @@ def load_pipeline(
         backend, activations: of packed models.
         compiled: compile a checkpoint's network.
         ema: a checkpoint's EMA weights, or those of the last step.
-        threads: CPU threads of this process from now on; None: as they are.
-        vae: VAE folder or hub id in place of the model's.
+        threads: CPU threads of this process from now on; None: unchanged.
+        vae: VAE folder or hub id to use instead of the model's.
 
     Raises:
         InputFileError, UsageError, EnvironmentProblem: as `terdit sample`.

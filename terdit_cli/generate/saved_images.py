@@ -1,4 +1,4 @@
-"""`--save-images`: a folder of PNGs that holds the images of one run and of no other."""
+"""`--save-images`: a folder of PNGs that holds the images of one run only."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from terdit_cli.report.grid import save_png
 from terdit_cli.system.atomic import atomic_path
 from terdit_cli.system.temporaries import is_temporary
 
-FACTS_FILE = ".terdit.json"  # whose images they are
+FACTS_FILE = ".terdit.json"  # identifies the run
 LARGEST_FACTS = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
 class SavedImages:
-    """Images by number: 000000.png and on."""
+    """Images by number: 000000.png, 000001.png, ..."""
 
     folder: Path
 
     def claim(self, facts: dict[str, Any], count: int) -> None:
-        """Begin a folder, or go on with that of the same images.
+        """Start a folder, or continue one with the same images.
 
         Raises:
-            UsageError: it holds something else, or more images than this run has: what reads the
-                folder next would take all of it for this run's.
+            UsageError: it holds other files, or more images than this run has: a later reader of
+                the folder would count all of them as this run's.
         """
         path, ours = self.folder / FACTS_FILE, json.loads(json.dumps(facts))
         there = self.folder.iterdir() if self.folder.exists() else ()
@@ -48,9 +48,9 @@ class SavedImages:
             got = found[0]
         if got is not None:
             raise UsageError(
-                "the folder for the images holds others", got=got, where=self.folder,
+                "the folder for the images holds other files", got=got, where=self.folder,
                 expected=f"nothing, or images of this run up to {self._path(count - 1).name}",
-                fix="name another folder with --save-images, or delete this one",
+                fix="give another folder with --save-images, or delete this one",
             )  # fmt: skip
         if FACTS_FILE not in found:
             with atomic_path(path) as temporary:
@@ -68,13 +68,13 @@ class SavedImages:
 
 
 def _number(name: str) -> int:
-    """Return the number of an image by the name of its file, -1 of other files."""
+    """Return the number of an image from its file name; -1 for other files."""
     stem = name.removesuffix(".png")
     return int(stem) if stem.isdecimal() else -1
 
 
 def _read(path: Path) -> Any:
-    """Return what a facts file says, None if it says nothing."""
+    """Return the contents of a facts file, None if it cannot be read."""
     with path.open("rb") as file:
         text = file.read(LARGEST_FACTS)
     try:

@@ -1,4 +1,4 @@
-"""The card of a packaged model: Markdown with a YAML head that programs read.
+"""The card of a packaged model: Markdown with a YAML header that programs read.
 
 ---
 name: fashion-mnist
@@ -11,9 +11,9 @@ seed: 0
 scores: {fd-efficientnet-lite0: 31.4, precision: 0.71}   # the primary distance first
 measured: 10,000 images against 10,000; terdit eval-fid ...
 sampler: {name: dpmpp-2m, steps: 20, cfg_scale: 2.0, eps_scale: 1.0}  # of the scores
-limits: what not to expect of it
+limits: what the model is not good for
 network: {parameters: 7507744, ternary: 7372800, image_size: 28, channels: 1, classes: [...]}
-sha256: of NAME.tdt, so that the card of another model is noticed
+sha256: of NAME.tdt, so that a card of another model is detected
 ---
 Text for people.
 """
@@ -41,7 +41,7 @@ class _Part(BaseModel):
 
 
 class Advice(_Part):
-    """How to sample from a model; `SamplerConfig` says what each means."""
+    """How to sample from a model; `SamplerConfig` explains the fields."""
 
     name: Line
     steps: Count
@@ -50,7 +50,7 @@ class Advice(_Part):
 
 
 class Network(_Part):
-    """What the .tdt holds, for listing models without opening them."""
+    """Facts about the .tdt, for listing models without opening them."""
 
     parameters: Count  # ternary weights + alphas + the rest
     ternary: Count
@@ -60,7 +60,7 @@ class Network(_Part):
 
 
 class Card(_Part):
-    """The head of a card, and the text below it."""
+    """The header of a card, and the text below it."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     data: Line
@@ -83,7 +83,7 @@ class Card(_Part):
         return next(iter(self.scores.items()))
 
     def to_markdown(self) -> str:
-        """Return the file's text, from which `parse_card` makes this card again."""
+        """Return the file's text, which `parse_card` turns back into this card."""
         head = yaml.safe_dump(self.model_dump(exclude={"text"}), sort_keys=False, width=100)
         return f"{_FENCE}{head}{_FENCE}{self.text}"
 
@@ -137,10 +137,10 @@ def make_card(values: dict[Any, Any], where: object) -> Card:
 
 def _unreadable(where: object, got: object) -> InputFileError:
     return InputFileError(
-        "wrong card of a packaged model",
+        "the card of a packaged model is invalid",
         got=got,
-        expected="a YAML head with "
+        expected="a YAML header with "
         + ", ".join(name for name in Card.model_fields if name != "text"),
         where=where,
-        fix="install terdit again, or make the card with `make add-model`",
+        fix="install terdit again, or write the card with `make add-model`",
     )

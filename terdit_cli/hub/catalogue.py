@@ -1,7 +1,7 @@
-"""Which models are packaged: every NAME.tdt in this folder is one, and NAME is what it is called.
+"""Which models are packaged: every NAME.tdt in this folder is the model NAME.
 
-The .tdt says what the network is, its card (`card.py`) where it came from. TERDIT_MODELS names
-another folder to look in instead. Nothing here imports torch.
+The .tdt describes the network, its card (`card.py`) where it came from. TERDIT_MODELS names another
+folder to use instead. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ OF_A_MODEL = ("ckpt.pt", "recipe.yaml", "*.pth")  # in run folders and released 
 
 
 def folder() -> Path:
-    """Return the folder of the packaged models; raises UsageError if TERDIT_MODELS is none."""
+    """Return the folder of the packaged models; raises UsageError if TERDIT_MODELS is not one."""
     named = os.environ.get("TERDIT_MODELS")
     if not named:
         return Path(__file__).parent
     if not Path(named).is_dir():
-        raise UsageError("TERDIT_MODELS is no folder", got=named, fix="unset TERDIT_MODELS")
+        raise UsageError("TERDIT_MODELS is not a folder", got=named, fix="unset TERDIT_MODELS")
     return Path(named)
 
 
@@ -37,7 +37,7 @@ def path_of(name: str) -> Path:
         raise UsageError(
             "no such packaged model",
             got=repr(name) + did_you_mean(name, known),
-            expected=", ".join(known) or "none: there are no packaged models",
+            expected=", ".join(known) or "no name: there are no packaged models",
             where=folder(),
             fix="see `terdit models`",
         )
@@ -45,7 +45,7 @@ def path_of(name: str) -> Path:
 
 
 def card_path(name: str) -> Path:
-    """Return where the card of a packaged model lies."""
+    """Return the path of a packaged model's card."""
     return folder() / f"{name}.md"
 
 
@@ -56,10 +56,10 @@ def name_of(path: Path) -> str | None:
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:
-    """Return the file or folder that a path, or the name of a packaged model, means.
+    """Return the file or folder meant by a path or by the name of a packaged model.
 
-    What lies at the path comes first, unless it is a folder that holds no model: a folder of
-    images can be called as the model of them is.
+    An existing path comes first, unless it is a folder without a model: a folder of images may have
+    the name of a packaged model.
 
     Raises:
         InputFileError: neither.
@@ -70,7 +70,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     known = names()
     if str(path) in known:
         return path_of(str(path))
-    if path.exists():  # whoever opens it says what is missing
+    if path.exists():  # opening it reports what is missing
         return path
     raise InputFileError(
         "no such model",

@@ -1,7 +1,7 @@
-"""Which model is meant: a path or the name of a packaged model becomes one object, asked once.
+"""Which model is meant: a path or the name of a packaged model becomes one object.
 
-A model is a run folder, its ckpt.pt, a ternarized .safetensors, a .tdt or a folder as TerDiT's
-authors released it.
+A model is a run folder, its ckpt.pt, a ternarized .safetensors, a .tdt or a folder of TerDiT's
+release.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from terdit_cli.pack.read_release import ReleasedFolder, is_released_folder, rel
 from terdit_cli.pack.tdt import TdtFile
 from terdit_cli.system.atomic import file_sha256, refuse_existing
 
-Kind = Literal["checkpoint", "tdt", "release"]  # "tdt": ternarized .safetensors as well
+Kind = Literal["checkpoint", "tdt", "release"]  # "tdt": also a ternarized .safetensors
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One model on disk; nothing of it is read before it is asked for.
+    """One model on disk, read only on demand.
 
-    `path` is what was named, or where a packaged model lies. `name` is the name under which it is
-    packaged, None for all others.
+    `path` is the given path, or that of a packaged model. `name` is the name of a packaged model,
+    None for all others.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class ModelFile:
 
     @property
     def weights_file(self) -> Path:
-        """The file that holds the weights; raises InputFileError for a release without one."""
+        """The file that holds the weights; raises InputFileError if a release has none."""
         if self.kind == "release":
             return released_weights(self.path)
         return self.path / CKPT if self.path.is_dir() else self.path
@@ -78,27 +78,27 @@ class ModelFile:
         """
         if self.kind != "checkpoint":
             raise InputFileError(
-                "this is no training checkpoint",
+                "this is not a training checkpoint",
                 got=self.path.suffix or ("a folder" if self.path.is_dir() else "a file"),
                 expected="ckpt.pt or its run folder",
                 where=self.path,
-                fix="other formats are ternary already: use `terdit pack`",
+                fix="other formats are already ternary: use `terdit pack`",
             )
         return load_ckpt(self.weights_file)
 
     def exported(
         self, weights: Literal["ema", "raw"] = "ema", /, **overrides: Any
     ) -> ExportedModel:
-        """Open a ternary model for reading trits, scales and the rest.
+        """Open a ternary model for reading trits, scales and other tensors.
 
         Args:
             weights: which weights of a checkpoint.
-            overrides: `DiTConfig` fields that a released folder does not show (`n_heads=32`).
+            overrides: `DiTConfig` fields that a released folder lacks (`n_heads=32`).
 
         Raises:
             InputFileError: damaged.
-            UsageError: a full-precision checkpoint (ternarize it first), a needless override, or
-                the raw weights of something else than a checkpoint.
+            UsageError: a full-precision checkpoint (ternarize it first), an unnecessary override,
+                or raw weights of a model that is not a checkpoint.
         """
         if self.kind != "checkpoint" and weights == "raw":
             raise UsageError(
@@ -117,47 +117,47 @@ class ModelFile:
                 "the checkpoint is full precision",
                 expected="a ternary one",
                 where=file,
-                fix=f"terdit ternarize {file} -o OUT.safetensors (post-training quantisation, "
-                "with an error it tells), or train with ternary.enabled=true",
+                fix=f"terdit ternarize {file} -o OUT.safetensors (post-training quantisation; "
+                "prints its error), or train with ternary.enabled=true",
             )
         return export
 
     def refuse_overrides(self, overrides: dict[str, Any]) -> None:
-        """Raise UsageError if there are overrides: only released folders lack fields."""
+        """Raise UsageError if there are overrides: only released folders need them."""
         if overrides:
             raise UsageError(
                 "only a released TerDiT folder takes overrides",
                 got=", ".join(f"{name}={value}" for name, value in overrides.items()),
                 where=self.path,
-                fix="leave them out: this file knows its configuration",
+                fix="leave them out: this file holds its configuration",
             )
 
     def refuse_output(self, output: Path, force: bool) -> None:
-        """Raise UsageError if an output would take this model's place, or a checkpoint's name.
+        """Raise UsageError if an output would overwrite this model or have a checkpoint's suffix.
 
-        Or the place of any file, unless `force`.
+        Or if it exists, unless `force`.
         """
         if output.exists() and output.samefile(self.weights_file):
             raise UsageError(
-                "the output is the input", where=output, fix="name another file with -o"
+                "the output is the input", where=output, fix="give another file with -o"
             )
         if output.suffix.lower() in (".pt", ".pth"):
             raise UsageError(
-                "the output is no checkpoint", got=output.name, expected="a name as model.tdt",
-                where=output, fix="name another file with -o",
+                "the output has a checkpoint's suffix", got=output.name,
+                expected="a name such as model.tdt", where=output, fix="give another file with -o",
             )  # fmt: skip
         refuse_existing(output, force)
 
 
 def _kind(path: Path) -> Kind:
-    """Return what a path holds; raises InputFileError for a folder without a finished model."""
+    """Return the kind of a model; raises InputFileError for a folder without a finished model."""
     if not path.is_dir():
         return "checkpoint" if path.suffix.lower() in (".pt", ".pth") else "tdt"
     if is_released_folder(path):
         return "release"
     if (path / CKPT).exists():
         return "checkpoint"
-    fix = "name a run folder, ckpt.pt, .safetensors or .tdt"
+    fix = "give a run folder, ckpt.pt, .safetensors or .tdt"
     if (path / "manifest.json").exists() or any(path.glob("checkpoints/step-*/manifest.json")):
         fix = f"export the checkpoint: terdit export {path} -o early.pt"
     elif (path / "recipe.yaml").exists():

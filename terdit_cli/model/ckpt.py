@@ -4,7 +4,8 @@
      "recipe": YAML text, "model": state dict, "ema": state dict}
 
 Written by training, read by ternarize, pack and load_model. Loadable with
-`torch.load(weights_only=True)`; read by mmap, so that a tensor is in memory only while it is used.
+`torch.load(weights_only=True)`; read through mmap, so that a tensor is in memory only while it is
+used.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Checkpoint:
 def ckpt_values(
     info: dict[str, Any], recipe: str, model: dict[str, Tensor], ema: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """Return what a ckpt.pt holds; `info` is that of `ModelInfo.to_dict`."""
+    """Return the contents of a ckpt.pt; `info` is the result of `ModelInfo.to_dict`."""
     head = {"format": FORMAT, "version": VERSION, "info": info, "recipe": recipe}
     return head | {"model": model, "ema": ema}
 
@@ -58,7 +59,7 @@ def ckpt_values(
 def save_tensors(values: Any, path: Path) -> None:
     """Write `values` with torch.save; raises OSError when the disk refuses.
 
-    torch's zip writer hides that error: closing the archive fails once more, as a RuntimeError.
+    torch's zip writer hides that error: closing the archive then raises a RuntimeError.
     """
     try:
         with path.open("wb") as file:
@@ -90,12 +91,12 @@ def load_tensors(path: Path) -> Any:
             where=path,
             fix="copy it again, or save it with torch 1.6 or newer",
         )
-    # torch takes what it maps for the tensors themselves, packed or not.
+    # torch uses the mapped bytes as the tensors, compressed or not.
     if packed := [member for member in members if member.compress_type != zipfile.ZIP_STORED]:
         raise InputFileError(
-            "the file's tensors are compressed, which torch would read as numbers",
-            got=f"{packed[0].filename[:100]}, zipped again",
-            expected="a file as torch.save writes it",
+            "the file's tensors are compressed: torch would read the compressed bytes as numbers",
+            got=f"{packed[0].filename[:100]}, compressed",
+            expected="a file written by torch.save",
             where=path,
             fix="zip it without compression (zip -0), or save it again with torch.save",
         )
@@ -105,12 +106,12 @@ def load_tensors(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         raise InputFileError(
-            "the file holds something other than tensors and plain types, and was not loaded",
+            "the file holds more than tensors and plain types, and was not loaded",
             got=refused[1] if refused else str(error).split("\n")[0][:200],
             where=path,
-            fix="use it only if you trust it: save its state dict alone with torch.save",
+            fix="if you trust the file, save its state dict alone with torch.save",
         ) from error
-    except Exception as error:  # whatever a damaged pickle makes the unpickler trip over
+    except Exception as error:  # whatever a damaged pickle makes the unpickler raise
         raise InputFileError(
             "the file is damaged",
             got=str(error).split("\n")[0][:200],
@@ -121,7 +122,7 @@ def load_tensors(path: Path) -> Any:
 
 
 def check_state_dict(values: Any, what: str, where: object) -> None:
-    """Raise InputFileError unless `values` is a flat dictionary of tensors as files hold them.
+    """Raise InputFileError unless `values` is a flat dictionary of plain dense tensors.
 
     A tensor must have as many bytes in the file as in its shape: one whose strides are 0 would
     become as large as its shape claims where it is converted.
@@ -142,23 +143,23 @@ def check_state_dict(values: Any, what: str, where: object) -> None:
     if got is not None:
         raise InputFileError(
             f"{what} is not a state dict", got=got,
-            expected="names with whole tensors of float16, bfloat16, float32, float64 or bytes",
+            expected="names with complete tensors of float16, bfloat16, float32, float64 or bytes",
             where=where, fix="copy it again, or save its state dict alone with torch.save",
         )  # fmt: skip
 
 
 def _members(path: Path) -> list[zipfile.ZipInfo] | None:
-    """Return what an archive holds, None if the file is none."""
+    """Return the members of an archive, None if the file is not one."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.infolist()
-    # What a damaged directory makes zipfile raise.
+    # What zipfile raises for a damaged directory.
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error):
         return None
 
 
 def release_pages(tensor: Tensor) -> None:
-    """Let the system take back the memory of a mapped tensor until it is read again.
+    """Let the system reclaim the memory of a mapped tensor until it is read again.
 
     Without this a whole checkpoint becomes resident while it is converted matrix by matrix.
     MADV_PAGEOUT never loses contents, whatever memory the tensor lies in; where the system does
@@ -185,16 +186,16 @@ def load_ckpt(path: Path) -> Checkpoint:
     values = load_tensors(path)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise InputFileError(
-            "not a checkpoint of terdit",
+            "not a terdit checkpoint",
             got=f"a {type(values).__name__}"
             + (f" with keys {sorted(map(str, values))[:5]}" if isinstance(values, dict) else ""),
             expected="the ckpt.pt of a run folder",
             where=path,
-            fix="released TerDiT weights are given as their folder",
+            fix="for released TerDiT weights, give their folder",
         )
     if type(values.get("version")) is not int or values["version"] != VERSION:
         raise InputFileError(
-            "this checkpoint has another version",
+            "this checkpoint has another format version",
             got=values.get("version"),
             expected=VERSION,
             where=path,

@@ -1,10 +1,10 @@
-"""The class-conditional diffusion transformer of TerDiT, whole, in one file.
+"""The class-conditional diffusion transformer of TerDiT, all in one file.
 
     network: f(x, t, y) -> [eps | variance]
 
 A DiT (Peebles & Xie, arXiv 2212.09748) with LLaMA's blocks (RMSNorm, rotary embedding, SwiGLU:
 Large-DiT of Alpha-VLLM/LLaMA2-Accessory) and, in TerDiT, an RMSNorm after each block's adaLN
-projection. The same class is the full-precision parent, the QAT model and the packed model: only
+projection. The same class is the full-precision baseline, the QAT model and the packed model: only
 the factory `linear` for the eight large matrices of a block differs.
 
 Shapes: B batch, C latent channels, H = W = input_size, p patch, T = (H/p)^2 tokens, D dim,
@@ -41,16 +41,16 @@ SIZES: dict[str, tuple[int, int, int]] = {
 
 TIMESTEP_WIDTH = 256  # sinusoidal features of t
 MAX_CONDITIONING_WIDTH = 1024
-PLAIN_ATTENTION_TOKENS = 128  # at most, of `attend` in bfloat16 on a CPU
+PLAIN_ATTENTION_TOKENS = 128  # the most for the plain path of `attend` (bfloat16, CPU)
 
 
 @dataclass(frozen=True)
 class DiTConfig:
     """Upstream's constructor arguments, `adaln_norm` for the paper's ablation, and `pos_embed`.
 
-    Upstream tells positions by rotary attention alone, in which only their differences count.
-    `pos_embed` adds DiT's fixed embedding of where a patch lies to the tokens: a small model then
-    need not find out from the borders.
+    Upstream encodes positions by rotary attention alone, which sees only their differences.
+    `pos_embed` adds DiT's fixed embedding of a patch's position to the tokens, so that a small
+    model need not infer it from the borders.
     """
 
     input_size: int = 32
@@ -74,7 +74,7 @@ class DiTConfig:
         """Reject shapes that no network can have.
 
         Raises:
-            UsageError: naming the field, its value and what would fit.
+            UsageError: naming the field, its value and the expected one.
         """
         for name in ("input_size", "patch_size", "in_channels", "dim", "n_layers", "n_heads",
                      "multiple_of", "num_classes"):  # fmt: skip
@@ -203,9 +203,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, grouped: bool = False) -> Tensor:
     """Return softmax(q k' / sqrt(d)) v of q [B, heads, T, d] and k, v [B, kv heads, T, d].
 
-    torch's fused attention, but for few tokens in bfloat16 on a CPU: forward and backward take 7 to
-    19 times as long there as two products and a softmax in float32 (docs/lab.md). More tokens gain
-    less, and their probabilities take memory that grows with the square of their number.
+    torch's fused attention, except for few tokens in bfloat16 on a CPU, where its forward and
+    backward pass take 7 to 19 times as long as two products and a softmax in float32
+    (docs/lab.md). More tokens gain less, and their probabilities take memory that grows with the
+    square of their number.
     """
     if not (q.is_cpu and q.dtype == torch.bfloat16 and q.shape[2] <= PLAIN_ATTENTION_TOKENS):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
@@ -360,7 +361,7 @@ class DiT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Initialise as upstream: xavier, normal(0.02) embeddings, zero adaLN and output."""
+        """Initialise as upstream does: xavier, normal(0.02) embeddings, zero adaLN and output."""
         nn.init.xavier_uniform_(self.x_embedder.weight)
         nn.init.zeros_(self.x_embedder.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
@@ -425,12 +426,12 @@ class DiT(nn.Module):
     def run_blocks(self, hidden: Tensor, c: Tensor) -> Tensor:
         """Run hidden [B, T, D] through all blocks, conditioned by c [B, A] -> [B, T, D].
 
-        `hidden` is given away: an override may overwrite it.
+        The caller gives `hidden` away: an override may overwrite it.
         """
         every = self.activation_checkpointing if self.training else 0
         for index, block in enumerate(self.layers):
             if every and index % every == 0:
-                # Nothing in a block is random: no generator's state need be kept.
+                # Nothing in a block is random: no generator state need be kept.
                 hidden = checkpoint(
                     block, hidden, c, self.rope_cos, self.rope_sin,
                     use_reentrant=False, preserve_rng_state=False,

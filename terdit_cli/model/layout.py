@@ -1,7 +1,7 @@
 """What a block is made of: its large matrices, its norms, and the operations they cost.
 
-`dit.py` builds the modules; whoever else must know them asks here: packing and its checks, the
-runtimes, the planner, the roofline. A new kind of block is a row of `LAYOUTS`.
+`dit.py` builds the modules; all other code that needs them reads them here: packing and its checks,
+the runtimes, the planner, the roofline. A new kind of block is an entry of `LAYOUTS`.
 
     forward  = 2 T (matrices that see each token, patch embedding, last layer)
              + 4 T^2 D L                                 (q k^T and the weighted sum of v)
@@ -10,8 +10,8 @@ runtimes, the planner, the roofline. A new kind of block is a row of `LAYOUTS`.
     MFU      = training operations per second / peak
 
 One multiplication with its addition counts as two operations. Recomputed activations do not count:
-MFU is about useful work (PaLM, arXiv 2204.02311, appendix B). Nor does the quantiser, whose cost is
-O(weights) per step.
+MFU is about useful work (PaLM, arXiv 2204.02311, appendix B). The quantiser does not count either:
+its cost is O(weights) per step.
 
 Shapes: T tokens, D dim, A width of the conditioning, K k/v width, F feed-forward width, L layers.
 """
@@ -26,7 +26,7 @@ from terdit_cli.model.dit import TIMESTEP_WIDTH, DiTConfig
 
 BACKWARD_AND_FORWARD = 3
 
-# Names that readers of upstream's checkpoints and initialisation look for.
+# Names that the readers of upstream's checkpoints and the initialisation use.
 KEY_MATRIX, GATE_MATRIX, ADALN = "attention.wk", "feed_forward.w1", "adaLN_modulation.1"
 Q_NORM, ADALN_NORM = "attention.q_norm.weight", "adaLN_modulation.2.weight"
 
@@ -109,13 +109,13 @@ def matrix_names(config: DiTConfig) -> list[str]:
 
 
 def block_weights(config: DiTConfig) -> tuple[int, int]:
-    """Return the weights of a block's matrices that see each token, and once each image."""
+    """Return the numbers of weights of a block's matrices applied per token, and per image."""
     sizes = [(m.per_token, m.rows * m.columns) for m in block_layout(config).matrices]
     return sum(n for each, n in sizes if each), sum(n for each, n in sizes if not each)
 
 
 def forward_operations(config: DiTConfig, batch: int) -> float:
-    """Return the operations of the ternary matrices in a forward of `batch` rows."""
+    """Return the operations of the ternary matrices in a forward pass of `batch` rows."""
     per_token, per_image = block_weights(config)
     return 2.0 * batch * config.n_layers * (config.tokens * per_token + per_image)
 

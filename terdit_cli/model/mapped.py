@@ -55,7 +55,7 @@ def keep(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 class MappedFile:
-    """The file that a network's tensors are mapped from; called before each of its forwards.
+    """The file that a network's tensors are mapped from; called before each forward pass.
 
     A file that another replaces by renaming stays mapped as it was. One that is written or cut in
     place does not: its weights change, and a page that is gone stops the process with SIGBUS. So
@@ -63,7 +63,7 @@ class MappedFile:
     file cut while a forward runs, or between the check of its digests and the first look here
     (docs/format.md).
 
-    A copied or unpickled network has its tensors in memory of its own, so it looks at no file.
+    A copied or unpickled network has its tensors in memory of its own, so it checks no file.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What an artefact must say of itself, so that nothing else is needed to use it.
+"""The metadata of every artefact, so that nothing else is needed to use it.
 
 `ModelInfo` travels unchanged from the training checkpoint through the ternarized safetensors
 file into the .tdt: the network's configuration, the diffusion process, the space it runs in, the
@@ -19,10 +19,10 @@ from terdit_cli.errors import InputFileError, TerditError
 from terdit_cli.model.dit import DiTConfig
 from terdit_cli.model.ternary import TernaryConfig
 
-LARGEST_INTEGER = 1 << 20  # of any size in a file; the largest published model needs 18,432
+LARGEST_INTEGER = 1 << 20  # of any dimension in a file; the largest published model needs 18,432
 LARGEST_TABLE = (
     1 << 24
-)  # values, of positions: no tensor in a file shows its size. 4.2b-512: 98,304
+)  # of the positional table, whose size no tensor in a file shows. 4.2b-512: 98,304
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ModelInfo:
 
     @classmethod
     def from_dict(cls, values: Any, where: object) -> ModelInfo:
-        """Check and rebuild what `to_dict` gave.
+        """Check and rebuild the result of `to_dict`.
 
         Raises:
             InputFileError: a missing, unknown or impossible field; `where` names the file.
@@ -100,7 +100,7 @@ class ModelInfo:
                 got=f"{type(error).__name__}: {error}",
                 expected="the metadata that terdit writes",
                 where=where,
-                fix="make the file again with `terdit pack`",
+                fix="write the file again with `terdit pack`",
             ) from error
         try:
             objective_of(info.diffusion)
@@ -123,7 +123,7 @@ class ModelInfo:
             raise InputFileError(
                 "the model's description is not JSON", got=error, where=where,
                 expected="the metadata that terdit writes",
-                fix="make the file again with `terdit pack`",
+                fix="write the file again with `terdit pack`",
             ) from error  # fmt: skip
         return cls.from_dict(values, where)
 

@@ -1,4 +1,4 @@
-"""Networks made for a state dict: built without values, then given a checkpoint's tensors."""
+"""Networks built without values, then given a checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def empty_network(config: DiTConfig, linear: LinearFactory, kind: type[DiT] = Di
 def restore_network(
     checkpoint: Checkpoint, device: torch.device, weights: Literal["ema", "raw"] = "ema"
 ) -> DiT:
-    """Return the trained network of a checkpoint with float32 masters, frozen, in eval mode.
+    """Return the trained network of a checkpoint, float32 master weights, frozen, eval mode.
 
     On the CPU its tensors stay mapped from a local file.
 
     Raises:
-        InputFileError: the tensors do not fit the checkpoint's own configuration; in a forward:
-            the file was changed in place.
+        InputFileError: the tensors do not match the checkpoint's own configuration; in a forward
+            pass: the file was changed in place.
     """
     network = empty_network(checkpoint.info.config, checkpoint.info.ternary.linear())
     state = {key: value.float() for key, value in checkpoint.state_dict(weights).items()}

@@ -9,8 +9,8 @@ gamma only decides the rounding threshold; alpha is the scale. Gradients are str
 d/dalpha = sum(dL/dWeff * trits). Source: TerDiT (arXiv 2405.14854, section 3.2) for the learned
 alpha; BitNet b1.58 (arXiv 2402.17764) for the absmean scale and the int8 activations.
 With `ste="identity"` d/dW = sign(alpha) * dL/dWeff, as for BitNet's scales, which are positive.
-Adam, whose steps are alike for every weight, hardly knows the difference; Muon, which looks at
-whole matrices, does: a row's alpha no longer weights the row.
+Adam, whose step size does not depend on the gradient's scale, is hardly affected; Muon, which works
+on whole matrices, is: a row's alpha no longer weights the row.
 
 gamma's sum is one of integers, so it is exact: any order of summation, number of threads, device
 or sharding gives the same bits, and with them the same trits (`fixed_point_sums`).
@@ -116,7 +116,7 @@ def gammas_of_sums(largest: Tensor, totals: Tensor, counts: Sequence[int]) -> Te
 
 
 def _exponents(largest: Tensor) -> Tensor:
-    """Return e with 2^e > largest; at least -60, for masters of 2^-90 are no more than zeros."""
+    """Return e with 2^e > largest; at least -60, for master weights of 2^-90 count as zeros."""
     return torch.frexp(largest).exponent.clamp(-60, 128)
 
 
@@ -135,8 +135,8 @@ def absmean(weight: Tensor) -> Tensor:
 def ternarize(weight: Tensor, gamma: Tensor | None = None) -> Tensor:
     """Round `weight` [N, K] to trits in {-1, 0, 1}, same shape and dtype (TerDiT, eq. 2).
 
-    All arithmetic is in the tensor's own dtype, as upstream's; masters are float32. A share of a
-    larger matrix needs the `gamma` of the whole.
+    All arithmetic is in the tensor's own dtype, as upstream's; master weights are float32. A part
+    of a larger matrix needs the `gamma` of the whole.
     """
     gamma = absmean(weight) if gamma is None else gamma
     return (weight / (gamma + GAMMA_EPS)).round_().clamp_(-1, 1)
@@ -160,7 +160,7 @@ def alpha_shape(out_features: int, in_features: int, granularity: Granularity) -
 def expand_alphas(alphas: Tensor, in_features: int) -> Tensor:
     """Return `alphas` ([1], [N] or [N, G]) shaped to multiply a matrix [N, K]."""
     if alphas.dim() == 2:
-        # Not repeat_interleave: torch.compile on CPUs makes code of it that reads other memory.
+        # Not repeat_interleave: torch.compile on CPUs turns it into code that reads other memory.
         return alphas[:, torch.arange(in_features, device=alphas.device) // GROUP_SIZE]
     return alphas[:, None] if alphas.numel() > 1 else alphas
 
@@ -193,8 +193,8 @@ def absmean_scale(mean: Tensor) -> Tensor:
 def least_squares_alphas(weight: Tensor, trits: Tensor, granularity: Granularity) -> Tensor:
     """Return the alphas that minimise |W - alpha * trits|^2: sum(W * trits) / sum(trits^2).
 
-    For ternarized masters this is the mean of |W| over the weights whose trit is not 0. Scales
-    whose trits are all 0 get 0.
+    For ternarized master weights this is the mean of |W| over the weights whose trit is not 0.
+    Scales whose trits are all 0 get 0.
     """
     norm = reduce_to_alphas(trits * trits, granularity)
     return reduce_to_alphas(weight * trits, granularity) / norm.clamp_min(1.0)
@@ -305,7 +305,7 @@ def scaled_sums(u: Tensor, step: Tensor, trits: Tensor, alphas: Tensor) -> Tenso
 
 
 class TernarizedWeight(NamedTuple):
-    """What the forward needs of the masters, kept while they do not change."""
+    """What the forward pass needs of the master weights, kept while they do not change."""
 
     trits: Tensor | None  # [N, K]; None where `weight` itself holds trits (gathered from shards)
     alphas: Tensor | None  # the absmean scales; None where they are learned
@@ -314,12 +314,12 @@ class TernarizedWeight(NamedTuple):
 class TernaryLinear(nn.Module):
     """A linear layer whose forward uses alpha * trits of its float32 master weight.
 
-    State dict: `weight` [N, K] (masters), `alphas` ([1], [N] or [N, G]; only when learned),
-    `bias` [N]. `scale="absmean"` computes the scale from the masters and sends the gradient of
-    the effective weight to the masters unchanged (BitNet b1.58).
+    State dict: `weight` [N, K] (master weights), `alphas` ([1], [N] or [N, G]; only when learned),
+    `bias` [N]. `scale="absmean"` computes the scale from the master weights and passes
+    them the gradient of the effective weight unchanged (BitNet b1.58).
 
-    Each forward ternarizes the masters, unless `ternarized` holds the result: whoever sets it
-    clears it before the masters change.
+    Each forward pass ternarizes the master weights, unless `ternarized` holds the result: whoever
+    sets it clears it before the master weights change.
     """
 
     def __init__(
@@ -355,12 +355,12 @@ class TernaryLinear(nn.Module):
 
     @torch.no_grad()
     def reset_alphas(self) -> None:
-        """Initialise the learned alphas; call again after the masters were initialised.
+        """Initialise the learned alphas; call again after initialising the master weights.
 
         randn: a standard normal, as upstream: random sign and size, unrelated to the weights.
-        absmean: the least-squares scale of the present masters. Masters of zero (adaLN) have
-        none and get 0.02, the deviation of DiT's other embeddings: an alpha of 0 would block
-        the gradients of both the masters and itself for ever.
+        absmean: the least-squares scale of the present master weights. Zero weights (adaLN) have
+        none and get 0.02, the standard deviation of DiT's other embeddings: an alpha of 0 would
+        block the gradients of the master weights and its own for ever.
         """
         if self.alphas is None or self.weight.is_meta:  # nothing to fill, or nothing to fit to
             return
@@ -381,7 +381,7 @@ class TernaryLinear(nn.Module):
 
     @torch.no_grad()
     def ternarized_weight(self, trits: Tensor | None = None) -> TernarizedWeight:
-        """Ternarize the present masters, whose `trits` may be known already."""
+        """Ternarize the present master weights, whose `trits` may be known already."""
         learned = self.alphas is not None
         alphas = None if learned else absmean_alphas(self.weight, self.granularity)
         return TernarizedWeight(ternarize(self.weight) if trits is None else trits, alphas)

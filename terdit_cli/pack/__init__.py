@@ -1,1 +1,1 @@
-"""Trits on disk: codecs, the .tdt file and other formats that convert into it."""
+"""Trits on disk: codecs, the .tdt file and other formats that can be converted to it."""

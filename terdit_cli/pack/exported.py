@@ -1,7 +1,7 @@
-"""An exported model: trits, alphas and the rest, one tensor at a time.
+"""An exported model: trits, alphas and other tensors, one tensor at a time.
 
-Every format that can be sampled from or packed gives this view, so that `pack` and `load_model`
-know no formats, and a 4.2b model is converted with one tensor in memory.
+Every format that can be sampled from or packed offers this view, so that `pack` and `load_model`
+need not know formats, and a 4.2b model is converted with one tensor in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ExportedModel(AbstractContextManager["ExportedModel"], Protocol):
     """A ternary model in some file; use as a context manager."""
 
     info: ModelInfo
-    path: Path | None  # of the file that the tensors are mapped from, if any
+    path: Path | None  # the file that the tensors are mapped from, if any
 
     def ternary_names(self) -> list[str]:
         """Return the module paths of the ternary matrices ("layers.0.attention.wq", ...)."""
@@ -65,20 +65,20 @@ def check_fit(
     where: Path,
     fix: str,
 ) -> None:
-    """Check the tensors of a file against the network that it says it holds.
+    """Check the tensors of a file against the network that it declares.
 
     Args:
-        shapes: of all tensors by their state dict names; matrices have that of their trits.
+        shapes: of all tensors, by state dict name; for matrices, that of their trits.
 
     Raises:
-        InputFileError: a tensor too many, too few or of another shape.
+        InputFileError: a missing tensor, an additional one, or one of another shape.
     """
     network = empty_network(config, ternary.linear())
     expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     for key in sorted({*expected, *shapes}):
         if shapes.get(key) != expected.get(key):
             raise InputFileError(
-                "the weights do not fit the model's own configuration",
+                "the weights do not match the model's own configuration",
                 got=f"{key} of shape {list(shapes[key])}" if key in shapes else f"no {key}",
                 expected=f"shape {list(expected[key])}" if key in expected else "no such tensor",
                 where=where,
@@ -87,7 +87,7 @@ def check_fit(
 
 
 class StateDictModel(ExportedModel):
-    """The part that formats with a flat state dict share; `_state` is mapped, not read."""
+    """Common base of formats with a flat state dict; `_state` is mapped, not read."""
 
     _state: dict[str, Tensor]
     _where: Path
@@ -109,15 +109,15 @@ class StateDictModel(ExportedModel):
     def _finite(self, key: str) -> Tensor:
         """Return a tensor; InputFileError if a value is infinite or not a number.
 
-        Such a master would become zeros without a word. In float32, as it is used: float64 has
-        numbers that are infinite there.
+        Such a master weight would silently become zeros. Checked in float32, in which it is used:
+        float64 has numbers that are infinite there.
         """
         tensor = self._state[key]
         if not tensor.float().isfinite().all():
             raise InputFileError(
-                "the model holds values that are no finite numbers",
+                "the model holds values that are not finite",
                 got=key,
                 where=self._where,
-                fix="take an earlier checkpoint: this training had diverged",
+                fix="use an earlier checkpoint: this training has diverged",
             )
         return tensor

@@ -1,7 +1,7 @@
 """A trained checkpoint as an exported model: master weights -> trits and alphas.
 
-After quantisation-aware training the masters are ternarized exactly as the training forward did.
-A full-precision checkpoint is fitted after training instead (post-training ternarization): per
+After quantisation-aware training the master weights are ternarized exactly as in the training
+forward pass. A full-precision checkpoint is fitted instead (post-training quantisation): per
 scale, the k largest |w| become trits with alpha their mean, k chosen to leave the least squared
 error. For fixed trits the best alpha is sum(w * trits) / sum(trits^2), which leaves
 |w|^2 - (sum of the k largest |w|)^2 / k; so the best k maximises (prefix sum)^2 / k, an exact
@@ -58,7 +58,7 @@ def fit_trits(weight: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class MatrixError:
-    """How far alpha * trits is from the master weight."""
+    """The error of alpha * trits against the master weight."""
 
     relative_error: float  # |W - alpha * trits| / |W|, 0 for W = 0
     cosine: float  # between W and alpha * trits, 0 where either is 0
@@ -73,8 +73,8 @@ class CheckpointExport(StateDictModel):
         fit_granularity: for full-precision checkpoints, the scales to fit.
 
     Raises:
-        InputFileError: the state dict does not fit its own configuration; later, where it is not
-            finite.
+        InputFileError: the state dict does not match its own configuration; later, a tensor that is
+            not finite.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class CheckpointExport(StateDictModel):
         return absmean_alphas(self.master(name), self.info.ternary.granularity)
 
     def matrix_error(self, name: str) -> MatrixError:
-        """Compare a matrix with its master."""
+        """Compare a matrix with its master weight."""
         master = self.master(name).double()
         columns = master.shape[1]
         effective = expand_alphas(self.alphas(name), columns).double() * self.trits(name)

@@ -1,11 +1,11 @@
-"""Other people's checkpoints in: the folders that TerDiT's authors released, or trained.
+"""Reads the folders of TerDiT's release, and those of training with its code.
 
 A folder holds `consolidated[_ema]_ternary.00-of-01.pth`, a flat state dict with uint8 matrices
 packed by quarters (`pack/trits.py`), and `model_args.pth`, the training arguments. A folder of
 their training holds `consolidated[_ema].00-of-01.pth` instead, with master weights, which are
-ternarized here as their forward does it. Shapes come from the tensors; heads, which no shape shows,
-from the model's name or from the caller. Labels are in the text order of class numbers, because
-upstream trained on folders named "0", "1", "10".
+ternarized here as in their forward pass. Shapes come from the tensors; the number of heads, which
+no shape shows, from the model's name or from the caller. Labels are in the text order of class
+numbers, because upstream trained on folders named "0", "1", "10".
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ _SHOWN = (
 
 
 def is_released_folder(path: Path) -> bool:
-    """Return whether `path` is a folder as TerDiT's authors release or train them."""
+    """Return whether `path` is a folder of TerDiT's release or training."""
     return path.is_dir() and (
         (path / ARGUMENTS_FILE).exists() or any(path.glob("consolidated*.pth"))
     )
 
 
 def released_weights(folder: Path) -> Path:
-    """Return the file that holds a folder's weights: packed before masters, averaged before raw.
+    """Return the file that holds a folder's weights: packed before master weights, EMA before raw.
 
     Raises:
-        InputFileError: none is there.
+        InputFileError: there is none.
     """
     for name in _WEIGHT_FILES:
         if (folder / name).exists():
@@ -68,23 +68,23 @@ def released_weights(folder: Path) -> Path:
         got=", ".join(sorted(path.name for path in folder.glob("*.pth"))) or "no .pth files",
         expected=_WEIGHT_FILES[0],
         where=folder,
-        fix="download the released folder whole, or join model-parallel parts first",
+        fix="download the complete folder, or join model-parallel parts first",
     )
 
 
 class ReleasedFolder(StateDictModel):
-    """A released TerDiT checkpoint; `overrides` are `DiTConfig` fields that shapes don't show.
+    """A released TerDiT checkpoint; `overrides` are `DiTConfig` fields that the shapes do not show.
 
     Raises:
         InputFileError: a missing, damaged or inconsistent file.
-        UsageError: heads that cannot be known, or an override that contradicts the tensors.
+        UsageError: an unknown number of heads, or an override that contradicts the tensors.
     """
 
     def __init__(self, folder: Path, /, **overrides: Any) -> None:
         _check_overrides(overrides, folder)
         self._where = folder
         self.path = weights = released_weights(folder)
-        self._factor = 4 if _PACKED in weights.name else 1  # rows of a matrix in one of the file
+        self._factor = 4 if _PACKED in weights.name else 1  # rows of a matrix per row in the file
         self._state: dict[str, Tensor] = load_tensors(weights)
         check_state_dict(self._state, "the released file", weights)
         arguments = self._read_arguments()
@@ -99,7 +99,7 @@ class ReleasedFolder(StateDictModel):
             class_order="text",
             weights="ema" if "_ema" in weights.name else "raw",
         )
-        self.info = ModelInfo.from_dict(info.to_dict(), folder)  # bounds all sizes
+        self.info = ModelInfo.from_dict(info.to_dict(), folder)  # checks all sizes
         shapes = {key: tuple(tensor.shape) for key, tensor in self._state.items()}
         matrices = {f"{name}.weight" for name in self.ternary_names()}
         for key in matrices & shapes.keys():
@@ -113,7 +113,7 @@ class ReleasedFolder(StateDictModel):
         arguments = load_tensors(path)
         if not isinstance(arguments, argparse.Namespace):
             raise InputFileError(
-                "not the training arguments",
+                "this file does not hold the training arguments",
                 got=type(arguments).__name__,
                 expected="an argparse.Namespace",
                 where=path,
@@ -170,11 +170,11 @@ class ReleasedFolder(StateDictModel):
         patch_size = overrides.get("patch_size", math.isqrt(patch_inputs // in_channels))
         if patch_inputs != in_channels * patch_size**2:
             raise UsageError(
-                "the patch size does not fit the checkpoint",
+                "the patch size does not match the checkpoint",
                 got=f"patch_size {patch_size} with in_channels {in_channels}",
                 expected=f"patch_size^2 * in_channels = {patch_inputs}",
                 where=self._where,
-                fix="give patch_size and in_channels",
+                fix="add patch_size=N in_channels=N",
             )
         n_heads, n_kv_heads = self._heads(arguments, overrides, dim, self._factor * kv_rows)
         image_size = self._argument(arguments, "image_size", 256)
@@ -205,7 +205,7 @@ class ReleasedFolder(StateDictModel):
         return self._agreed(config, overrides)
 
     def _agreed(self, config: DiTConfig, overrides: dict[str, Any]) -> DiTConfig:
-        """Check the overrides of what the tensors show; raises UsageError."""
+        """Check the overrides against what the tensors show; raises UsageError."""
         asked = {name: overrides[name] for name in _SHOWN if name in overrides}
         if "multiple_of" in overrides or "ffn_dim_multiplier" in overrides:
             asked["multiple_of"] = overrides.get("multiple_of", 256)
@@ -225,7 +225,7 @@ class ReleasedFolder(StateDictModel):
     def _heads(
         self, arguments: argparse.Namespace, overrides: dict[str, Any], dim: int, kv_width: int
     ) -> tuple[int, int | None]:
-        """Return (n_heads, n_kv_heads); the model's name tells them for its own width only."""
+        """Return (n_heads, n_kv_heads); the model's name gives them only for its own width."""
         n_heads = overrides.get("n_heads")
         if n_heads is None and getattr(arguments, "n_heads", None) is not None:
             n_heads = self._argument(arguments, "n_heads", 0)
@@ -242,7 +242,7 @@ class ReleasedFolder(StateDictModel):
             )
         if dim % n_heads or kv_width % (dim // n_heads):
             raise UsageError(
-                "n_heads does not fit the checkpoint", got=n_heads,
+                "n_heads does not match the checkpoint", got=n_heads,
                 expected=f"a divisor of dim {dim} whose head width divides {kv_width}",
                 where=self._where, fix="add n_heads=N",
             )  # fmt: skip
@@ -250,7 +250,7 @@ class ReleasedFolder(StateDictModel):
         given = overrides.get("n_kv_heads")
         if given is not None and given != n_kv_heads:
             raise UsageError(
-                "n_kv_heads does not fit the checkpoint", got=given, expected=n_kv_heads,
+                "n_kv_heads does not match the checkpoint", got=given, expected=n_kv_heads,
                 where=self._where, fix=f"leave n_kv_heads out or set it to {n_kv_heads}",
             )  # fmt: skip
         return n_heads, None if n_kv_heads == n_heads else n_kv_heads
@@ -266,7 +266,7 @@ class ReleasedFolder(StateDictModel):
             return ternarize(self._finite(key).float()).to(torch.int8)
         if packed.dtype != torch.uint8 or CODECS["t2"].has_invalid_codes(packed):
             raise InputFileError(
-                "the matrix is not packed trits",
+                "the matrix does not hold packed trits",
                 got=f"{key} of {packed.dtype}"
                 + (" with code 3" if packed.dtype == torch.uint8 else ""),
                 expected="uint8 with codes 0, 1 and 2",

@@ -61,7 +61,7 @@ _METADATA = "__metadata__"  # the key of the metadata in a safetensors header; n
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor of the file: its place is known before its values are."""
+    """One tensor of the file: its position is known before its values."""
 
     name: str
     dtype: torch.dtype
@@ -115,7 +115,7 @@ def write_tdt(
             )
         )
     for name in model.rest_names():
-        shape = tuple(model.rest(name).shape)  # the tensor itself is dropped at once
+        shape = tuple(model.rest(name).shape)  # the tensor itself is released at once
         small.append(_Entry(name, rest_dtype, shape, partial(model.rest, name)))
     small.sort(key=lambda entry: -entry.dtype.itemsize)  # float32 before bfloat16: all aligned
     metadata = {
@@ -170,9 +170,9 @@ def _write_safetensors(
                 raise ValueError(f"{entry.name} has shape {tuple(value.shape)} not {entry.shape}")
             if value.is_floating_point() and not value.isfinite().all():
                 raise InputFileError(
-                    "a value that the packed model cannot hold",
-                    got=f"{entry.name} with a number that is not finite in {value.dtype}",
-                    fix="keep the rest as fp32, if it is finite there",
+                    "a value is not finite",
+                    got=f"{entry.name}, converted to {value.dtype}",
+                    fix="use --rest fp32, if it is finite there",
                 )
             data = _bytes_of(value)
             digests[entry.name] = hashlib.sha256(data).hexdigest()
@@ -210,7 +210,7 @@ class TdtFile(ExportedModel):
         self.path = path
         if not path.is_file():
             raise InputFileError(
-                "no such model file", where=path, fix="name a .tdt made by `terdit pack`"
+                "no such model file", where=path, fix="give a .tdt written by `terdit pack`"
             )
         try:
             self._file = safe_open(path, framework="pt")
@@ -219,9 +219,9 @@ class TdtFile(ExportedModel):
             self._keys = set(self._file.keys())
         except (SafetensorError, OSError, ValueError) as error:
             raise InputFileError(
-                "the file is truncated, damaged or no .tdt",
+                "the file is truncated, damaged or not a .tdt",
                 got=error,
-                expected="a whole safetensors file",
+                expected="a complete safetensors file",
                 where=path,
                 fix=_REPACK,
             ) from error
@@ -266,7 +266,7 @@ class TdtFile(ExportedModel):
         return InputFileError("the .tdt is damaged", got=reason, where=self.path, fix=_REPACK)
 
     def _check_layout(self) -> None:
-        """Check that every declared matrix is there, in the shape its codec gives it."""
+        """Check that every declared matrix is present, in the shape of its codec."""
         if len(self._ternary) != len(matrix_names(self.info.config)):
             raise self._damaged(
                 f"{len(self._ternary)} ternary matrices for {self.info.config.n_layers} layers"
@@ -298,7 +298,9 @@ class TdtFile(ExportedModel):
                     raise self._damaged(f"tensor {key} has shape {found}, expected {shape}")
         shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._keys}
         shapes |= {f"{name}.weight": self.matrix_shape(name) for name in self._ternary}
-        ternary = replace(self.info.ternary, enabled=True, scale="learned")  # all have alphas here
+        ternary = replace(
+            self.info.ternary, enabled=True, scale="learned"
+        )  # all have alphas in a .tdt
         check_fit(self.info.config, ternary, shapes, self.path, _REPACK)
         for key, allowed in dtypes.items():
             if (dtype := self._file.get_slice(key).get_dtype()) not in allowed:
@@ -313,9 +315,9 @@ class TdtFile(ExportedModel):
             if hashlib.sha256(_bytes_of(value)).hexdigest() != self._digests[key]:
                 return f"the bytes of {key} do not match their SHA-256"
             if key in codec_of and CODECS[codec_of[key]].has_invalid_codes(value):
-                return f"{key} holds codes that are no trits"
+                return f"{key} holds invalid codes"
             if value.is_floating_point() and not value.isfinite().all():
-                return f"{key} holds values that are no finite numbers"
+                return f"{key} holds values that are not finite"
             return None
 
         with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL

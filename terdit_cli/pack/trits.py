@@ -2,18 +2,18 @@
 
 A trit in {-1, 0, 1} is stored as code = trit + 1 in {0, 1, 2}.
 
-t2, 4 trits a byte, the layout that kernels read (so loading is mmap). N is padded to a multiple
+t2, 4 trits per byte, the layout that kernels read (so loading is mmap). N is padded to a multiple
 of 64 and K to a multiple of 4 with code 1 (weight 0). A panel is 64 output rows; for each 4
 consecutive k it holds one 64-byte vector: byte (n % 16) * 4 + k % 4, bits 2j and 2j+1 of which
 hold row group j = (n % 64) // 16. Shape uint8 [ceil(N/64), ceil(K/4), 64].
 
-t5, 5 trits a byte (1.6 bits), for disk: the matrix row by row, byte = sum of code_i * 3^i for
+t5, 5 trits per byte (1.6 bits), for disk: the matrix row by row, byte = sum of code_i * 3^i for
 i = 0..4, at most 242; the last byte is filled with code 1, and the blob with bytes 121 (all code
 1) to a multiple of 64. Shape uint8 [ceil(ceil(N*K/5) / 64) * 64].
 
-int8, a trit a byte, the matrix as it is: the exchange format. Shape int8 [N, K].
+int8, one trit per byte, the matrix as it is: the exchange format. Shape int8 [N, K].
 
-released, 4 trits a byte, what the published TerDiT checkpoints hold: rows interleaved by quarter,
+released, 4 trits per byte, what the published TerDiT checkpoints hold: rows interleaved by quarter,
 row r of byte matrix [N/4, K] = code[r] << 6 | code[r+N/4] << 4 | code[r+2N/4] << 2 | code[r+3N/4].
 """
 
@@ -97,10 +97,10 @@ def t5_decode(packed: Tensor, rows: int, columns: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Codec:
-    """How the trits of a matrix [N, K] lie in a file; every codec has one byte per element.
+    """How the trits of a matrix [N, K] are stored in a file; every codec has one byte per element.
 
     `shape(N, K)` is that of the blob, `encode` maps trits int8 [N, K] to it and
-    `decode(blob, N, K)` back. `is_invalid(bytes)` marks the elements that no trit has.
+    `decode(blob, N, K)` back. `is_invalid(bytes)` marks the elements that encode no trit.
     """
 
     dtype: torch.dtype
@@ -110,7 +110,7 @@ class Codec:
     is_invalid: Callable[[Tensor], Tensor]
 
     def has_invalid_codes(self, packed: Tensor) -> bool:
-        """Return whether a blob holds a value that is no trit."""
+        """Return whether a blob holds a value that is not a trit."""
         pieces = packed.flatten().split(1 << 18)  # bytes: temporaries stay in the cache
         return any(bool(self.is_invalid(piece).any()) for piece in pieces)
 
@@ -139,7 +139,7 @@ def released_encode(trits: Tensor) -> Tensor:
         ValueError: N is not a multiple of 4.
     """
     if trits.shape[0] % 4:
-        raise ValueError(f"{trits.shape[0]} rows cannot be packed by quarters: not 4 n")
+        raise ValueError(f"{trits.shape[0]} rows cannot be packed by quarters: not a multiple of 4")
     first, second, third, fourth = (trits + 1).to(torch.uint8).chunk(4)
     return first << 6 | second << 4 | third << 2 | fourth
 

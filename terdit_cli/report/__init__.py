@@ -1,1 +1,1 @@
-"""The kit for figures and pages, shared by scores, training curves and the lab."""
+"""Tools for figures and pages, shared by evaluation, training curves and the lab."""

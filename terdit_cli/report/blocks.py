@@ -1,6 +1,6 @@
 """A page as a list of blocks, and its two forms: one HTML file, or Markdown with files beside it.
 
-What a page says is built once; the two forms cannot say different things.
+The content of a page is built once, so the two forms cannot differ.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from terdit_cli.report.markdown import clean, details, plain, table
 from terdit_cli.report.pages import SMALL, write_page
 from terdit_cli.system.atomic import write_whole
 
-_PIXELS = 640  # longer side of a picture of large images in the page
-_SENTENCE = 24  # characters of a cell that needs room
-_ENLARGED = 3  # times, in the files beside the Markdown page
+_PIXELS = 640  # longer side, in pixels, of a picture of large images in the page
+_SENTENCE = 24  # characters from which a cell is laid out as a sentence
+_ENLARGED = 3  # enlargement in the files beside the Markdown page
 
 Images = NDArray[np.uint8]  # [N, H, W, 3]
 
@@ -41,7 +41,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Notes:
-    """What a reader must know before believing the numbers."""
+    """What a reader must know before relying on the numbers."""
 
     items: Sequence[str]
 
@@ -70,7 +70,7 @@ class Table:
     strong: Sequence[str] = ()
 
     def kind(self, cell: str) -> str:
-        """Return how a cell is shown: numbers are not broken, sentences have room."""
+        """Return how a cell is shown: numbers are not wrapped, sentences have room."""
         if re.match(r"[-+]?\d", cell):
             return "number"
         return "words" if len(cell) > _SENTENCE else ""
@@ -78,7 +78,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Plots:
-    """Figures side by side; their names are those of their files, "STUDY--WHAT"."""
+    """Figures side by side; their names are their file names, "STUDY--WHAT"."""
 
     plots: Sequence[Plot]
 
@@ -93,7 +93,7 @@ class Picture:
 
     @property
     def small(self) -> bool:
-        """Return whether the images are shown exactly, enlarged pixel by pixel."""
+        """Return whether the images are shown exactly, enlarged by whole pixels."""
         return max(self.images.shape[1:3]) <= SMALL
 
     @property
@@ -108,7 +108,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures side by side; `name` is that of their files, "STUDY--WHAT"."""
+    """Pictures side by side; `name` is their file name, "STUDY--WHAT"."""
 
     name: str
     note: str
@@ -132,7 +132,7 @@ Block = Heading | Text | Notes | Cards | Table | Plots | Pictures | Commands
 
 
 def without_pictures(blocks: Sequence[Block]) -> list[Block]:
-    """Return the blocks without figures and pictures, and without headings of nothing else."""
+    """Return the blocks without figures and pictures, and without headings that are then empty."""
     kept = [block for block in blocks if not isinstance(block, Plots | Pictures)]
     return [
         block
@@ -222,7 +222,7 @@ def _row(block: Table, row: Sequence[str]) -> list[str]:
 
 
 def _side_by_side(cells: Iterable[tuple[str, str]]) -> str:
-    """Return pictures with words below them, two in a row."""
+    """Return pictures with captions below them, two per row."""
     shown = ["<br>".join(cell) for cell in cells]
     if len(shown) % 2 and len(shown) > 1:
         shown.append("")

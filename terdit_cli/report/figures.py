@@ -1,10 +1,10 @@
 """Figures: matplotlib's objects in the project's colours, as SVG that follows the theme or as PNG.
 
-A function that draws is decorated by `style()`, starts with `chart()` and returns `svg()`. There is
-no pyplot and nothing depends on the day: the same numbers give the same text. Colours stand in the
-SVG as attributes of the light theme, so that any viewer can show it on white; `THEMES`, a style
-sheet, gives each its partner where the reader prefers a dark page. Texts stay texts, and a marker
-shows its values where the pointer rests on it.
+A plotting function is decorated with `style()`, starts with `chart()` and returns `svg()`. pyplot
+is not used and no date is stored: the same numbers give the same text. The SVG holds the colours of
+the light theme as attributes, so that any viewer can show it on white; the style sheet `THEMES`
+replaces each by its counterpart if the reader prefers a dark page. Texts stay texts, and a marker
+shows its values when the pointer is on it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 430, 294  # points, of a chart without its key: legible on a phone
 INK, SOFT, RULE, SURFACE, BAD = "#171a21", "#5a6372", "#e2e6ec", "#ffffff", "#b3261e"
-EMPTY = "#d5d9e0"  # of an area that says nothing
+EMPTY = "#d5d9e0"  # of an empty area
 SERIES = (
     "#c8520b", "#1f5fbf", "#1a7f5a", "#8a4fbf", "#9a6f00", "#c2347a", "#17798c", "#6b6f76",
 )  # fmt: skip
@@ -100,7 +100,7 @@ class Plot(NamedTuple):
 
     title: str
     note: str
-    drawing: Markup  # as `svg` gives it
+    drawing: Markup  # as returned by `svg`
     name: str = ""  # of its file
 
 
@@ -113,7 +113,7 @@ def style() -> Iterator[None]:
     import matplotlib
 
     with warnings.catch_warnings(), matplotlib.rc_context(_STYLE):
-        # Characters that the font it measures with lacks; the reader's fonts have them.
+        # Characters that the measuring font lacks; the reader's fonts have them.
         warnings.filterwarnings("ignore", message="Glyph")
         yield
 
@@ -232,7 +232,7 @@ def svg(figure: Figure, title: str) -> Markup:
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     root = ET.fromstring(buffer.getvalue())
     used = set(re.findall(rb"#([mp]\w+)", buffer.getvalue()))
-    _, _, *drawn = root  # without metadata and a style sheet
+    _, _, *drawn = root  # without metadata and style sheet
     box = root.get("viewBox", "")
     root.clear()
     root.attrib.update({"class": "figure", "viewBox": box, "role": "img", "aria-label": title})
@@ -253,7 +253,7 @@ def svg(figure: Figure, title: str) -> Markup:
 
 
 def _without_style(node: ET.Element) -> None:
-    """Turn styles into attributes, which a page's policy lets in; shorten numbers."""
+    """Turn styles into attributes, which a page's policy allows; shorten numbers."""
     markers = node.findall(f"{_SVG}use")
     if len({marker.get("style") for marker in markers}) == 1:  # once for all of them
         node.set("style", [marker.attrib.pop("style") for marker in markers].pop())
@@ -275,7 +275,7 @@ def _without_style(node: ET.Element) -> None:
 
 
 def standalone(drawing: Markup) -> str:
-    """Return what `svg` gave as the text of a file of its own, with both themes inside."""
+    """Return the result of `svg` as a separate SVG file, with both themes inside."""
     opened, _, rest = drawing.partition(">")
     return f'{opened} xmlns="http://www.w3.org/2000/svg"><style>{THEMES}</style>{rest}\n'
 

@@ -1,4 +1,4 @@
-"""A labelled grid of images, and PNG files that say in text chunks how they were made.
+"""A labelled grid of images, and PNG files with text chunks that say how they were made.
 
 Shapes: N images of H x W pixels, uint8 [N, H, W, 3].
 """
@@ -27,9 +27,9 @@ def draw_grid(
 ) -> Image.Image:
     """Draw images uint8 [N, H, W, 3] in rows, with a caption under each and a title above.
 
-    Small images grow by a whole factor, pixel by pixel, until their short side has at least
+    Small images are enlarged by a whole factor until their short side has at least
     `cell_size` pixels; large ones keep their size. `columns` defaults to the most square grid.
-    Texts that do not fit are cut.
+    Texts that do not fit are truncated.
 
     Raises:
         ValueError: no images, another shape or type, or not one label for each image.
@@ -74,7 +74,7 @@ def draw_grid(
 def save_png(
     image: Image.Image, path: str | os.PathLike[str], text: dict[str, str] | None = None
 ) -> None:
-    """Write a PNG whole or not at all, with the entries of `text` as text chunks.
+    """Write a PNG completely or not at all, with the entries of `text` as text chunks.
 
     Raises:
         EnvironmentProblem: the folder cannot be written or the disk is full.

@@ -1,4 +1,4 @@
-"""Markdown in which text from outside stays text: tables, code spans, sentences."""
+"""Markdown in which text from outside is never markup: tables, code spans, sentences."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 
 LONGEST_TEXT = 1000  # characters of a code span or sentence
-# What XML 1.0 has no character for (controls, lone surrogates, two non-characters), and the
-# controls of text direction, with which a path could show as another one.
+# Characters that XML 1.0 does not allow (controls, lone surrogates, two non-characters), and the
+# controls of text direction, with which a path could be displayed as another one.
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u202a-\u202e\u2066-\u2069]"
 )
@@ -27,13 +27,13 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def details(title: str, content: str) -> str:
-    """Return what is folded away under its title; `content` is Markdown."""
+    """Return a folded section with a title; `content` is Markdown."""
     # The blank line after the summary makes the content Markdown again.
     return f"<details>\n<summary>{html.escape(title)}</summary>\n\n{content}\n\n</details>"
 
 
 def plain(text: object) -> str:
-    """Return one line, of text that is trusted to be none but ours, which a table can hold."""
+    """Return trusted text as one line that a table cell can hold."""
     return " ".join(clean(text).split()).replace("<", "&lt;").replace("|", "\\|")
 
 

@@ -1,9 +1,9 @@
-"""Pages by Jinja2 templates that ask for nothing from outside.
+"""Pages from Jinja2 templates that load nothing from outside.
 
 Images are data URIs, figures inline SVG, there is no script, and a page's own
-Content-Security-Policy forbids all else: its one style sheet is let in by its hash. Pages follow
-the reader's light or dark theme and have a size for phones and one for paper. What a template
-shows is escaped, and characters that no file may hold are replaced.
+Content-Security-Policy forbids everything else; its style sheet is allowed by its hash. Pages
+follow the reader's light or dark theme and have layouts for phones and for paper. All values in a
+template are escaped, and characters that are not allowed in files are replaced.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from terdit_cli.system.atomic import write_whole
 
 Image = NDArray[np.uint8]  # [H, W, 3]
 
-SMALL = 64  # pixels of the longer side up to which an image is shown exactly, pixel by pixel
+SMALL = 64  # longer side, in pixels, up to which an image is shown exactly
 _JPEG_QUALITY = 85
 
 
@@ -36,7 +36,7 @@ def write_page(path: Path, template: str, title: str, **values: Any) -> None:
 
     Args:
         template: a file of `templates` that extends page.html.
-        values: what the template shows; `Markup` is put in as it is.
+        values: for the template; `Markup` is inserted unchanged.
 
     Raises:
         EnvironmentProblem: the file cannot be written.
@@ -64,7 +64,7 @@ def write_page(path: Path, template: str, title: str, **values: Any) -> None:
 def image_tag(image: Image, alt: str, size: int, exact: bool = False) -> Markup:
     """Return an <img> of uint8 [H, W, 3], its longer side made at most `size` pixels.
 
-    Small images, and those asked for so, are kept exactly; others become JPEG.
+    Small images, and those requested exactly, are kept exactly; others become JPEG.
     """
     photo, buffer = Pillow.fromarray(image), io.BytesIO()
     exact = exact or max(image.shape[:2]) <= SMALL

@@ -1,6 +1,6 @@
 """The ordered list of backends, and the choice among them with its reasons.
 
-A backend is a module that owns all that depends on it: see `Backend`. `auto` takes the first that
+A backend is a module with everything specific to it: see `Backend`. `auto` takes the first that
 is available. A backend that the user names and that is not available is an error, never a silent
 fallback. A new backend is one file and one entry of `BACKENDS`.
 """
@@ -32,13 +32,13 @@ class Backend(Protocol):
     FINER_ADALN: tuple[Precision, ...]
 
     def auto_precision(self) -> Precision:
-        """Return what models that were not trained with int8 activations run in."""
+        """Return the precision for models that were not trained with int8 activations."""
 
     def available(self, device: torch.device) -> str | None:
         """Return the reason why this backend cannot run on a device, or None."""
 
     def check_precision(self, precision: Precision, device: torch.device) -> None:
-        """Raise EnvironmentProblem if a device lacks the numbers of a precision."""
+        """Raise EnvironmentProblem if a device does not support a precision."""
 
     def network_class(self) -> type[DiT]:
         """Return the class that runs a network of `PackedTernaryLinear`."""
@@ -53,15 +53,15 @@ class Backend(Protocol):
         """Return the t2 bytes of a matrix stored by the codec t5."""
 
     def condition_device(self, device: torch.device) -> torch.device:
-        """Return where y, and with it t, should lie."""
+        """Return the device for y and t."""
 
     def largest_batch(
         self, config: DiTConfig, device: torch.device, precision: Precision
     ) -> int | None:
-        """Return how many rows of a batch the free memory holds; None: not known."""
+        """Return how many rows of a batch fit in the free memory; None: unknown."""
 
     def how(self, device: torch.device) -> How:
-        """Return what runs on a device."""
+        """Return a description of what runs on a device."""
 
     def matmul(
         self,
@@ -84,7 +84,7 @@ def backend_named(name: str) -> Backend | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen backend and, for a line on stderr, why."""
+    """The chosen backend and the reason, for a line on stderr."""
 
     backend: Backend
     reason: str
@@ -131,9 +131,9 @@ def choose_backend(name: str, device: torch.device) -> Choice:
 
 
 def resolve_activations(requested: str, trained: Activations, backend: Backend) -> Precision:
-    """Return what becomes of the activations: `requested` is "auto" or a precision.
+    """Return the precision of the activations: `requested` is "auto" or a precision.
 
-    A model trained with int8 activations runs as it was trained, in nothing else.
+    A model trained with int8 activations runs in int8 only.
 
     Raises:
         UsageError: an unknown name, a precision that the backend lacks, or other activations than
@@ -149,7 +149,7 @@ def resolve_activations(requested: str, trained: Activations, backend: Backend) 
         )
     if trained == "int8" and requested not in ("auto", "int8"):
         raise UsageError(
-            "this model was trained with int8 activations and runs with nothing else",
+            "this model was trained with int8 activations and needs them",
             got=f"--activations {requested}",
             expected="auto or int8",
             fix="--activations auto",

@@ -1,11 +1,11 @@
 """The cpu backend: the native library behind the C ABI of native/ternary.h, through ctypes.
 
-One shared library serves every Python and every torch. It is opened when first asked for, never
-when this module is imported; while it works the GIL is free. C trusts its callers, so every
-pointer's size, type and place is checked here before a call.
+One shared library serves every Python and every torch. It is opened on first use, never when
+this module is imported; it runs without the GIL. C trusts its callers, so the size, type and device
+of every pointer are checked here before a call.
 
     TERDIT_ISA       the instruction set to use instead of the best
-    TERDIT_THREADS   threads, in place of torch.get_num_threads(); `set_threads` wins over both
+    TERDIT_THREADS   threads, instead of torch.get_num_threads(); `set_threads` takes precedence
     TERDIT_LIBRARY   another build of the library, for bug reports
 
 Shapes: N out features, K in features, G = ceil(K / 128) groups.
@@ -40,14 +40,14 @@ PRECISION_CODES: dict[Precision, int] = {"fp32": 0, "bf16": 1, "int16": 2, "int8
 PEAKS = ("int8", "bf16", "fp32")
 
 _REINSTALL = "pip install --force-reinstall --no-deps terdit"
-_threads: int | None = None  # what `set_threads` was told
+_threads: int | None = None  # the argument of `set_threads`
 
 
 def auto_precision() -> Precision:
-    """Return what models that were not trained with int8 activations run in.
+    """Return the precision for models that were not trained with int8 activations.
 
-    int8, whose images differ little from fp32's (README, "The CPU runtime"); in plain C++, without
-    instructions for bytes, fp32 is the faster one.
+    int8, whose images differ little from fp32's (docs/runtime.md); in plain C++, without
+    instructions for bytes, fp32 is faster.
     """
     return "fp32" if isa() == "generic" else "int8"
 
@@ -85,7 +85,7 @@ def _open() -> ctypes.CDLL | str:
     """Open the library once; return it, or the reason why there is none.
 
     Raises:
-        UsageError, EnvironmentProblem: TERDIT_LIBRARY or TERDIT_ISA names what cannot be used.
+        UsageError, EnvironmentProblem: TERDIT_LIBRARY or TERDIT_ISA is not usable.
     """
     named = os.environ.get("TERDIT_LIBRARY")
     package = Path(str(importlib.resources.files("terdit_cli.runtime")))
@@ -187,7 +187,7 @@ def condition_device(device: torch.device) -> torch.device:
 
 
 def largest_batch(config: DiTConfig, device: torch.device, precision: Precision) -> int | None:
-    """Return None: it is not known."""
+    """Return None: unknown."""
     return None
 
 
@@ -213,7 +213,7 @@ def isas_usable() -> list[str]:
 
 
 def set_threads(count: int | None) -> None:
-    """Use so many threads in this process, torch's too; None leaves torch's as they are.
+    """Set the number of threads of this process, torch's too; None leaves torch's unchanged.
 
     Raises:
         UsageError: not 1 to 256.
@@ -225,7 +225,7 @@ def set_threads(count: int | None) -> None:
 
 
 def thread_count() -> int:
-    """Return how many threads a call uses: of `set_threads`, TERDIT_THREADS, or torch's.
+    """Return the number of threads of a call: from `set_threads`, TERDIT_THREADS, or torch.
 
     Raises:
         UsageError: TERDIT_THREADS is no number from 1 to 256.
@@ -278,7 +278,7 @@ def describe_matrix(
     """Describe a packed matrix of shape (N, K) to the library; keeps none of the tensors alive.
 
     Raises:
-        ValueError: tensors of other shapes, types or places than `reference.matmul` documents.
+        ValueError: tensors of other shapes, types or devices than `reference.matmul` documents.
     """
     rows, columns = shape
     if rows < 1 or not 1 <= columns <= LARGEST_K:
@@ -303,7 +303,7 @@ def as_floats(x: Tensor) -> Tensor:
 
 
 def check_status(status: int) -> None:
-    """Raise MemoryError where a call of the library returned that it found none."""
+    """Raise MemoryError if a call of the library reports that memory ran out."""
     if status:
         raise MemoryError("the native library found no memory for its activations")
 
@@ -380,7 +380,7 @@ def matmul(
     int8 and int16 equal the reference bit for bit, fp32 and bf16 to the order of summation.
 
     Raises:
-        ValueError: tensors of other shapes, types or places than documented.
+        ValueError: tensors of other shapes, types or devices than documented.
         EnvironmentProblem: there is no native library.
     """
     return torch.ops.terdit.linear(x, packed, alphas, bias, *shape, precision)
@@ -396,16 +396,16 @@ def t5_to_t2(blob: Tensor, rows: int, columns: int) -> Tensor:
     source = address("blob", blob, (t5_length(rows, columns),), torch.uint8)
     status = library().terdit_t5_to_t2(source, rows, columns, out.data_ptr(), thread_count())
     if status == 1:
-        raise ValueError("the blob holds a byte above 242, which no trits have")
+        raise ValueError("the blob holds a byte above 242, which encodes no trits")
     check_status(status)
     return out
 
 
 def peak(what: str, seconds: float, threads: int) -> float:
-    """Measure for about `seconds` the operations a second of a dot instruction from registers.
+    """Measure for about `seconds` the operations per second of a dot instruction from registers.
 
     Args:
-        what: "int8", "bf16" or "fp32". Multiply and add count two.
+        what: "int8", "bf16" or "fp32". Multiply and add count as two.
 
     Raises:
         ValueError: another `what`, or a time that is not 0 to 60 seconds.
@@ -421,5 +421,5 @@ def arena_bytes() -> int:
 
 
 def release() -> None:
-    """Give the library's scratch memory back to the system."""
+    """Return the library's scratch memory to the system."""
     library().terdit_release()

@@ -2,10 +2,10 @@
 
     hidden <- blocks(hidden, modulations),  modulations = adaLN of all blocks, once for each c
 
-The same modules and state dict as the composable network, whose `forward` this shares but for the
-loop over the blocks. A row of the conditioning c recurs: guidance repeats the null class, and one
-schedule serves many batches. So its modulations are kept by the row's bytes, the least recently
-used leaving first.
+The same modules and state dict as the composable network, whose `forward` this shares except for
+the loop over the blocks. Rows of the conditioning c recur: CFG repeats the null class, and one
+schedule serves many batches. So modulations are cached by the row's bytes; the least recently used
+are dropped first.
 
 Shapes: B images, T tokens, D dim, A width of the conditioning, L layers.
 """
@@ -26,7 +26,7 @@ from terdit_cli.model.layout import ADALN, block_layout
 from terdit_cli.runtime import cpu
 from terdit_cli.runtime.reference import Precision
 
-CACHE_BYTES = 8 << 20  # of modulations, for each network
+CACHE_BYTES = 8 << 20  # of modulations, per network
 
 # terdit_block of native/ternary.h: a block's matrices, then its norms, in the order of its layout.
 _MATRICES, _NORMS = 8, 7
@@ -58,7 +58,7 @@ class _Model(ctypes.Structure):
     )
 
 
-# Held for moments only, never during a call of the library. The child of a fork gets a fresh one.
+# Held only briefly, never during a call of the library. The child of a fork gets a fresh one.
 _lock = threading.Lock()
 
 
@@ -71,7 +71,7 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 
 class _Slot(NamedTuple):
-    """A tensor that the library was told of: where a module keeps it, and what it was then."""
+    """A tensor whose address the library has: where a module keeps it, and its state then."""
 
     owner: dict[str, Any]
     key: str
@@ -93,7 +93,7 @@ def _version(tensor: Tensor) -> int:
 
 
 class _Native:
-    """A network as the library sees it, valid as long as all its tensors stay what they were."""
+    """A network as the library sees it, valid as long as its tensors are unchanged."""
 
     def __init__(self, network: DiT) -> None:
         config = network.config
@@ -122,12 +122,12 @@ class _Native:
                 self.blocks[index].norms[place] = self._norm(network, index, *norm)
         # One call runs all blocks, with one memory plan.
         if len(grouped) > 1 or any(len(each) > 1 for each in precisions.values()):
-            raise ValueError("the layers have scales or precisions of several kinds")
+            raise ValueError("the layers have different scale granularities or precisions")
         blocks, adaln = precisions["blocks"].pop(), precisions["adaLN"].pop()
         self.precision = cpu.PRECISION_CODES[blocks]
         self.adaln_precision = cpu.PRECISION_CODES[adaln]
-        # int8 throughout is how a model was trained, with its attention in float; int8 with a
-        # finer adaLN is an approximation, and attention may take part in it.
+        # int8 in all layers is how a model was trained, with its attention in float; int8 with a
+        # finer adaLN is an approximation, which may include attention.
         approximate = blocks == "int8" and adaln != "int8"
         attention: Precision = "int8" if approximate else "fp32"
         rope = (config.tokens, config.head_dim // 2)
@@ -199,7 +199,7 @@ class _Native:
                 cpu.thread_count(),
             )
         )
-        # Each has its own memory: a view would keep all the others' alive.
+        # Each has its own memory: a view would keep all others alive.
         new = {key: made[index].clone() for index, key in enumerate(rows)}
         most = CACHE_BYTES // made[0].nbytes
         with _lock:
@@ -231,7 +231,7 @@ class FusedDiT(DiT):
     _native: _Native | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles hold: all but addresses, which are found anew."""
+        """Return what copies and pickles hold: all but addresses, which are looked up again."""
         return self.__dict__ | {"_native": None}
 
     def run_blocks(self, hidden: Tensor, c: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ class FusedDiT(DiT):
         Raises:
             ValueError: tensors or modules of another dtype, shape or device than float32 on the
                 CPU, or matrices that are not all packed alike.
-            NotImplementedError: a gradient is asked for.
+            NotImplementedError: a gradient is required.
             EnvironmentProblem: there is no native library.
         """
         if torch.compiler.is_compiling():

@@ -22,7 +22,7 @@ from terdit_cli.system import gpu_memory
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network ready to sample, what it says of itself, and how it runs."""
+    """A network ready to sample, its metadata, and how it runs."""
 
     network: DiT
     info: ModelInfo
@@ -36,14 +36,14 @@ class LoadedModel:
 
     @property
     def conditions(self) -> torch.device:
-        """Where y, and with it t, should lie."""
+        """The device for y and t."""
         return self.device if self.runs_on is None else self.runs_on.condition_device(self.device)
 
     def largest_batch(self, guided: bool) -> int | None:
-        """Return how many images at once the free memory holds; None: not known.
+        """Return how many images at once fit in the free memory; None: unknown.
 
         Args:
-            guided: each image is two of the network's rows.
+            guided: with CFG, each image is two of the network's rows.
         """
         if self.runs_on is None:
             return None
@@ -51,7 +51,7 @@ class LoadedModel:
         return rows // 2 if rows is not None and guided else rows
 
     def facts(self) -> dict[str, Any]:
-        """Return how it runs, for a result that is to be repeated."""
+        """Return how it runs, for the provenance of a result."""
         return {
             "backend": self.backend,
             "isa": self.isa,
@@ -70,18 +70,18 @@ def load(
     compiled: bool = False,
     **overrides: Any,
 ) -> LoadedModel:
-    """Load a network together with its description.
+    """Load a network together with its metadata.
 
     Args:
         where: run folder, ckpt.pt, ternarized .safetensors, .tdt, released TerDiT folder, or the
             name of a packaged model.
-        device: where the network lives.
+        device: of the network.
         backend: "auto" or a backend's name; packed models only.
-        weights: of a checkpoint, the average or the last step's; what is packed has only one.
+        weights: of a checkpoint, the EMA or those of the last step; packed models have one set.
         activations: "auto" or a precision; packed models only.
-        compiled: the blocks, by torch.compile, when first called; checkpoints only, for packed
-            models run on code of their own.
-        overrides: `DiTConfig` fields that a released folder does not show (`n_heads=32`).
+        compiled: compile the blocks with torch.compile on the first call; checkpoints only,
+            because packed models have kernels of their own.
+        overrides: `DiTConfig` fields that a released folder lacks (`n_heads=32`).
 
     Raises:
         InputFileError, UsageError, EnvironmentProblem: see `ModelFile`, `choose_backend` and
@@ -109,7 +109,7 @@ def _load(
                     f"{flag} is for packed models",
                     got=f"{flag} {asked} for a checkpoint",
                     where=file.weights_file,
-                    fix=f"terdit pack {file.path} -o model.tdt, then sample from that",
+                    fix=f"terdit pack {file.path} -o model.tdt, then use that",
                 )
         return _from_checkpoint(file.checkpoint(), weights, device, compiled)
     if compiled:
@@ -159,7 +159,7 @@ def _from_checkpoint(
     compiled: bool,
 ) -> LoadedModel:
     info = replace(checkpoint.info, weights=weights)
-    kind = "ternary masters" if info.ternary.enabled else "full precision"
+    kind = "ternary master weights" if info.ternary.enabled else "full precision"
     network = restore_network(checkpoint, device, weights)
     if compiled:
         for block in network.layers:

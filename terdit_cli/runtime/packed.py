@@ -1,10 +1,10 @@
 """A linear layer whose weights stay packed, and the DiT made of such layers.
 
-Contract: the packed network on the reference backend equals the QAT forward bit for bit in
+Contract: the packed network on the reference backend equals the QAT forward pass bit for bit in
 float32, because both end in `model.ternary.ternary_linear` with the same trits and alphas.
 
 The weights of a .tdt are read where the file is mapped: several processes share its pages, and
-nothing of full-precision size is ever allocated.
+no full-precision matrix is ever allocated.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class PackedTernaryLinear(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles hold: of the backend, a module of Python, its name."""
+        """Return what copies and pickles hold: of the backend, which is a module, only its name."""
         return self.__dict__ | {"backend": self.backend.NAME}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ def packed_network(
 
     Raises:
         EnvironmentProblem: a matrix that the backend cannot multiply with, or a precision that the
-            GPU lacks.
+            GPU does not support.
     """
     info = model.info
     backend.check_precision(precision, device)
@@ -139,7 +139,7 @@ def packed_network(
 
 
 def _packed(model: ExportedModel, name: str, backend: Backend) -> Tensor:
-    """Return the t2 bytes of a matrix; the pages of a blob that was repacked are let go."""
+    """Return the t2 bytes of a matrix; the pages of a repacked blob are released."""
     if not isinstance(model, TdtFile):
         return t2_encode(model.trits(name))
     codec = model.codec(name)

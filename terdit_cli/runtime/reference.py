@@ -1,4 +1,4 @@
-"""The reference backend: unpack one matrix, multiply in plain PyTorch. The definition of correct.
+"""The reference backend: unpack one matrix, multiply in plain PyTorch. It defines what is correct.
 
     fp32   y = x @ (alpha * trits).T + bias
     bf16   the same, x rounded to bfloat16 (half to even)
@@ -25,7 +25,7 @@ from terdit_cli.model.dit import DiT, DiTConfig
 from terdit_cli.model.ternary import ACTIVATION_FLOOR, scaled_sums, ternary_linear
 from terdit_cli.pack.trits import t2_decode, t2_encode, t2_shape, t5_decode
 
-# What becomes of the activations at run time: PRECISIONS in every backend, fp8 in the gpu's.
+# Precisions of the activations at run time: PRECISIONS in every backend, fp8 in gpu only.
 Precision = Literal["fp32", "bf16", "int16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int16", "int8")
 
@@ -39,7 +39,7 @@ FINER_ADALN: tuple[Precision, ...] = ("int8",)
 
 
 class How(NamedTuple):
-    """What runs a network: the number of CPU threads, the instruction set, and both in words."""
+    """What runs a network: number of CPU threads, instruction set, and a description."""
 
     threads: int
     isa: str | None
@@ -47,7 +47,7 @@ class How(NamedTuple):
 
 
 def auto_precision() -> Precision:
-    """Return what models that were not trained with int8 activations run in."""
+    """Return the precision for models that were not trained with int8 activations."""
     return "fp32"
 
 
@@ -81,7 +81,7 @@ def condition_device(device: torch.device) -> torch.device:
 
 
 def largest_batch(config: DiTConfig, device: torch.device, precision: Precision) -> int | None:
-    """Return None: it is not known."""
+    """Return None: unknown."""
     return None
 
 
@@ -92,7 +92,7 @@ def how(device: torch.device) -> How:
 
 
 def available(device: torch.device) -> str | None:
-    """Return None: there is nothing this backend needs (else: the reason why it cannot run)."""
+    """Return None: this backend needs nothing (others return why they cannot run)."""
     return None
 
 
@@ -112,7 +112,7 @@ def matmul(
         alphas: float32 [1], [N] or [N, G].
         bias: float32 [N] or None.
         shape: (N, K).
-        precision: what becomes of x; "fp32" and "int8" are what training did.
+        precision: of x; "fp32" and "int8" are those of training.
 
     Raises:
         ValueError: another precision.

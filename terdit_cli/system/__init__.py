@@ -1,1 +1,1 @@
-"""What the operating system gives: atomic files, locks, signals, processes, GPUs."""
+"""The operating system: atomic files, locks, signals, processes, GPUs."""

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: write to a temporary name, sync, rename.
+"""Files appear complete or not at all: write to a temporary name, sync, rename.
 
 A reader never sees a half-written file, and a failed or killed write leaves the previous file
 as it was; what a killed one leaves beside it, the next write into that folder removes. Failures of
@@ -45,7 +45,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
         sync_folder(target.parent)
     except OSError as error:
-        # Only failures of the write itself are ours to explain: an OSError about another file,
+        # Only failures of this write are explained here: an OSError about another file,
         # raised by the caller's code, passes through.
         if error.filename is not None and Path(error.filename) not in (
             target,
@@ -74,16 +74,16 @@ def file_sha256(path: Path) -> str:
 
 
 def refuse_existing(target: Path, force: bool, what: str = "the output exists") -> None:
-    """Raise UsageError if a file is there that nobody asked to replace."""
+    """Raise UsageError if a file exists and may not be overwritten."""
     if not force and os.path.isfile(target):  # noqa: PTH113 - False where it may not be looked at
         raise UsageError(
             what, got=target.name, where=target.parent,
-            fix="name another with -o, or replace it with --force",
+            fix="give another name with -o, or overwrite it with --force",
         )  # fmt: skip
 
 
 def check_writable(target: Path) -> None:
-    """Raise the EnvironmentProblem that `atomic_path` would raise, as far as can be told now."""
+    """Raise the EnvironmentProblem that `atomic_path` would raise, as far as is known now."""
     _refuse_folder(target)
     try:
         folder = next(parent for parent in target.absolute().parents if parent.exists())
@@ -97,7 +97,7 @@ def check_writable(target: Path) -> None:
 
 
 def _refuse_folder(target: Path) -> None:
-    """Raise EnvironmentProblem where a file's name is a folder's, or may not be looked at."""
+    """Raise EnvironmentProblem if a file's name is that of a folder, or is not accessible."""
     try:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -114,7 +114,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_problem(target: Path, error: OSError) -> EnvironmentProblem:
-    """Turn the operating system's refusal to write `target` into a sentence with a way out."""
+    """Turn the operating system's refusal to write `target` into an error with a fix."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         fix = "free disk space or name another folder; the previous file, if any, is untouched"
     elif error.errno == errno.EISDIR:

@@ -1,4 +1,4 @@
-"""Where files are kept that can be made or fetched again: $TERDIT_CACHE or ~/.cache/terdit."""
+"""The folder of files that can be made or downloaded again: $TERDIT_CACHE or ~/.cache/terdit."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "terdit"
     except RuntimeError as error:
         raise EnvironmentProblem(
-            "no place for terdit's cache", got="a user without a home folder",
-            fix="set TERDIT_CACHE to a folder that can be written to",
+            "no folder for terdit's cache", got="a user without a home folder",
+            fix="set TERDIT_CACHE to a writable folder",
         ) from error  # fmt: skip

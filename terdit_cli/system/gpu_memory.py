@@ -1,4 +1,4 @@
-"""The memory of a GPU: how much is free, and the error where it is too little."""
+"""The memory of a GPU: how much is free, and the error if it is too little."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ ELSEWHERE = "free memory of that GPU, name another with --device, or use --devic
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes of a GPU that this process can still have, torch's reserve included."""
+    """Return the bytes of a GPU that this process can still use, torch's reserve included."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out, here or in what this error covers up.
+    """Return whether memory ran out, in this error or in one that it hides.
 
     A CUDA graph whose capture runs out of memory fails once more when the capture ends. Triton's
     launches and torch's other CUDA calls have no error class of their own.

@@ -1,4 +1,4 @@
-"""GPUs by name: memory, and what they compute and move in a second, by their makers' data sheets.
+"""GPUs by name: memory, operations and bytes per second, from their makers' data sheets.
 
 Peaks are dense, without sparsity, with float32 (or int32) accumulation.
 """
@@ -16,7 +16,7 @@ UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's data sheet: bytes of memory, operations a second of each kind, bytes a second."""
+    """A GPU's data sheet: bytes of memory, operations per second of each kind, bytes per second."""
 
     title: str
     memory: int
@@ -29,7 +29,7 @@ class Gpu:
 def _sheet(
     title: str, gigabytes: int, bf16: float, int8: float, fp8: float | None, bandwidth: float
 ) -> Gpu:
-    """Return a GPU, of tera operations and tera bytes."""
+    """Return a GPU from tera-operations and terabytes per second."""
     return Gpu(
         title, gigabytes * GIGA, bf16 * TERA, int8 * TERA, fp8 and fp8 * TERA, bandwidth * TERA
     )
@@ -50,7 +50,7 @@ GPUS: dict[str, Gpu] = {
     "3090": _sheet("GeForce RTX 3090", 24, 71, 284, None, 0.936),
 }
 
-# What CUDA calls the devices, for the MFU of a run; first match counts.
+# Names of the devices in CUDA, for the MFU of a run; the first match counts.
 _DEVICE_NAMES = {
     r"\bH100 PCIe": "h100-pcie",
     r"\bH100\b(?! NVL)": "h100",
@@ -68,7 +68,7 @@ _DEVICE_NAMES = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """Return the GPU of a name such as "h100" or "RTX 4090".
+    """Return the GPU with a name such as "h100" or "RTX 4090".
 
     Raises:
         UsageError: it is not known.
@@ -85,9 +85,9 @@ def find_gpu(name: str) -> Gpu:
 
 
 def find_memory(text: str) -> tuple[int, float | None]:
-    """Return bytes of memory and bfloat16 operations a second of a GPU, by its name or a size.
+    """Return bytes of memory and bfloat16 operations per second of a GPU, by name or by size.
 
-    Of a size such as "80GB" no speed is known: None.
+    For a size such as "80GB" the speed is unknown: None.
 
     Raises:
         UsageError: neither.
@@ -98,7 +98,7 @@ def find_memory(text: str) -> tuple[int, float | None]:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB|MIB|GIB)", word.upper())
     if match is None or float(match[1]) == 0:
         raise UsageError(
-            "not the memory of a GPU",
+            "wrong --gpu-memory",
             got=repr(text) + did_you_mean(word, GPUS),
             expected="a size such as 80GB or one of " + ", ".join(GPUS),
         )
@@ -106,7 +106,7 @@ def find_memory(text: str) -> tuple[int, float | None]:
 
 
 def device_peak(device_name: str) -> float | None:
-    """Return the bfloat16 operations a second of a CUDA device by its name; None if unknown."""
+    """Return the bfloat16 operations per second of a CUDA device by its name; None if unknown."""
     for pattern, name in _DEVICE_NAMES.items():
         if re.search(pattern, device_name):
             return GPUS[name].bf16

@@ -1,11 +1,11 @@
 """The process group of a job: one process, or several that torchrun has started.
 
-    torchrun --nproc-per-node 8 -m terdit_cli train RECIPE    (or what else sets its variables)
+    torchrun --nproc-per-node 8 -m terdit_cli train RECIPE   (or one that sets its variables)
 
-Training, sampling and scoring join it alike. The job ends as the first process that fails does:
-with its message and its exit code. The others fail because of it, by what torch says of a closed
-connection or by torchrun's SIGTERM, and are silent. One that was killed says nothing; then one of
-those who miss it speaks.
+Training, sampling and scoring all join it. The job ends with the message and the exit code of the
+first process that fails. The others fail as a consequence, by torch's error about a closed
+connection or by torchrun's SIGTERM, and print nothing. A process that was killed prints nothing
+itself; then one of those that wait for it reports it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from terdit_cli.errors import EnvironmentProblem, Interrupted, TerditError
 from terdit_cli.system.launcher import Launched, read_launcher
 from terdit_cli.system.signals import StopSignal, ignore_stops
 
-# One may finish its images long before another. A process that dies takes the job down at once:
-# that is torchrun's work.
+# One may finish its images long before another. If a process dies, torchrun ends the job at once.
 _TWO_DAYS = 2 * 24 * 3600.0
 _CONNECT_SECONDS = 300.0  # that the store may take to answer hundreds of processes at once
 _SIGTERM_CODE = 128 + signal.SIGTERM
@@ -48,11 +47,11 @@ class Job(Launched):
 
     @property
     def is_main(self) -> bool:
-        """Say whether this is the process that writes what there is one of."""
+        """Return whether this is the main process, which writes what exists only once."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Return when all have come here."""
+        """Return when all processes have called this."""
         if self.size > 1:
             distributed.barrier()
 
@@ -68,7 +67,7 @@ class Job(Launched):
         """Return the largest of all processes' numbers; all must call."""
         if self.size == 1:
             return number
-        value = torch.tensor(number, dtype=torch.float64)  # on the CPU: needs no GPU to be alive
+        value = torch.tensor(number, dtype=torch.float64)  # on the CPU: works without a working GPU
         distributed.all_reduce(value, distributed.ReduceOp.MAX)
         return float(value)
 
@@ -98,7 +97,7 @@ class Job(Launched):
     def device_named(self, name: str | None) -> str:
         """Return a device by name; None, "auto" and "cuda" are this process's own."""
         if name not in (None, "auto", "cuda") or (name == "cuda" and self.device.type == "cpu"):
-            return name or "cpu"  # a GPU that is not there is refused when it is used
+            return name or "cpu"  # a missing GPU is refused when it is used
         return str(self.device)
 
     def require_shared(self, folder: Path, option: str = "--work") -> None:
@@ -110,15 +109,15 @@ class Job(Launched):
         self.wait()
         if not folder.is_dir():
             raise EnvironmentProblem(
-                "this process does not see the folder of the others",
+                "this process does not see the other processes' folder",
                 got=f"nothing there on {os.uname().nodename} (rank {self.rank})",
                 expected="a folder that all machines share",
                 where=folder,
-                fix=f"name one with {option}",
+                fix=f"give one with {option}",
             )
 
     def killed(self) -> list[int]:
-        """Return the ranks of the processes of this machine that have ended without leaving."""
+        """Return the ranks of this machine's processes that have ended without `_leave`."""
         ranks = []
         for rank in range(self.size):
             known = self.store.check([f"process/{rank}"])
@@ -129,18 +128,18 @@ class Job(Launched):
         return ranks
 
     def _enter(self) -> None:
-        """Say which process of which machine this is."""
+        """Record the process id and the machine of this rank."""
         self.store.set(f"process/{self.rank}", f"{os.getpid()} {os.uname().nodename}")
 
     def _leave(self, code: int) -> int | None:
-        """Say that this process ends, and return another's exit code if that failed before."""
+        """Record that this process ends; return the exit code of one that failed before."""
         try:
             self.store.set(f"left/{self.rank}", "")
             if not code:
                 return None
             first = self.store.compare_set("failed", "", f"{self.rank} {code}").decode().split()
         except RuntimeError:
-            return None  # the main process, whose store it was, has ended
+            return None  # the main process, which holds the store, has ended
         return None if int(first[0]) == self.rank else int(first[1])
 
 
@@ -165,10 +164,10 @@ def join_job(
         a_gpu_each: GPUs, where there are any, take part in the collectives, and no two processes
             share one. Otherwise the processes exchange small objects and images on the CPU.
         timeout_seconds: for the processes to meet, and of each collective.
-        retry: what to do after another process has ended.
+        retry: the fix to suggest after another process has ended.
 
     Raises:
-        EnvironmentProblem: the environment names no whole job, it does not come together, or
+        EnvironmentProblem: the environment describes no complete job, it cannot connect, or
             another process has ended.
         SystemExit: without a message, where another process failed first.
     """
@@ -189,7 +188,7 @@ def join_job(
         store = open_store()
     except (RuntimeError, ValueError) as error:
         raise EnvironmentProblem(
-            "the processes of this job did not meet",
+            "the processes of this job could not connect",
             got=str(error).split("\n")[0][:200],
             expected=f"{place.size} processes within {timeout_seconds:.0f} s",
             where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
@@ -203,7 +202,7 @@ def join_job(
             yield job
         failed = False
     finally:
-        # After a failed training a collective of another thread may wait for what is gone.
+        # After a failed training, a collective of another thread may wait for an ended process.
         if not (failed and a_gpu_each):
             distributed.destroy_process_group()
 
@@ -219,16 +218,16 @@ def own_device(place: Launched, a_gpu_each: bool = False) -> torch.device:
     count = torch.cuda.device_count()
     if a_gpu_each and place.local_rank >= count:
         raise EnvironmentProblem(
-            "there are more processes on this machine than GPUs",
+            "this machine has more processes than GPUs",
             got=f"local rank {place.local_rank}",
-            expected=f"less than {count}",
+            expected=f"a rank below {count}",
             fix=f"start torchrun with --nproc-per-node {count}",
         )
     return torch.device("cuda", place.local_rank % count)
 
 
 def open_store() -> distributed.Store:
-    """Connect to the store where the processes of the job have met."""
+    """Connect to the store that the processes of the job share."""
     store = distributed.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -242,7 +241,7 @@ def open_store() -> distributed.Store:
 
 @contextmanager
 def others_alive(job: Job, retry: str) -> Iterator[None]:
-    """Say in a sentence what torch says of a connection whose other end is gone.
+    """Explain torch's error about a connection whose other end is gone.
 
     Raises:
         EnvironmentProblem: instead of torch's error.
@@ -257,20 +256,20 @@ def others_alive(job: Job, retry: str) -> Iterator[None]:
         raise EnvironmentProblem(
             "another process of this job has ended",
             got=re.sub(r"^\[\S*\] ", "", text.split("\n")[0]).partition(". ")[0][:200],
-            fix=f"see its own message, then {retry}",
+            fix=f"see its message, then {retry}",
         ) from error
 
 
 @contextmanager
 def _one_message(job: Job) -> Iterator[None]:
-    """Let only the first process that fails say why; the others exit with its code."""
+    """Let only the first process that fails print its error; the others exit with its code."""
     try:
         try:
             yield
         except StopSignal as stop:
             raise stop.told() from None
     except TerditError as error:
-        # Nothing may interrupt what is left to do: torchrun stops all when the first one ends.
+        # Nothing may interrupt the clean-up: torchrun stops all when the first one ends.
         ignore_stops()
         problem = _cause(job, error)
         code = job._leave(problem.exit_code)
@@ -285,7 +284,7 @@ def _one_message(job: Job) -> Iterator[None]:
 
 
 def _cause(job: Job, error: TerditError) -> TerditError:
-    """Return the error, or, of torchrun's signal after a process has died, that one has died."""
+    """Return the error; for torchrun's signal after a process has died, the error that says so."""
     if not isinstance(error, Interrupted) or error.exit_code != _SIGTERM_CODE:
         return error
     try:
@@ -296,6 +295,6 @@ def _cause(job: Job, error: TerditError) -> TerditError:
         return error
     return EnvironmentProblem(
         "another process of this job was killed",
-        got=f"no last word from rank {', '.join(map(str, killed))}",
-        fix="look for its end in the system's log (out of memory?), then run the command again",
+        got=f"no message from rank {', '.join(map(str, killed))}",
+        fix="look in the system log for the reason (out of memory?), then rerun the command",
     )

@@ -1,4 +1,4 @@
-"""What torchrun, or what else starts several processes, says of the job in the environment."""
+"""What torchrun, or another launcher, says about the job in the environment variables."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Launched:
 
 
 def read_launcher() -> Launched:
-    """Return this process's place; without WORLD_SIZE, or with 1, it is a job of one process.
+    """Return this process's place; without WORLD_SIZE, or with 1, the job is one process.
 
     Raises:
-        EnvironmentProblem: variables are missing or are not the numbers that they should be.
+        EnvironmentProblem: variables are missing or are not valid numbers.
     """
     if os.environ.get("WORLD_SIZE", "").strip() in ("", "1"):
         return Launched()
@@ -44,11 +44,11 @@ def read_launcher() -> Launched:
 
 
 def is_main() -> bool:
-    """Return whether this process is the one that talks: the first of the job, or the only one."""
+    """Return whether this process prints messages: the first of the job, or the only one."""
     try:
         return read_launcher().rank == 0
     except EnvironmentProblem:
-        return True  # nothing that joins a job will start; all else is no part of one
+        return True  # verbs that join a job will refuse to start; all others run alone
 
 
 def _not_whole(got: str) -> EnvironmentProblem:

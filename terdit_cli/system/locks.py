@@ -1,4 +1,4 @@
-"""A folder that one process at a time works in."""
+"""Locks a folder for one process at a time."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from terdit_cli.system.atomic import make_folder
 
 @contextmanager
 def held(folder: Path) -> Iterator[int | None]:
-    """Lock a folder, made if it is not there.
+    """Lock a folder, which is created if absent.
 
-    Yields the descriptor that holds it, for children to hold it as well, or None where another
-    process does. The system lets go when the last holder ends, however it does. A file system that
-    cannot lock folders is taken as it is.
+    Yields the descriptor that holds it, for children to hold it as well, or None if another
+    process does. The system releases the lock when the last holder ends, however it ends. On a file
+    system that cannot lock folders there is no lock.
 
     Raises:
         EnvironmentProblem: the folder cannot be made.

@@ -1,4 +1,4 @@
-"""The signals that stop a program: Ctrl-C, a batch system's SIGTERM, a terminal that is gone."""
+"""The signals that stop a program: Ctrl-C, a batch system's SIGTERM, a closed terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignal(BaseException):
-    """A stop signal, raised wherever the program is just then.
+    """A stop signal, raised wherever the program is at that moment.
 
     No `except Exception` may take it for a failure of what it guards.
     """
@@ -25,20 +25,20 @@ class StopSignal(BaseException):
         self.number = number
 
     def told(self) -> Interrupted:
-        """Return the error that says so."""
+        """Return it as an error with a message."""
         name = signal.Signals(self.number).name
         text = f"stopped by {name}: nothing half-written is left"
         return Interrupted(text, signal_number=self.number)
 
 
 def raise_stop(number: int, frame: FrameType | None) -> None:
-    """Raise StopSignal: the handler of all that has nothing to save."""
+    """Raise StopSignal: the handler for verbs that have nothing to save."""
     raise StopSignal(number)
 
 
 @contextmanager
 def handled(receive: Callable[[int, FrameType | None], None]) -> Iterator[dict[int, Any]]:
-    """Let `receive` handle the stop signals; yields the handlers from before, set again at the end.
+    """Let `receive` handle the stop signals; yields the old handlers, restored at the end.
 
     A SIGHUP that is ignored, as under nohup, stays so. Where it comes, what is still printed goes
     nowhere: the terminal's end answers every write with an error.
@@ -59,12 +59,12 @@ def handled(receive: Callable[[int, FrameType | None], None]) -> Iterator[dict[i
         yield previous
     finally:
         for heard_before, handler in previous.items():
-            if signal.getsignal(heard_before) != signal.SIG_IGN:  # `ignore_stops` lasts
+            if signal.getsignal(heard_before) != signal.SIG_IGN:  # unless `ignore_stops` was called
                 signal.signal(heard_before, handler)
 
 
 def ignore_stops() -> None:
-    """Ignore the stop signals for the rest of the process, whichever of its threads they reach.
+    """Ignore the stop signals for the rest of the process, in all its threads.
 
     A mask would be one thread's: another takes the signal, and Python's handler runs all the same.
     """

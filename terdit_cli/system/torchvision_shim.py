@@ -1,4 +1,4 @@
-"""The one door to torchvision, clean-fid and diffusers.
+"""The only place that imports torchvision, clean-fid and diffusers.
 
 A torchvision wheel that was linked against another torch build (a CUDA wheel beside a CPU
 torch) fails at import, because two operator schemas, `nms` and `qnms`, are registered by its
@@ -14,11 +14,11 @@ import importlib
 import sys
 from types import ModuleType
 
-_declared_schemas: list[object] = []  # torch.library forgets what nobody refers to
+_declared_schemas: list[object] = []  # torch.library drops what has no reference
 
 
 def ensure_torchvision() -> ModuleType:
-    """Return the torchvision package, declaring its missing schemas where it needs that."""
+    """Return the torchvision package, declaring its missing schemas if necessary."""
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:

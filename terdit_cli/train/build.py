@@ -1,4 +1,4 @@
-"""From a recipe to the things it names: network configuration, description, space, images."""
+"""Builds what a recipe names: network configuration, metadata, space, images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from terdit_cli.system.launcher import is_main
 
 
 def model_config(recipe: Recipe) -> DiTConfig:
-    """Return the network's configuration; raises UsageError for shapes that do not fit."""
+    """Return the network's configuration; raises UsageError for impossible shapes."""
     fields = recipe.model.model_dump(exclude={"size"}, exclude_none=True)
     adaln_norm = recipe.ternary.adaln_norm
     return build_config(
@@ -45,7 +45,7 @@ def build_network(recipe: Recipe) -> DiT:
 
 
 def model_info(recipe: Recipe, class_names: list[str], step: int) -> ModelInfo:
-    """Describe the model that a run makes."""
+    """Return the metadata of the model that a run trains."""
     data = recipe.data
     space = (
         SpaceInfo("pixel") if data.vae is None else SpaceInfo("vae", data.vae, data.scale_factor)
@@ -121,7 +121,7 @@ def open_space(recipe: Recipe, device: torch.device) -> Space:
     if data.source == "latents":
         space = LatentSpace(data, device)
         if recipe.sample.every and is_main():
-            space.load_vae()  # a wrong one should be refused now, not at the first preview
+            space.load_vae()  # a wrong VAE should be refused now, not at the first preview
     else:
         space = VaeSpace(data.vae, data.scale_factor, device)
     expected = (recipe.in_channels, recipe.input_size, recipe.input_size)
@@ -131,11 +131,11 @@ def open_space(recipe: Recipe, device: torch.device) -> Space:
             got=space.latent_shape(data.image_size),
             expected=expected,
             where=f"data.vae {data.vae}",
-            fix="use a VAE with 4 channels and 8 pixels a latent, as Stable Diffusion's",
+            fix="use a VAE with 4 channels and 8 pixels per latent, such as Stable Diffusion's",
         )
     return space
 
 
 def default_run_folder(recipe: Recipe) -> Path:
-    """Return where a run goes when no folder is named."""
+    """Return the default run folder."""
     return Path("runs") / recipe.name

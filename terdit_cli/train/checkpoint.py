@@ -1,13 +1,13 @@
-"""Resumable checkpoints: `checkpoints/step-00001000/`, sharded, complete or not there.
+"""Resumable checkpoints: `checkpoints/step-00001000/`, sharded, complete or absent.
 
     __0_0.distcp ...   the shards of each process, and .metadata: see `sharded_tensors.py`
     recipe.yaml        the resolved recipe
-    manifest.json      step, time, what the model is, size and SHA-256 of every file; written last
+    manifest.json      step, time, model metadata, size and SHA-256 of every file; written last
 
 Everything goes into a hidden folder. When every process has written and synced its shards, the
 main one writes the manifest, and renames the folder. So a killed or failed save is recognisable,
 and the one before it survives. `save` copies the state and returns; the copy is written while
-training goes on, one checkpoint at a time.
+training continues, one checkpoint at a time.
 
 Master weights, EMA and optimizer state are saved. Settings are the recipe's; data order and random
 numbers are functions of the step (`data/order.py`, `rng.py`) and need no state.
@@ -49,7 +49,7 @@ from terdit_cli.train.sharded_tensors import (
 RECIPE, MANIFEST = "recipe.yaml", "manifest.json"
 FOLDER = "checkpoints"
 LARGEST_MANIFEST = 1 << 24  # bytes
-WRITE_SECONDS = 1800  # that processes wait for each other's disks
+WRITE_SECONDS = 1800  # for which processes wait for each other's disks
 _UNREADABLE = 1 << 40  # more than any number of files
 _PLAIN_NAME = re.compile(r"\.?\w[\w.-]{0,99}", re.ASCII)
 
@@ -76,7 +76,7 @@ class CheckpointWriter:
         if job.is_main:  # before any process writes: new_group waits for all
             for left in (run_folder / FOLDER).glob(".step-*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
-        # Of its own: the run's other collectives go on meanwhile.
+        # A separate group: the run's other collectives continue meanwhile.
         self._group = (
             dist.new_group(backend="gloo", timeout=timedelta(seconds=WRITE_SECONDS))
             if job.size > 1
@@ -85,7 +85,7 @@ class CheckpointWriter:
         self._pending: tuple[Path, Future[Any]] | None = None
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Begin to save `state` after `step` optimizer steps and return the folder it will have.
+        """Start to save `state` after `step` optimizer steps and return its future folder.
 
         The state may change as soon as this returns. When all is written, all but the newest
         `keep_last` and the keepers are deleted, and checkpoints of later steps, left by a
@@ -130,12 +130,12 @@ class CheckpointWriter:
         raise _explain(final, error) from error
 
     def abandon(self) -> None:
-        """Wait for what is being written, whatever comes of it; a half-written save is removed."""
+        """Wait for the save in progress, even if it fails; a half-written save is removed."""
         with suppress(TerditError):
             self.wait()
 
     def _publish(self, final: Path, step: int, files: dict[str, Fingerprint]) -> None:
-        """Make a hidden folder a checkpoint; on the main process only."""
+        """Turn a hidden folder into a checkpoint; on the main process only."""
         hidden = _hidden(final)
         for name, mark in files.items():
             _check_arrived(hidden / name, mark["bytes"])
@@ -157,7 +157,7 @@ class CheckpointWriter:
 
 
 def folder_of(run_folder: Path, step: int) -> Path:
-    """Return where the checkpoint after `step` steps lies."""
+    """Return the folder of the checkpoint after `step` steps."""
     return run_folder / FOLDER / f"step-{step:08d}"
 
 
@@ -166,15 +166,15 @@ def _hidden(final: Path) -> Path:
 
 
 def _check_arrived(path: Path, size: int) -> None:
-    """Raise unless this process sees a file that another one, maybe elsewhere, has written."""
+    """Raise unless this process sees a file that another one has written."""
     if path.exists() and path.stat().st_size == size:
         return
     raise EnvironmentProblem(
-        "a checkpoint is not in one place",
-        got=f"no {path.name} of {size} bytes, though a process has written it",
+        "the parts of a checkpoint are in different places",
+        got=f"no {path.name} of {size} bytes, which another process has written",
         expected="a run folder that all machines share",
         where=path.parent,
-        fix="name a folder on shared storage with --out",
+        fix="give a folder on shared storage with --out",
     )
 
 
@@ -186,7 +186,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _explain(final: Path, error: BaseException) -> TerditError:
-    """Return the sentence for a failed save, of whatever process."""
+    """Return the error for a failed save of any process."""
     if isinstance(error, CheckpointException):
         failures = [failure for failure, _ in error.failures.values()]
         error = next((e for e in failures if isinstance(e, OSError | TerditError)), failures[0])
@@ -198,7 +198,7 @@ def _explain(final: Path, error: BaseException) -> TerditError:
         "a checkpoint was not written",
         got=str(error).split("\n")[0][:300] or type(error).__name__,
         where=final,
-        fix="continue from the checkpoint before it with --resume auto",
+        fix="resume from the checkpoint before it with --resume auto",
     )
 
 
@@ -229,7 +229,7 @@ def _keepers(complete: dict[int, Path], section: CheckpointSection) -> set[int]:
 
 
 def complete_checkpoints(run_folder: Path) -> dict[int, Path]:
-    """Return the folders that have a manifest by their steps, newest first."""
+    """Return the folders that have a manifest, by step, newest first."""
     folders = [path.parent for path in (run_folder / FOLDER).glob("step-*/" + MANIFEST)]
     steps = [(folder.name.removeprefix("step-"), folder) for folder in folders]
     numbered = {int(step): folder for step, folder in steps if step.isdecimal()}
@@ -250,7 +250,7 @@ def latest_checkpoint(run_folder: Path, job: Job) -> Saved | None:
         without = {p for p in folder.glob("step-*") if p.is_dir() and not (p / MANIFEST).exists()}
         for left in sorted({*folder.glob(".step-*.tmp"), *without}):
             console.warn(f"skipping an incomplete checkpoint: {left}")
-    # Folders on a network may not look the same to all yet: what counts is what the main one sees.
+    # Network folders may not look the same to all processes yet: the main one decides.
     steps = list(complete_checkpoints(run_folder)) if job.is_main else []
     while (step := int(job.largest(steps.pop(0) if steps else -1))) >= 0:
         try:
@@ -291,7 +291,7 @@ def _is_intact(path: Path, expected: Fingerprint) -> bool:
 
 
 def read_manifest(path: Path) -> Saved:
-    """Return what a checkpoint folder's manifest says, without looking at the other files.
+    """Return the manifest of a checkpoint folder, without reading the other files.
 
     Raises:
         InputFileError: no manifest, or not one of a checkpoint.
@@ -333,7 +333,7 @@ def _incomplete(path: Path, got: str) -> InputFileError:
 def load_state(saved: Saved, state: dict[str, Any]) -> dict[str, Any]:
     """Fill the tensors of `state`, or this process's shards of them, and return it.
 
-    Any number of processes reads what any number has written; all must call.
+    The numbers of reading and writing processes may differ; all must call.
 
     Raises:
         InputFileError: a tensor that the checkpoint lacks or has in another shape.

@@ -1,7 +1,7 @@
-"""Curves drawn from metrics.jsonl: loss.png of a run, and several runs on one picture.
+"""Curves from metrics.jsonl: loss.png of a run, and several runs in one figure.
 
-Of several, a colour is a run and a panel is a quantity; runs of older versions simply lack some
-curves. A .png or .svg for a look, an .html with the same curves and the last values.
+With several runs, each has a colour and each quantity a panel; runs of older versions lack some
+curves. A .png or .svg holds the curves, an .html also a table of the last values.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TITLE = "Training curves"
 
 
 def _at(*keys: str) -> Value:
-    """Return the reader of a nested value; None where a line lacks it."""
+    """Return the reader of a nested value; None if a line lacks it."""
 
     def read(entry: Entry) -> float | None:
         value: Any = entry
@@ -41,7 +41,7 @@ def _at(*keys: str) -> Value:
     return read
 
 
-# title, value, scale: logarithmic, from zero, or as the values are
+# title, value, scale: logarithmic, from zero, or fitted to the values
 PANELS: tuple[Panel, ...] = (
     ("loss (mse + vb)", _at("loss"), "log"),
     ("loss, quarter of timesteps with least noise", _at("loss_by_quarter", "1"), "log"),
@@ -55,7 +55,7 @@ PANELS: tuple[Panel, ...] = (
 
 
 def draw_run(run_folder: Path, title: str) -> Path:
-    """Draw loss.png from what a run has logged so far and return its path."""
+    """Plot loss.png from the log of a run so far and return its path."""
     path = run_folder / PICTURE
     draw_loss(read_metrics(run_folder), title, path)
     return path
@@ -63,7 +63,7 @@ def draw_run(run_folder: Path, title: str) -> Path:
 
 @figures.style()
 def draw_loss(entries: list[Entry], title: str, path: Path) -> None:
-    """Draw the loss (logarithmic) and the learning rate over the steps as a PNG."""
+    """Plot the loss (logarithmic) and the learning rate over the steps as a PNG."""
     looks: dict[str, dict[str, Any]] = {
         "loss": {"color": SERIES[1]},
         "mse": {"color": SERIES[6], "lw": 1},
@@ -88,10 +88,10 @@ def draw_loss(entries: list[Entry], title: str, path: Path) -> None:
 
 
 def plot_runs(runs: Sequence[Path], out: Path) -> Path:
-    """Draw the curves of run folders (or metrics.jsonl files) into `out`.
+    """Plot the curves of run folders (or metrics.jsonl files) into `out`.
 
     Raises:
-        UsageError: no run, or `out` is no .png, .svg or .html.
+        UsageError: no run, or `out` is not a .png, .svg or .html.
         InputFileError: a folder without logged lines.
         EnvironmentProblem: `out` cannot be written.
     """
@@ -100,7 +100,7 @@ def plot_runs(runs: Sequence[Path], out: Path) -> Path:
     suffix = out.suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(
-            "curves can't be drawn into this kind of file", got=out.name,
+            "unknown format for curves", got=out.name,
             expected=", ".join(SUFFIXES[:-1]) + f" or {SUFFIXES[-1]}", fix="-o curves.png",
         )  # fmt: skip
     entries = {}
@@ -109,9 +109,9 @@ def plot_runs(runs: Sequence[Path], out: Path) -> Path:
         entries[name] = read_metrics(folder)
         if not entries[name]:
             raise InputFileError(
-                "there is nothing to plot", got=f"no line in {folder / FILE}",
+                "nothing to plot", got=f"no line in {folder / FILE}",
                 expected="the folder of a run that has logged a step",
-                fix="name a run folder, such as runs/quickstart",
+                fix="give a run folder, such as runs/quickstart",
             )  # fmt: skip
     if suffix == ".html":
         _write_page(out, entries)
@@ -129,12 +129,12 @@ def _names(runs: Sequence[Path]) -> list[str]:
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    raise UsageError("a run is named twice", got=", ".join(map(str, runs)), fix="name each once")
+    raise UsageError("a run is given twice", got=", ".join(map(str, runs)), fix="give each once")
 
 
 @figures.style()
 def draw_curves(entries: dict[str, list[Entry]]) -> Figure:
-    """Draw every panel that at least one run has values for."""
+    """Plot every panel that at least one run has values for."""
     panels = _panels(entries)
     figure, grid = figures.charts("step", [title for title, *_ in panels], _looks(entries))
     for axes, panel in zip(grid, panels, strict=True):

@@ -1,9 +1,9 @@
 """Trits that flipped since the last measurement, and the shares of -1, 0 and +1.
 
-A ternary model learns only where trits change. From one measurement to the next the trits are kept,
-four to a byte: a quarter of a byte for each ternary weight that this process holds. Each process
-counts the rows it holds, and one small all-reduce adds them up; replicas count the same, which
-leaves the shares as they are.
+The function of a ternary model changes mostly where trits change. Between measurements the trits
+are kept, four per byte: a quarter of a byte for each ternary weight that this process holds. Each
+process counts the rows it holds, and one small all-reduce adds them up; replicas count the same,
+which does not change the shares.
 
     code = trit + 1 in {0, 1, 2};  byte = c0 | c1 << 2 | c2 << 4 | c3 << 6
     a trit flipped  <=>  its two bits of (old ^ new) are not both 0
@@ -37,7 +37,7 @@ def kind_of(name: str) -> str:
 
 
 class FlipMeter:
-    """Keeps the trits of a network as they were when last measured."""
+    """Keeps the trits of a network from the last measurement."""
 
     def __init__(self, network: nn.Module) -> None:
         """Measure for the first time; all processes must call."""
@@ -76,7 +76,7 @@ class FlipMeter:
         """Yield each layer's name, the rows this process holds, and gamma of the whole."""
         weights: list[Tensor] = [layer.weight for layer in self._layers.values()]
         sharded = [weight for weight in weights if isinstance(weight, DTensor)]
-        if sharded:  # all of them: FSDP takes whole networks
+        if sharded:  # all of them: FSDP shards whole networks
             rows = [weight.to_local() for weight in sharded]
             known = sharded_gammas(sharded)
         else:
@@ -94,7 +94,7 @@ def shares(counts: Tensor) -> dict[str, dict[str, float]]:
 
 
 def pack_trits(trits: Tensor) -> Tensor:
-    """Pack int8 trits of any shape into uint8, four to a byte; the last byte is filled with 0."""
+    """Pack int8 trits of any shape into uint8, four per byte; the last byte is filled with 0."""
     flat = (trits.reshape(-1) + 1).view(torch.uint8)
     missing = -len(flat) % TRITS_PER_BYTE
     if missing:
@@ -106,6 +106,6 @@ def pack_trits(trits: Tensor) -> Tensor:
 def count_flips(before: Tensor, now: Tensor) -> Tensor:
     """Return how many trits of two packed tensors differ, int64 [] (on their device)."""
     differing = before ^ now
-    differing = (differing | differing >> 1) & 0b01010101  # one bit a trit
+    differing = (differing | differing >> 1) & 0b01010101  # one bit per trit
     pairs = (differing & 0b00010001) + (differing >> 2 & 0b00010001)
     return ((pairs & 0b1111) + (pairs >> 4)).sum(dtype=torch.int64)

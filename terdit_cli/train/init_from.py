@@ -1,10 +1,10 @@
-"""`train.init_from`: initialise a run from another's weights, say from a full-precision baseline.
+"""`train.init_from`: initialise a run from another's weights, such as its full-precision baseline.
 
 Master weights are copied. A learned alpha that the other run does not have is computed from the
 copied master weights, as `ternary.alpha_init` says, and a norm after adaLN that it does not have
-starts as ones. Of other classes, the rows of the label embedding whose names agree are copied, and
-the others stay freshly initialised. Continuing to train a full-precision model as a ternary one is
-the "16-to-1.58-bit" schedule of Nielsen et al. (arXiv 2502.11895).
+starts as ones. If the classes differ, the label embeddings of classes with the same name are
+copied; the others keep their random initial values. Continuing to train a full-precision model as a
+ternary one is the "16-to-1.58-bit" schedule of Nielsen et al. (arXiv 2502.11895).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def copy_weights(network: DiT, path: Path, class_names: Sequence[str]) -> None:
         class_names: of the network's classes, [num_classes].
 
     Raises:
-        InputFileError: no checkpoint of terdit.
-        UsageError: of another architecture, or ternary where the network is not.
+        InputFileError: not a terdit checkpoint.
+        UsageError: another architecture, or a ternary checkpoint for a full-precision network.
     """
     path = ckpt_in(path)
     checkpoint = load_ckpt(path)
@@ -57,7 +57,7 @@ def copy_weights(network: DiT, path: Path, class_names: Sequence[str]) -> None:
 def _label_rows(
     network: DiT, own: Tensor, checkpoint: Checkpoint, class_names: Sequence[str], path: Path
 ) -> Tensor:
-    """Return the label embedding to start from, [rows, A], and say which rows are new."""
+    """Return the initial label embedding, [rows, A], and print which rows are new."""
     theirs = checkpoint.state_dict("ema")[_LABELS]
     config, other = network.config, checkpoint.info.config
     places = {name: row for row, name in enumerate(checkpoint.info.class_names)}
@@ -74,7 +74,7 @@ def _label_rows(
         null = "kept"
     console.note(
         f"train.init_from {path}: {other.num_classes} classes there, {config.num_classes} here; "
-        f"label rows: {len(kept)} kept by name, {config.num_classes - len(kept)} new, "
+        f"label embeddings: {len(kept)} kept by name, {config.num_classes - len(kept)} new, "
         f"null class {null}"
     )
     return rows
@@ -96,10 +96,10 @@ def _check_fit(own: dict[str, Tensor], theirs: dict[str, Tensor], path: Path) ->
         expected = f"{'one' if missing else 'none'}, as the recipe's model has it"
     count = len(missing) + len(extra) + len(other)
     raise UsageError(
-        "the weights to start from do not fit the model of the recipe",
+        "the weights of train.init_from do not match the model of the recipe",
         got=got + (f", and {count - 1} more differences" if count > 1 else ""),
         expected=expected,
         where=f"train.init_from {path}",
-        fix="give `model` and `ternary` the values of that run; what may differ are "
-        "ternary.enabled=true after false, and adaln_norm=true after false",
+        fix="set `model` and `ternary` to the values of that run; only ternary.enabled and "
+        "adaln_norm may differ: true after false",
     )

@@ -1,6 +1,6 @@
-"""Where entries go: metrics.jsonl always; TensorBoard and Weights & Biases by extras.
+"""The logs of a run: metrics.jsonl always; TensorBoard and Weights & Biases by extras.
 
-metrics.jsonl has one line a logged step, and all curves are drawn from it. The others get the same
+metrics.jsonl has one line per logged step, and all curves are made from it. The others get the same
 numbers under the same names, nested ones as "flipped/wq".
 """
 
@@ -24,13 +24,13 @@ WANDB_ID = "wandb_id.txt"
 
 
 class Log(Protocol):
-    """Something that takes entries."""
+    """A destination of log entries."""
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Take one entry: "step", numbers, None and dictionaries of them."""
+        """Write one entry: "step", numbers, None and dictionaries of them."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is still buffered."""
 
 
 def open_logs(run_folder: Path, recipe: Recipe, start_step: int) -> list[Log]:
@@ -48,7 +48,7 @@ def open_logs(run_folder: Path, recipe: Recipe, start_step: int) -> list[Log]:
 
 
 def scalars(entry: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the finite numbers of an entry but its step, nested ones as "outer/inner"."""
+    """Yield the finite numbers of an entry except its step, nested ones as "outer/inner"."""
     for key, value in entry.items():
         if isinstance(value, dict):
             yield from scalars(value, f"{prefix}{key}/")
@@ -57,7 +57,7 @@ def scalars(entry: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, floa
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """Return the logged lines of a run; a half-written last line is left out."""
+    """Return the logged lines of a run; a half-written last line is skipped."""
     path = run_folder / FILE
     if not path.exists():
         return []
@@ -72,7 +72,7 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def logged_seconds(entries: list[dict[str, Any]], global_batch_size: int) -> float:
-    """Return how long the logged steps took, of all sittings; samples and checkpoints left out."""
+    """Return how long the logged steps took, over all resumes, without samples and checkpoints."""
     steps = [0, *(entry["step"] for entry in entries)]
     counts = [after - before for before, after in itertools.pairwise(steps)]
     rates = [entry["images_per_second"] for entry in entries]
@@ -80,7 +80,7 @@ def logged_seconds(entries: list[dict[str, Any]], global_batch_size: int) -> flo
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl; opened at a step, it drops what a lost continuation wrote."""
+    """Appends to metrics.jsonl; opened at a step, it drops the lines of later steps."""
 
     def __init__(self, run_folder: Path, start_step: int) -> None:
         self._folder = run_folder
@@ -106,7 +106,7 @@ class MetricsLog:
 
 
 class TensorBoardLog:
-    """Scalars in RUN/tensorboard; steps of a lost continuation are hidden."""
+    """Scalars in RUN/tensorboard; steps after the one resumed from are hidden."""
 
     def __init__(self, run_folder: Path, start_step: int) -> None:
         try:
@@ -129,7 +129,7 @@ class TensorBoardLog:
 
 
 class WandbLog:
-    """A run of Weights & Biases; its id is kept in the run folder, so that a resume goes on."""
+    """A run of Weights & Biases; its id is kept in the run folder, for a resume."""
 
     def __init__(
         self, run_folder: Path, recipe: Recipe, section: WandbSection, start_step: int
@@ -162,7 +162,7 @@ class WandbLog:
                 fix="run `wandb login`, or set logging.wandb.mode=offline",
             ) from error
 
-        # Its own count of steps only grows: after a lost continuation it would refuse ours.
+        # Its own step counter only grows: after resuming from an earlier step it would refuse ours.
         self._run.define_metric("*", step_metric="step")
 
     def append(self, entry: dict[str, Any]) -> None:
@@ -179,7 +179,7 @@ def _missing(what: str, off: str, error: ImportError) -> EnvironmentProblem:
 
 
 def _without_infinities(value: Any) -> Any:
-    """Return an entry in which numbers that JSON does not know are None."""
+    """Return an entry in which numbers that are not valid JSON are None."""
     if isinstance(value, dict):
         return {key: _without_infinities(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,17 +19,17 @@ from terdit_cli.train.stop import stop_signals
 from terdit_cli.train.trainer import StepResult, Trainer
 from terdit_cli.train.watchdog import Watchdog
 
-PLOT_SECONDS = 60.0  # at least between two plots of the curves: each takes half a second
+PLOT_SECONDS = 60.0  # the least between two plots of the curves: each takes half a second
 
 
 def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
     """Train to the recipe's last step and return the path of ckpt.pt.
 
-    All processes must call. They agree on what ends a run with the losses of a step, so that all
-    end after the same one.
+    All processes must call. Together with the losses of a step they exchange whether to stop, so
+    that all stop after the same step.
 
     Args:
-        saved_step: the step that the run folder holds the trainer's state of.
+        saved_step: the step of the newest checkpoint in the run folder.
 
     Raises:
         Interrupted: SIGINT or SIGTERM on any process, after saving.
@@ -87,7 +87,7 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
             meter.update(step, status)
             paused = time.monotonic()
             save_due |= step % recipe.checkpoint.every == 0 or step == steps
-            # A state that gives nothing finite must not take the place of one that did.
+            # A state that gives nothing finite must not replace one that did.
             if save_due and result.finite:
                 with watchdog.paused():  # for the checkpoint before it
                     trainer.save()
@@ -96,7 +96,7 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
                     plotted = paused
                     observer.plot(f"{recipe.name}: step {step}")
             if recipe.sample.every and (step % recipe.sample.every == 0 or step == steps):
-                with watchdog.paused():  # many images of many steps may take longer than a hang
+                with watchdog.paused():  # many steps of many images may outlast a hang
                     trainer.preview()
             observer.pause(time.monotonic() - paused)
             if any(stops) and step < steps:
@@ -109,7 +109,7 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
                 raise Interrupted(
                     f"stopped by {number.name} after step {step}, saved",
                     signal_number=number,
-                    fix=f"continue with: {resume_command(trainer.run_folder)}",
+                    fix=f"resume with: {resume_command(trainer.run_folder)}",
                 )
         with watchdog.paused():
             if saved_step != trainer.step:
@@ -122,9 +122,10 @@ def run_training(trainer: Trainer, saved_step: int = -1) -> Path:
 
 @contextmanager
 def _no_half_save(trainer: Trainer) -> Iterator[None]:
-    """Let no failure leave a half-written checkpoint behind, which may be what fills the disk.
+    """Remove a half-written checkpoint after a failure, since it may be what fills the disk.
 
-    Of several processes the others may be gone, and a save waits for all: the next run removes it.
+    With several processes the others may have ended, and a save waits for all: then the next run
+    removes it.
     """
     try:
         yield
@@ -137,9 +138,9 @@ def _no_half_save(trainer: Trainer) -> Iterator[None]:
 def _diverged(trainer: Trainer, result: StepResult, skipped: int) -> GateFailed:
     """Return the error for `skipped` steps in a row, the last of which gave `result`.
 
-    Their weights are worth nothing: skipped steps change nothing, and data and noise depend on the
-    step alone, so from them it would only happen again. What helps is a lower rate from an earlier
-    checkpoint on, in a folder of its own.
+    Resuming from this state would fail again: skipped steps change nothing, and data and noise
+    depend only on the step. What helps is a lower learning rate from an earlier checkpoint, in a
+    new folder.
     """
     trainer.checkpoints.wait()
     good = trainer.step - skipped
@@ -154,7 +155,7 @@ def _diverged(trainer: Trainer, result: StepResult, skipped: int) -> GateFailed:
         if trainer.step == trainer.recipe.train.steps
         else f"finite numbers after at most {skipped - 1} skipped steps",
         where=run_folder,
-        fix=f"try a lower rate: terdit train {_recipe_of(run_folder)} {shlex.join(words)}",
+        fix=f"try a lower learning rate: terdit train {_recipe_of(run_folder)} {shlex.join(words)}",
     )
 
 
@@ -163,7 +164,7 @@ def _loss_and_norm(result: StepResult) -> str:
 
 
 def resume_command(run_folder: Path) -> str:
-    """Return the command line that continues a run."""
+    """Return the command line that resumes a run."""
     out = shlex.quote(str(run_folder))
     return f"terdit train {_recipe_of(run_folder)} --resume auto --out {out}"
 

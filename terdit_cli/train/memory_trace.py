@@ -1,9 +1,9 @@
 """The memory of one training step, event by event, without running it.
 
-The step of one process is traced on tensors that have shapes but no data (torch's FakeTensorMode),
-among processes that do not exist (its fake process group), by the code that trains: the network
-is sharded, its blocks gathered and recomputed, its masters ternarized as in a run. Every storage
-that an operation makes is counted until it dies, so what autograd keeps, temporaries, the
+The step of one process is traced with the training code itself, on tensors that have shapes but no
+data (torch's FakeTensorMode) and in a fake process group: the network is sharded, its blocks
+gathered and recomputed, its master weights ternarized as in a run. Every storage that an operation
+allocates is counted until it is freed, so what autograd keeps, temporaries, the
 attention's row sums (the fused kernels keep no logits), gathered weights and gradients are all
 seen as they come and go.
 
@@ -42,18 +42,18 @@ from terdit_cli.train.optim import is_block_matrix
 from terdit_cli.train.parallel import autocast, gradient_sync, make_mesh, shard
 from terdit_cli.train.ternary_cache import ternarized_once
 
-GROUPS = 5  # the outermost two on either side are special: nothing to gather ahead, no residual
+GROUPS = 5  # the outer two on either side are special: nothing to gather ahead, no residual
 
 GPUS_OF_A_NODE = 8
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes on one process besides master weights, optimizer state and EMA."""
+    """Bytes of one process, without master weights, optimizer state and EMA."""
 
     kept: int  # for the backward pass, when the forward pass ends
     trits: int  # the ternarized weights, throughout the step
-    peak: int  # of everything, trits and gradients included
+    peak: int  # of all tensors, trits and gradients included
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class StepTracer:
             stack.enter_context(FakeTensorMode())
             network = build.build_network(self._traced).train()
             if mesh is not None:
-                # Offloading changes where shards lie, not the step's tensors.
+                # Offloading changes where shards are stored, not the tensors of a step.
                 parallel = self._recipe.parallel.model_copy(update={"cpu_offload": False})
                 shard(network, mesh, self._recipe.train, parallel)
             self.network = network
@@ -123,7 +123,7 @@ class StepTracer:
         """Return the memory of a step of one micro-batch, or of several.
 
         Args:
-            checkpointing: which blocks to recompute: 0 none, 1 all, or as the recipe says.
+            checkpointing: which blocks to recompute: 0 none, 1 all, or the recipe's value.
         """
         # DistributedDataParallel's buckets hold the gradients from the first step on.
         again = accumulate or (self.gpus > 1 and not self._sharded)
@@ -191,7 +191,7 @@ class _Pass:
 
 
 class _Tally(TorchDispatchMode):
-    """Counts the bytes of living storages that operations under it have made."""
+    """Counts the bytes of live storages that operations inside have allocated."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
@@ -258,13 +258,13 @@ class _Tally(TorchDispatchMode):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor."""
+    """Return this process's part of a tensor."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
 def _fake_processes(count: int) -> Iterator[None]:
-    """Be rank 0 of `count` processes that answer everything with nothing."""
+    """Act as rank 0 of `count` processes of torch's fake process group."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     def begin() -> None:

@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-RMS_OF_ADAMW = 0.2  # Liu et al., arXiv 2502.16982: its steps are about this large times the rate
+RMS_OF_ADAMW = 0.2  # Liu et al., arXiv 2502.16982: size of its steps relative to the rate
 
 
 class DividedMuon(torch.optim.Muon):
     """torch's Muon in steps of AdamW's size (Liu et al.), over all processes of the job.
 
-    Either all parameters are whole, the same in every process, or all are sharded by rows (FSDP2).
+    Either all parameters are replicated, the same in every process, or all are sharded by rows
+    (FSDP2).
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
@@ -30,7 +31,7 @@ class DividedMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Step as torch's Muon does; `closure` is unused, torch's interface has it."""
+        """Step as torch's Muon does; `closure` is unused, required by torch's interface."""
         if not dist.is_initialized():
             return super().step(closure)
         for settings in self.param_groups:
@@ -45,7 +46,7 @@ class DividedMuon(torch.optim.Muon):
     def _step_group(
         self, parameters: list[Tensor], settings: dict[str, Any], group: dist.ProcessGroup | None
     ) -> None:
-        """Step at most as many matrices as there are processes, one for each process."""
+        """Update at most as many matrices as there are processes, one per process."""
         updates = [self._update(parameter, settings) for parameter in parameters]
         if isinstance(parameters[0], DTensor):
             directions = _divided(updates, [p.shape for p in parameters], group)
@@ -58,7 +59,7 @@ class DividedMuon(torch.optim.Muon):
             part.mul_(1 - lr * settings["weight_decay"]).add_(direction, alpha=-size)
 
     def _update(self, parameter: Tensor, settings: dict[str, Any]) -> Tensor:
-        """Return the momentum's look ahead (Nesterov) of this process's rows, in bfloat16."""
+        """Return the Nesterov momentum of this process's rows, in bfloat16."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if "momentum_buffer" not in state:
@@ -69,7 +70,7 @@ class DividedMuon(torch.optim.Muon):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Return what Muon makes of a whole update [N, K]: singular values near 1, bfloat16.
+    """Return Muon's orthogonalised update [N, K]: singular values near 1, bfloat16.
 
     Five Newton-Schulz steps of K. Jordan's polynomial (kellerjordan.github.io/posts/muon).
     """
@@ -96,7 +97,7 @@ def _replicated(updates: list[Tensor]) -> list[Tensor]:
 def _divided(
     updates: list[Tensor], shapes: list[torch.Size], group: dist.ProcessGroup | None
 ) -> list[Tensor]:
-    """Return this process's rows of the directions, of which process i has made the i-th.
+    """Return this process's rows of the directions, of which process i has computed the i-th.
 
     Args:
         updates: this process's rows [n, K] of each, bfloat16; n may be 0.
@@ -109,7 +110,7 @@ def _divided(
     parts, received = [0] * size, sent.new_empty(0)
     if rank < len(shapes):
         rows, columns = shapes[rank]
-        chunk = -(-rows // size)  # as torch.chunk, by which FSDP2 shards
+        chunk = -(-rows // size)  # like torch.chunk, with which FSDP2 shards
         parts = [columns * max(0, min(chunk, rows - i * chunk)) for i in range(size)]
         received = sent.new_empty(rows * columns)
     dist.all_to_all_single(received, sent, parts, counts, group)

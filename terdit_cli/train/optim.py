@@ -14,23 +14,23 @@ from terdit_cli.errors import EnvironmentProblem, UsageError
 from terdit_cli.recipe import OptimSection
 from terdit_cli.train.muon import DividedMuon
 
-# torchao's 8-bit Adam state: a byte each and a float32 scale per block, of tensors that are large
-# enough and whole blocks; the others stay float32.
+# torchao's 8-bit Adam state: a byte per value and a float32 scale per block, for tensors that are
+# large enough and consist of whole blocks; others stay float32.
 BLOCK_8BIT, SMALLEST_8BIT = 256, 4096
-LR_RATIO = "lr_ratio"  # a group's rate : that of the step; torch's optimizers ignore it
+LR_RATIO = "lr_ratio"  # a group's rate relative to the step's; torch's optimizers ignore it
 _PARTS_8BIT = ("codes", "scale")  # what changes of a state tensor of torchao's
 
 
 def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
     """Return the optimizer; weight decay acts on matrices only, not on norms, biases and alphas.
 
-    With `decayed="blocks"` on those of blocks only, so neither on the embedders' nor on the last
-    layer's, all of which stay full precision: strong decay makes ternary masters move, which these
-    have no need of (docs/lab.md).
+    With `decayed="blocks"` on those of blocks only, not on the embedders and the last layer, which
+    stay full precision: strong decay keeps ternary master weights moving, which these do not need
+    (docs/lab.md).
 
-    "muon" moves the blocks' matrices by their momentum made orthogonal (K. Jordan,
+    "muon" moves the blocks' matrices by their orthogonalised momentum (K. Jordan,
     kellerjordan.github.io/posts/muon), in steps of AdamW's size (Liu et al., arXiv 2502.16982), so
-    that one rate serves both; AdamW moves all else.
+    that one learning rate serves both; AdamW moves all other parameters.
 
     Raises:
         EnvironmentProblem: 8-bit state without torchao.
@@ -78,9 +78,9 @@ def build_optimizer(network: nn.Module, optim: OptimSection) -> torch.optim.Opti
 
 
 class JointOptimizer(torch.optim.Optimizer):
-    """Optimizers of different parameters as one, with one state to save and to load.
+    """Several optimizers of different parameters as one, with one state to save and to load.
 
-    Has the groups and the state of all its parts, and steps them one after the other.
+    It has the groups and the state of all its parts, and steps them one after the other.
     """
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
@@ -88,28 +88,28 @@ class JointOptimizer(torch.optim.Optimizer):
         self._parts = parts
 
     def step(self, closure: Any = None) -> Any:
-        """Step every part; `closure` is unused, torch's interface has it."""
+        """Step every part; `closure` is unused, required by torch's interface."""
         groups = iter(self.param_groups)
         for part in self._parts:
-            # Loading a state puts new objects in place of the old: the parts get what is here now.
+            # Loading a state replaces the old objects: the parts get the new ones.
             part.param_groups = list(islice(groups, len(part.param_groups)))
             part.state = self.state
             part.step()
 
 
 def check_8bit_state(optim: OptimSection, sharded: bool) -> None:
-    """Raise UsageError where optimizer state would have to be 8-bit and sharded."""
+    """Raise UsageError if optimizer state would have to be 8-bit and sharded."""
     if sharded and optim.kind == "adamw8bit":
         raise UsageError(
             "8-bit optimizer state cannot be sharded",
             got="optim.kind=adamw8bit with parallel.mode fsdp or hsdp",
-            expected="one of the two: sharding already divides the state by the processes",
+            expected="one of the two: sharding already divides the state among the processes",
             fix="set parallel.mode=ddp, or optim.kind=adamw",
         )
 
 
 def is_block_matrix(name: str, parameter: Tensor) -> bool:
-    """Return whether a parameter is a matrix of a block, which "muon" moves by Muon."""
+    """Return whether a parameter is a matrix of a block, which "muon" updates with Muon."""
     return name.startswith("layers.") and _is_matrix(name, parameter)
 
 
@@ -118,7 +118,7 @@ def _is_decayed(name: str, parameter: Tensor, optim: OptimSection) -> bool:
 
 
 def _is_matrix(name: str, parameter: Tensor) -> bool:
-    # Alphas of groups are a matrix in shape only: decay would shrink the weights they scale.
+    # Group alphas are a matrix in shape only: decay would shrink the weights they scale.
     return parameter.dim() >= 2 and not _is_alphas(name)
 
 

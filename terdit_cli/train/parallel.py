@@ -1,6 +1,6 @@
 """How the network is distributed over the processes, and in which precision it computes.
 
-Every process takes its share of each global batch; gradients are means over all.
+Every process takes its share of each global batch; gradients are averaged over all.
 
     ddp    every process holds everything; gradients are all-reduced
     fsdp   master weights, gradients, optimizer and EMA state are sharded over all processes, block
@@ -44,12 +44,12 @@ def grad_accum_steps(train: TrainSection, world_size: int) -> int:
     """Return how many micro-batches of one process make its share of a global batch.
 
     Raises:
-        UsageError: the global batch does not divide exactly.
+        UsageError: the global batch cannot be divided evenly.
     """
     share = train.micro_batch_size * world_size
     if train.global_batch_size % share:
         raise UsageError(
-            "the global batch does not divide over the processes",
+            "the global batch cannot be divided among the processes",
             got=f"train.global_batch_size {train.global_batch_size}",
             expected=f"a multiple of micro_batch_size {train.micro_batch_size} x {world_size}",
             fix=f"set train.global_batch_size={max(1, train.global_batch_size // share) * share}",
@@ -65,7 +65,7 @@ def seed_weights(seed: int) -> None:
 def distribute(network: DiT, job: Job, train: TrainSection, parallel: ParallelSection) -> nn.Module:
     """Move the network to its device, shard or replicate it; return the module to train with.
 
-    `network` itself stays the owner of the parameters, under the same names.
+    `network` still owns the parameters, under the same names.
 
     Raises:
         UsageError: a shard size that does not divide the processes, CPU offload without GPUs.
@@ -99,7 +99,7 @@ def make_mesh(job: Job, parallel: ParallelSection) -> DeviceMesh:
     size = parallel.shard_size or job.local_size
     if job.size % size:
         raise UsageError(
-            "the processes do not divide into groups that share a copy",
+            "the processes cannot be divided into groups of this size",
             got=f"parallel.shard_size {size}",
             expected=f"a divisor of the {job.size} processes",
             fix=f"set parallel.shard_size={job.local_size}",
@@ -110,13 +110,13 @@ def make_mesh(job: Job, parallel: ParallelSection) -> DeviceMesh:
 
 
 def shard(network: DiT, mesh: DeviceMesh, train: TrainSection, parallel: ParallelSection) -> None:
-    """Shard the network over a mesh, each block on its own and the rest as one more."""
+    """Shard the network over a mesh, each block separately and everything else as one unit."""
     bf16 = train.precision == "bf16"
     reduce = torch.bfloat16 if parallel.reduce == "bf16" else torch.float32 if bf16 else None
-    # The residual stream between the blocks, and what is outside of them, stay float32.
+    # The residual stream between the blocks, and everything outside of them, stays float32.
     inside = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, reduce, None, False)
     outside = MixedPrecisionPolicy(None, reduce, None, False)
-    # torch warns of every network whose output is a view; ours is not changed in place.
+    # torch warns about every network whose output is a view; ours is not changed in place.
     warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)
     offload = CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy()
     for module, policy in [*((block, inside) for block in network.layers), (network, outside)]:
@@ -139,7 +139,7 @@ def _replicate(network: DiT, job: Job, parallel: ParallelSection) -> Distributed
             gradient_as_bucket_view=True,
         )
     if parallel.reduce == "bf16":
-        # DDP knows torch's hook by its name, and refuses it without NCCL.
+        # DDP recognises torch's hook by name, and refuses it without NCCL.
         replica.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
     return replica
 
@@ -154,7 +154,7 @@ def gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:
 
 
 def reshard(network: nn.Module) -> None:
-    """Free gathered weights that a forward without a backward left behind."""
+    """Free gathered weights that a forward pass without a backward pass left behind."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -166,7 +166,7 @@ def autocast(train: TrainSection, device: torch.device) -> torch.autocast:
 
 
 def sampling_network(network: DiT, train: TrainSection) -> Network:
-    """Return what samplers call, float32 [B, C or 2C, H, W] from images as in training.
+    """Return the function that samplers call, float32 [B, C or 2C, H, W], computed as in training.
 
     An unsharded network samples in float32. Gathered blocks of a sharded one are bfloat16 if it
     trains in bfloat16, and compute as in training, under autocast.

@@ -1,13 +1,13 @@
-"""What a run will need, without running it: bytes of one process, operations, days.
+"""Plans a run without running it: bytes per process, operations, days.
 
-    total = masters + optimizer state + EMA + packed trits + teacher      (all the time)
+    total = master weights + optimizer state + EMA + packed trits + teacher      (throughout)
           + the step's peak: activations, trits, gathered weights, gradients, temporaries
 
-The step is traced by the code that trains, on shapes alone (`memory_trace.py`), so a 4.2b model on
-64 GPUs is planned on a laptop in seconds. The figures are of eager blocks: torch.compile recomputes
-some of what eager ones keep, and needs less. Not counted are a VAE that encodes images during
-training (prepare latents instead), what CUDA and its allocator take for themselves, and the time of
-the optimizer's own products (`optim.kind=muon`).
+The step is traced with the training code, on shapes alone (`memory_trace.py`), so a laptop plans a
+4.2b model on 64 GPUs in seconds. The figures are for eager blocks: torch.compile recomputes some of
+what eager blocks keep, and needs less. Not counted are a VAE that encodes images during training
+(prepare latents instead), the memory of CUDA and its allocator, and the time of the optimizer's own
+products (`optim.kind=muon`).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ MFU = 0.4
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of one process's share of a run, and the whole run's work."""
+    """Memory of one process of a run, and the operations of the whole run."""
 
     gpus: int
     mode: str  # "one process", "ddp", "fsdp" or "hsdp"
     parameters: int  # of the whole network, as is `ternary`
     ternary: int
-    weight_bytes: int  # on one process, as all bytes
+    weight_bytes: int  # on one process, like all bytes here
     gradient_bytes: int
     optimizer_bytes: int
     ema_bytes: int
@@ -49,16 +49,16 @@ class Plan:
     activation_bytes: int  # kept for the backward pass without activation checkpointing
     checkpointed_bytes: int  # and with it
     step_bytes: int  # peak of a step: gradients, trits, activations, gathered weights, temporaries
-    host_bytes: int  # offloaded to the host's memory
+    host_bytes: int  # offloaded to host memory
     total_bytes: int  # of the device
     gpu_bytes: int | None
-    largest_micro_batch: int | None  # that fits the GPU; 0: none; None: no GPU was named
+    largest_micro_batch: int | None  # that fits the GPU; 0: none; None: no GPU was given
     steps: int
     images: int
     grad_accum_steps: int
     flops_per_step: int
     mfu: float
-    peak_flops: float | None  # bfloat16 operations a second of one GPU
+    peak_flops: float | None  # bfloat16 operations per second of one GPU
     days: float | None
 
     @property
@@ -69,7 +69,7 @@ class Plan:
 def plan_run(
     recipe: Recipe, gpus: int = 1, gpu_memory: str | None = None, mfu: float | None = None
 ) -> Plan:
-    """Work out what a run of the recipe needs; nothing of its size is allocated.
+    """Plan a run of the recipe; nothing of its size is allocated.
 
     Args:
         gpus: number of processes.
@@ -77,8 +77,8 @@ def plan_run(
         mfu: share of the GPUs' peak that training is expected to reach; None: `MFU`.
 
     Raises:
-        UsageError: an unknown GPU, a share that is none or of an unknown peak, a batch that
-            does not divide; a teacher of other images; 8-bit optimizer state that would be sharded.
+        UsageError: an unknown GPU, a wrong MFU or one of an unknown peak, a batch that cannot
+            be divided; a teacher with other inputs; 8-bit optimizer state that would be sharded.
         InputFileError: no checkpoint where the recipe's teacher should be.
     """
     memory, peak = (None, None) if gpu_memory is None else find_memory(gpu_memory)
@@ -140,12 +140,12 @@ def plan_run(
 def _check_mfu(mfu: float, peak: float | None) -> None:
     if not 0 < mfu <= 1:
         raise UsageError(
-            "not a share of a GPU's peak", got=f"--mfu {mfu}", expected="a number in (0, 1]",
+            "wrong --mfu", got=f"--mfu {mfu}", expected="a number in (0, 1]",
             fix=f"leave it out for {MFU}",
         )  # fmt: skip
     if peak is None:
         raise UsageError(
-            "the GPUs' peak is not known, so neither are the days",
+            "the days cannot be planned: the GPU's peak is unknown",
             got=f"--mfu {mfu}",
             expected="a GPU's name in --gpu-memory, and train.precision=bf16",
             fix="leave --mfu out, or add --gpu-memory h100",
@@ -153,7 +153,7 @@ def _check_mfu(mfu: float, peak: float | None) -> None:
 
 
 def _lasting_bytes(parameters: list[Share], recipe: Recipe) -> dict[str, int]:
-    """Return the bytes that one process holds all the time, by what for."""
+    """Return the bytes that one process holds throughout, by purpose."""
     values = sum(share.local for share in parameters)
     return {
         "weights": FP32_BYTES * values,

@@ -1,4 +1,4 @@
-"""Preview grids: a few images of the EMA weights, the same noise every time."""
+"""Preview grids: a few images from the EMA weights, with the same noise every time."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ FOLDER = "samples"
 
 
 def preview_sampler(recipe: Recipe) -> SamplerConfig:
-    """Return the sampler of the previews; guidance needs label dropout.
+    """Return the sampler of the previews; CFG needs label dropout.
 
     Raises:
-        UsageError: a sampler, number of steps or scale that does not exist.
+        UsageError: an impossible sampler, number of steps or scale.
     """
     section = recipe.sample
     guided = recipe.model.class_dropout_prob > 0

@@ -2,11 +2,11 @@
 
     key = first 128 bits of SHA-256("terdit train 1:<seed>"), counter = (0, 0, 0, p)
     sample p takes from Philox4x64-10: its timestep, whether its label is dropped, its noise and,
-    where images become distributions, the noise that samples the latents, in that order
+    where the VAE gives posteriors, the noise that samples the latents, in that order
 
 Position p = step * global batch + place, as in `data/order.py`. So losses and gradients do not
 depend on the number of processes, on micro-batches, or on where a run was resumed. A thread makes
-the next step's numbers while this one computes.
+the numbers of the next step during this one.
 
 Shapes: B samples of this process's share of a step; latents [C, h, w].
 """
@@ -67,7 +67,7 @@ class RandomStream:
         self._ahead: tuple[int, Future[RandomNumbers]] | None = None
 
     def of_step(self, step: int) -> RandomNumbers:
-        """Return the numbers of a step (0 is the first); those of the next are made meanwhile."""
+        """Return the numbers of a step (0 is the first); the next are made in the background."""
         ready = self._ahead is not None and self._ahead[0] == step
         draws = self._ahead[1].result() if ready and self._ahead else self.draw(step)
         self._ahead = (step + 1, self._pool.submit(self.draw, step + 1))

@@ -1,4 +1,4 @@
-"""One training at a time in a run folder: two would mix their logs and take each other's saves."""
+"""One training at a time in a run folder: two would mix their logs and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from terdit_cli.system.locks import held
 
 @contextmanager
 def locked_run(run_folder: Path, job: Job) -> Iterator[None]:
-    """Hold a run folder, made if it is not there; all processes of a job must call.
+    """Lock a run folder, created if absent; all processes of a job must call.
 
     Raises:
-        UsageError: another training is at work there.
+        UsageError: another training runs there.
         EnvironmentProblem: the folder cannot be made.
     """
     made = job.is_main and not run_folder.exists()
@@ -31,5 +31,5 @@ def locked_run(run_folder: Path, job: Job) -> Iterator[None]:
             yield
         finally:
             if made:
-                with suppress(OSError):  # of a run that did not come to its first file
+                with suppress(OSError):  # of a run that failed before its first file
                     run_folder.rmdir()

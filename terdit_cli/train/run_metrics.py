@@ -5,8 +5,8 @@
         observer.add(trainer.train_step(images, labels))
         if observer.due: entry = observer.log()         every so many steps
 
-Means are over the finite steps since the last entry. `flipped` is the share of trits that the
-entry's own step changed.
+Means are over the finite steps since the last entry. `flipped` is the share of trits that changed
+in the logged step.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Observer:
         if job.device.type == "cuda" and recipe.train.precision == "bf16":
             self._peak = device_peak(torch.cuda.get_device_name(job.device))
         self.skipped = 0  # steps without finite numbers, since this process started
-        self._skipped_images = len(trainer.source.skipped)  # unreadable images that were warned of
+        self._skipped_images = len(trainer.source.skipped)  # unreadable images already reported
         self._restart()
 
     def _restart(self) -> None:
@@ -80,7 +80,7 @@ class Observer:
 
     @property
     def due(self) -> bool:
-        """Say whether the step that was just taken should be logged."""
+        """Return whether the last step should be logged."""
         return self._logged(self._trainer.step)
 
     def _logged(self, step: int) -> bool:
@@ -88,7 +88,7 @@ class Observer:
         return step % recipe.logging.every == 0 or step == recipe.train.steps
 
     def pause(self, seconds: float) -> None:
-        """Leave time out that went into previews and checkpoints."""
+        """Exclude the time of previews and checkpoints."""
         self._started += seconds
 
     def log(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Observer:
         return entry
 
     def _warn_of_skipped_images(self) -> None:
-        """Warn of images that were found unreadable, and left out, since the last entry."""
+        """Warn of unreadable images that were skipped since the last entry."""
         names = self._trainer.source.skipped
         if len(names) > self._skipped_images:
             self._skipped_images = len(names)
@@ -162,7 +162,7 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _quarters(results: list[StepResult]) -> dict[str, float | None]:
-    """Return the mean loss of each quarter of the timesteps; None where no sample fell."""
+    """Return the mean loss of each quarter of the timesteps; None for one without samples."""
     losses = [sum(parts) for parts in zip(*(r.quarter_losses for r in results), strict=True)]
     shares = [sum(parts) for parts in zip(*(r.quarter_shares for r in results), strict=True)]
     pairs = zip(losses, shares, strict=True)

@@ -35,7 +35,7 @@ from torch.futures import Future
 from terdit_cli.errors import InputFileError
 
 METADATA = ".metadata"
-LARGEST_METADATA = 1 << 31  # bytes; some 350 a shard: 0.5 GB for 512 processes of a 4.2b
+LARGEST_METADATA = 1 << 31  # bytes; about 350 per shard: 0.5 GB for 512 processes of a 4.2b
 
 _METADATA_CLASSES = {
     ("torch.distributed.checkpoint.metadata", name)
@@ -54,12 +54,12 @@ _METADATA_CLASSES = {
     ("torch", "Size"),
 }
 
-# A single process without a process group is as good as many with one.
+# A single process without a process group is handled like many with one.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
 class Fingerprint(TypedDict):
-    """What a file must be."""
+    """Size and hash that a file must have."""
 
     bytes: int
     sha256: str
@@ -73,7 +73,7 @@ def fingerprint(path: Path) -> Fingerprint:
 
 
 class _HashedFile(io.RawIOBase):
-    """A file that is hashed as it is written, from its start to its end."""
+    """A file that is hashed while it is written, from start to end."""
 
     def __init__(self, file: io.IOBase) -> None:
         self._file = file
@@ -108,7 +108,7 @@ class _HashedFile(io.RawIOBase):
 
 
 class _HashingFiles(FileSystem):
-    """The file system, which remembers the fingerprints of what is written."""
+    """torch's file system, which records the fingerprints of written files."""
 
     def __init__(self) -> None:
         self.written: dict[str, Fingerprint] = {}
@@ -182,7 +182,7 @@ class ShardReader(dcp.FileSystemReader):
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return where everything lies.
+        """Return the metadata: where each part of each tensor is.
 
         Raises:
             InputFileError: missing, changed, or holding anything but torch's metadata.
@@ -190,7 +190,7 @@ class ShardReader(dcp.FileSystemReader):
         if self._metadata is None:
             try:
                 self._metadata = self._read()
-            except Exception as error:  # whatever a foreign pickle makes the unpickler trip over
+            except Exception as error:  # whatever a foreign pickle makes the unpickler raise
                 raise InputFileError(
                     "the checkpoint's list of tensors cannot be used",
                     got=str(error).split("\n")[0][:200] or type(error).__name__,
@@ -204,10 +204,10 @@ class ShardReader(dcp.FileSystemReader):
         path = self._folder / METADATA
         size = self._files[METADATA]["bytes"]
         if size > LARGEST_METADATA or path.stat().st_size != size:
-            raise ValueError(f"{path.stat().st_size} bytes where {size} were written")
+            raise ValueError(f"{path.stat().st_size} bytes, expected {size}")
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != self._files[METADATA]["sha256"]:
-            raise ValueError("a file that is not what the manifest says")
+            raise ValueError("a file with another checksum than in the manifest")
         metadata = _MetadataUnpickler(io.BytesIO(data)).load()
         if not isinstance(metadata, Metadata):
             raise TypeError(f"a {type(metadata).__name__}")
@@ -234,7 +234,7 @@ class ShardReader(dcp.FileSystemReader):
         """Fill tensors, or this process's shards of them; all processes call, unless `one_process`.
 
         Raises:
-            InputFileError: a tensor that is not there, or of another shape; a shard that
+            InputFileError: a missing tensor, or one of another shape; a shard that
                 cannot be read.
         """
         stored = self.tensors()
@@ -242,7 +242,7 @@ class ShardReader(dcp.FileSystemReader):
             if key not in stored or stored[key].size != tensor.size():
                 got = f"shape {list(stored[key].size)}" if key in stored else "nothing"
                 raise InputFileError(
-                    "the checkpoint lacks a part",
+                    "the checkpoint lacks a tensor",
                     got=got,
                     expected=f"{key} of shape {list(tensor.size())}",
                     where=self._folder,

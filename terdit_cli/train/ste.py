@@ -1,11 +1,11 @@
-"""Clipping of the straight-through estimator: masters far from every threshold get no gradient.
+"""Clipping of the straight-through estimator: master weights far from any threshold get none.
 
-A master weight W rounds to 0 below gamma / 2 and to its sign above. The estimator's gradient moves
-a weight of many gammas as it moves one at the threshold, though its trit will not change soon.
-Without that gradient, weight decay brings it back to where its trit can change. Hubara et al. clip
-the sign function's estimator so (arXiv 1602.02830, eq. 4), at |W| = 1; here the limit is a multiple
-of gamma, which scales with the weights. The optimizer may still move such a weight: by momentum, or
-by Muon, which orthogonalises whole matrices.
+A master weight W rounds to 0 below gamma / 2 and to its sign above. The estimator gives
+a weight of many gammas the same gradient as one at the threshold, though its trit will not change
+soon. Without that gradient, weight decay brings it back to where its trit can change. Hubara et al.
+clip the sign function's estimator in this way (arXiv 1602.02830, eq. 4), at |W| = 1; here the
+limit is a multiple of gamma, which scales with the weights. The optimizer may still move such a
+weight: by momentum, or by Muon, which orthogonalises whole matrices.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from terdit_cli.train.ternary_cache import sharded_gammas
 
 @torch.no_grad()
 def clip_straight_through(network: nn.Module, limit: float) -> None:
-    """Zero the gradients of ternary masters, float32 [N, K], where |W| > limit * gamma, in place.
+    """Zero the gradients of ternary master weights [N, K] where |W| > limit * gamma, in place.
 
-    Gamma is the mean |W| of a whole matrix, also where FSDP shards it: then all ranks must call,
-    and each does its own rows. Gradients that are not finite stay so.
+    Gamma is the mean |W| of a whole matrix, also if FSDP shards it: then all ranks must call,
+    and each handles its own rows. Gradients that are not finite stay so.
 
     Args:
-        network: masters without a gradient are skipped.
+        network: master weights without a gradient are skipped.
         limit: in gammas, above 0.
     """
     masters = [layer.weight for layer in network.modules() if isinstance(layer, TernaryLinear)]

@@ -1,4 +1,4 @@
-"""A stop signal: finish the step, save, exit; once more: exit now."""
+"""A stop signal: finish the step, save, exit; a second one: exit now."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class StopRequest:
         self._final = False
 
     def heed(self) -> None:
-        """Let no further signal interrupt what is left to do before the exit."""
+        """Ignore further signals until the exit."""
         self._final = True
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Remember the first signal; one that comes seconds later kills."""
+        """Remember the first signal; one that comes seconds later ends the process."""
         now = time.monotonic()
         if self.number is None:
             self.number, self._at = number, now
-            # Not through a buffered file: it may have come in the midst of writing to it.
+            # Not through a buffered file: the signal may have interrupted a write to it.
             text = f"{signal.Signals(number).name}: saving after this step (again to kill)\n"
             os.write(2, text.encode())
         elif not self._final and now - self._at > AGAIN_SECONDS:
@@ -42,7 +42,7 @@ class StopRequest:
 
     @property
     def flags(self) -> tuple[bool, ...]:
-        """Say for each of STOP_SIGNALS whether it is the one received."""
+        """Return for each of STOP_SIGNALS whether it was received."""
         return tuple(self.number == number for number in STOP_SIGNALS)
 
 

@@ -1,9 +1,9 @@
 """The teacher of a distilled run: a trained network whose predictions the student learns.
 
-A noisy image does not tell which noise is in it, so the noise is a target of high variance; a
+The noise cannot be recovered exactly from a noisy image, so it is a target of high variance; a
 teacher predicts its mean. Both see the same noisy images, timesteps and labels, the dropped
 ones too (Hinton et al., arXiv 1503.02531; of noise predictions: Kim et al., arXiv 2305.15798).
-Where they are of one width, the student may learn what the teacher's last block gives as well.
+If they have the same width, the student may also learn the output of the teacher's last block.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _SAME = ("in_channels", "input_size", "num_classes", "null_class")
 
 
 def load_teacher(recipe: Recipe, device: torch.device) -> DiT | None:
-    """Return the EMA network of `distill.teacher`, frozen; None where there is none.
+    """Return the EMA network of `distill.teacher`, frozen; None if there is none.
 
     Every process holds all of it.
 
     Raises:
         InputFileError: no checkpoint of terdit.
-        UsageError: of other images or classes than the recipe's model.
+        UsageError: other images or classes than those of the recipe's model.
     """
     checkpoint = open_teacher(recipe)
     if checkpoint is None:
@@ -44,14 +44,14 @@ def load_teacher(recipe: Recipe, device: torch.device) -> DiT | None:
 def teacher_weight(step: int, steps: int, distill: DistillSection) -> float:
     """Return the weight of the teacher in optimizer step `step` (counted from 0) of `steps`.
 
-    A teacher speeds up the beginning, and its errors are the student's in the end: with "linear"
-    its weight has fallen to 0 at the end. The weight of features is another and stays.
+    A teacher speeds up the first steps, but the student ends with its errors: with "linear" the
+    weight falls to 0 by the last step. The weight of features is separate and constant.
     """
     return distill.weight * (1 - step / steps if distill.schedule == "linear" else 1)
 
 
 class FeatureMatch:
-    """Compares the outputs of the last blocks of student and teacher in their last forwards."""
+    """Compares the last blocks' outputs of student and teacher in their last forward passes."""
 
     def __init__(self, student: DiT, teacher: DiT, weight: float) -> None:
         """Hook into both networks.
@@ -64,9 +64,9 @@ class FeatureMatch:
         """
         if student.config.dim != teacher.config.dim:
             raise UsageError(
-                "the features of a teacher of another width cannot be compared",
+                "the teacher's features have another width",
                 got=f"dim {teacher.config.dim}",
-                expected=f"dim {student.config.dim}, as the recipe's model has it",
+                expected=f"dim {student.config.dim}, that of the recipe's model",
                 where="distill.features",
                 fix="set distill.features=0, or distil from a model of the same width",
             )
@@ -99,17 +99,17 @@ def open_teacher(recipe: Recipe) -> Checkpoint | None:
     other = [name for name in ours if theirs[name] != ours[name]]
     if other:
         raise UsageError(
-            "the teacher has other inputs than the student",
+            "the teacher has different inputs from the student",
             got=", ".join(f"{name} {theirs[name]}" for name in other),
             expected=", ".join(f"{name} {ours[name]}" for name in other),
             where=f"distill.teacher {path}",
-            fix="distil from a model of the same images and classes",
+            fix="distil from a model with the same image size, channels and classes",
         )
     return checkpoint
 
 
 def _inputs(info: ModelInfo) -> dict[str, object]:
-    """Return what two networks must share to be given the same inputs."""
+    """Return what two networks must share to take the same inputs."""
     space = {"space": info.space.kind, "scale_factor": info.space.scale_factor}
     config = {name: getattr(info.config, name) for name in _SAME}
     return {**config, "image_size": info.image_size, **space}

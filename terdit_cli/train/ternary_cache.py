@@ -2,17 +2,18 @@
 
     with ternarized_once(network): forward, backward, again ...      (master weights do not change)
 
-Entering ternarizes all master weights; inside, no forward, micro-batch or recomputed block does.
-Leaving clears the cached trits, so none can be stale.
+Entering ternarizes all master weights; inside, no forward pass, micro-batch or recomputed block
+does. Leaving clears the cached trits, so that none can be stale.
 
-Where FSDP shards the masters (along rows, N), gamma is that of the whole matrix: the ranks agree
-on its largest magnitude and add up their `fixed_point_sums`, which is exact, so the trits are those
-of a single process bit for bit. Each rank ternarizes its own rows, and FSDP gathers those trits,
-one byte a weight, in place of the masters (four, or two rounded): FSDP's extension points
-`fsdp_pre_all_gather` and `fsdp_post_all_gather`. The gathered parameter holds trits; its gradient
-is the straight-through one and goes to the masters.
+Where FSDP shards the master weights (along rows, N), gamma is that of the whole matrix: the ranks
+agree on its largest magnitude and add up their `fixed_point_sums`, which is exact, so the trits
+are those of a single process bit for bit. Each rank ternarizes its own rows, and FSDP gathers
+those trits, one byte per weight, instead of the master weights (four, or two rounded): FSDP's
+extension points `fsdp_pre_all_gather` and `fsdp_post_all_gather`. The gathered parameter holds
+trits; its gradient is the straight-through one and goes to the master weights.
 
-Shapes: L layers; a layer's masters [N, K], a rank's rows [n, K], padded by FSDP to ceil(N / ranks).
+Shapes: L layers; a layer's master weights [N, K], a rank's rows [n, K], padded by FSDP to ceil(N /
+ranks).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _compiled() -> Callable[[Sequence[Tensor], torch.dtype], list[Tensor]]:
 
 @contextmanager
 def ternarized_once(network: nn.Module, compiled: bool = False) -> Iterator[None]:
-    """Cache the trits of the present masters for every forward inside; all ranks must enter."""
+    """Cache the trits of the master weights for the forward passes inside; all ranks enter."""
     layers = [module for module in network.modules() if isinstance(module, TernaryLinear)]
     shards = [_Shard(layer) for layer in layers if isinstance(layer.weight, DTensor)]
     wholes = [layer for layer in layers if not isinstance(layer.weight, DTensor)]
@@ -80,7 +81,7 @@ def ternarized_once(network: nn.Module, compiled: bool = False) -> Iterator[None
 
 
 class _Shard:
-    """A rank's rows of one layer's masters, which FSDP gathers as trits."""
+    """A rank's rows of one layer's master weights, which FSDP gathers as trits."""
 
     def __init__(self, layer: TernaryLinear) -> None:
         assert isinstance(layer.weight, DTensor)
@@ -92,7 +93,7 @@ class _Shard:
         self.padded_trits: Tensor | None = None  # int8 [ceil(N / ranks), K]
 
     def ternarize(self, gamma: Tensor) -> None:
-        """Cache for forwards on gathered trits; gamma is the whole matrix's."""
+        """Cache for forward passes on gathered trits; gamma is that of the whole matrix."""
         trits = ternarize(self.rows, gamma).to(torch.int8)
         missing = -(-self.layer.out_features // self.ranks) - len(trits)
         self.padded_trits = F.pad(trits, (0, 0, 0, missing))
@@ -101,7 +102,7 @@ class _Shard:
         self.layer.ternarized = TernarizedWeight(None, self._alphas(gamma))
 
     def _alphas(self, gamma: Tensor) -> Tensor | None:
-        """Return the absmean scales of the whole matrix, gathered; None where they are learned."""
+        """Return the absmean scales of the whole matrix, gathered; None if they are learned."""
         granularity = self.layer.granularity
         if self.layer.alphas is not None:
             return None
@@ -125,9 +126,9 @@ class _Shard:
         module: nn.Module,
         policy: MixedPrecisionPolicy,
     ) -> tuple[tuple[Tensor, ...], None]:
-        """Give FSDP what to gather."""
+        """Return to FSDP what it should gather."""
         if self.padded_trits is None:
-            raise RuntimeError("a forward of sharded ternary weights outside of ternarized_once")
+            raise RuntimeError("forward pass of sharded ternary weights outside of ternarized_once")
         return (self.padded_trits,), None
 
 
@@ -146,7 +147,7 @@ def _after_gathering(
 
 
 def sharded_gammas(weights: Sequence[DTensor]) -> Iterable[Tensor]:
-    """Return gamma, float32 0-d, of each whole matrix; two small all-reduces for all of them."""
+    """Return gamma, float32 0-d, of each whole matrix; with two small all-reduces for all."""
     if not weights:
         return ()
     group, rows = _shard_group(weights[0]), [weight._local_tensor for weight in weights]

@@ -1,7 +1,7 @@
 """One process's training state and its step: losses -> clip -> AdamW -> EMA.
 
 Every random number is a function of (seed, position of its sample), so a run that is stopped at
-any moment and resumed from its newest checkpoint continues bit for bit, and any number of
+any time and resumed from its newest checkpoint continues bit for bit, and any number of
 processes, sharded or not, or of micro-batches computes the same up to the rounding of sums.
 """
 
@@ -64,19 +64,19 @@ _NAMES = ("loss", "mse", "vb", "distill", "features")
 class StepResult:
     """One optimizer step: mean losses of the batch and the gradients' L2 norm before clipping.
 
-    A quarter is one of the timesteps, from the least noise to the most. Each has its share of the
-    batch and its part of the loss; the parts add up to `loss`.
+    Quarters are quarters of the timesteps, from the least noise to the most. Each has its share of
+    the batch and its part of the loss; the parts add up to `loss`.
     """
 
     loss: float
     mse: float
     vb: float
     distill: float  # squared difference to the teacher's predictions; 0 without one
-    features: float  # relative squared difference to its features; 0 where they are not matched
+    features: float  # relative squared difference to its features; 0 if they are not matched
     grad_norm: float
     quarter_losses: tuple[float, ...] = (0.0,) * QUARTERS
     quarter_shares: tuple[float, ...] = (0.0,) * QUARTERS
-    notices: tuple[bool, ...] = ()  # those of the step: true where any process set one
+    notices: tuple[bool, ...] = ()  # those of the step: true if any process set it
 
     @property
     def finite(self) -> bool:
@@ -136,14 +136,14 @@ class Trainer:
         )
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumable checkpoint holds: dictionaries of tensors and plain values.
+        """Return the contents of a resumable checkpoint: dictionaries of tensors and plain values.
 
         Under fsdp the tensors are DTensors, each process holding its shards, as
         torch.distributed.checkpoint saves and loads them.
         """
         new = not self.optimizer.state
         optimizer = get_optimizer_state_dict(self.network, self.optimizer)
-        if new:  # torch has made the state by a step of rate 0, and counted it
+        if new:  # torch created the state with a step of rate 0, and counted it
             for values in self.optimizer.state.values():
                 if "step" in values:
                     values["step"].zero_()
@@ -154,7 +154,7 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any], step: int) -> None:
-        """Continue from what `state` returned after `step` optimizer steps."""
+        """Resume from the `state` after `step` optimizer steps."""
         with torch.no_grad():
             for name, parameter in self.network.named_parameters():
                 parameter.copy_(state["model"][name])
@@ -165,13 +165,13 @@ class Trainer:
         self.step = step
 
     def save(self) -> Path:
-        """Begin to write a resumable checkpoint of the present step; return its folder."""
+        """Start to write a resumable checkpoint of the present step; return its folder."""
         return self.checkpoints.save(self.step, self.state())
 
     def finish(self) -> Path:
-        """Write ckpt.pt, the product of the run, from the checkpoint of the present step.
+        """Write ckpt.pt, the result of the run, from the checkpoint of the present step.
 
-        The main process does, and the others do not wait: it may take minutes.
+        The main process writes it, and the others do not wait: it may take minutes.
         """
         path = self.run_folder / CKPT
         self.checkpoints.wait()
@@ -198,7 +198,7 @@ class Trainer:
     ) -> StepResult:
         """Run forward, backward and, when all is finite, the optimizer and the EMA.
 
-        A step that is not finite counts, but changes nothing: its batch is passed over.
+        A step that is not finite is counted, but changes nothing: its batch is skipped.
 
         Args:
             images: this process's share of the global batch as the space encodes it, uint8
@@ -207,7 +207,7 @@ class Trainer:
             notices: flags to share with all processes; reduced together with the losses.
 
         Returns:
-            The losses of the global batch and the norm of its gradient, the same everywhere.
+            The losses of the global batch and the norm of its gradient, the same on all processes.
         """
         self.network.train()
         sums = torch.zeros(len(_NAMES) + 2 * QUARTERS, device=self.job.device)

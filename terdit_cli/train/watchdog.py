@@ -1,8 +1,8 @@
 """Processes that hang or fall behind.
 
 A collective waits for its last process. When no step has ended for `hang_seconds` on a process, its
-watchdog thread writes into the job's store where its main thread is, reads what the others wrote,
-names the one that is elsewhere or silent, and ends the process: a hang becomes an exit.
+watchdog thread writes the position of its main thread into the job's store, reads those of the
+others, names the process that is elsewhere or silent, and ends its own: a hang becomes an exit.
 
 All processes take the same time for a step, since each waits for the slowest. So two things are
 compared that need no other process: seconds spent waiting for data, and the time of a fixed matrix
@@ -28,15 +28,15 @@ from terdit_cli import console
 from terdit_cli.errors import EnvironmentProblem
 from terdit_cli.system.job import Job, open_store
 
-REPORT_SECONDS = 5.0  # in which the processes report where they are
-SLOW_RATIO = 2.0  # of a matrix product's time to the median process's
-SLOW_SHARE = 0.2  # of a step, by which the wait for data exceeds the median process's
+REPORT_SECONDS = 5.0  # in which the processes report their positions
+SLOW_RATIO = 2.0  # of a process's matrix product time to the median
+SLOW_SHARE = 0.2  # of a step, by which the wait for data exceeds the median
 PRODUCT = {"cpu": 192, "cuda": 2048}  # side of the matrices that are timed
 PRODUCT_REPEATS = 5
 
 
 class Watchdog:
-    """Ends this process when no step has ended for a time; a context manager."""
+    """Ends this process when no step has ended for some time; a context manager."""
 
     def __init__(self, job: Job, seconds: float, fix: str) -> None:
         self._job = job
@@ -63,7 +63,7 @@ class Watchdog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not watch inside, however long it takes."""
+        """Do not watch inside the block, however long it takes."""
         self._pauses += 1
         try:
             yield
@@ -117,7 +117,7 @@ def where_is_main() -> str:
 
 
 def describe(places: dict[int, str], size: int) -> str:
-    """Say which of `size` processes are silent or elsewhere, those first, and where all are."""
+    """Describe which of `size` processes are silent or elsewhere, and where all are."""
     silent = [rank for rank in range(size) if rank not in places]
     groups: dict[str, list[int]] = {}
     for rank, place in sorted(places.items()):
@@ -143,7 +143,7 @@ class Stragglers:
         self._named: set[str] = set()
 
     def compare(self, data_seconds: float, step_seconds: float) -> None:
-        """Compare what this process's mean step takes with the others'; all must call.
+        """Compare the mean step time of this process with the others'; all must call.
 
         Args:
             data_seconds: of a step, waiting for data.
@@ -166,7 +166,7 @@ class Stragglers:
 def slow_processes(
     data: Sequence[float], product: Sequence[float], step_seconds: float
 ) -> dict[str, str]:
-    """Return a sentence for each rank and way to be slow, from the seconds of all ranks."""
+    """Return a sentence for each slow rank and reason, from the seconds of all ranks."""
     usual_data, usual_product = statistics.median_low(data), statistics.median_low(product)
     slow = {}
     for rank, (waited, computed) in enumerate(zip(data, product, strict=True)):
@@ -184,7 +184,7 @@ def slow_processes(
 
 
 def time_product(device: torch.device) -> float:
-    """Return the seconds that a fixed matrix product takes this process at best."""
+    """Return the best time in seconds of a fixed matrix product on this process."""
     side = PRODUCT[device.type]
     matrix = torch.ones(side, side, device=device)
     best = float("inf")

@@ -1,9 +1,9 @@
-"""ckpt.pt, the product of a run, put together from the shards of a checkpoint.
+"""ckpt.pt, the result of a run, assembled from the shards of a checkpoint.
 
     write all but the tensors' bytes      torch.save of tensors without data, under skip_data
     for each tensor: read its shards, write its bytes into the file, enter its CRC-32
 
-Runs in one process, whatever number has written the shards. In memory are one tensor and one of
+Runs in one process, whatever the number that wrote the shards. Memory holds one tensor and one of
 its shards: at most twice the bytes of the largest tensor (4.2b: 2 x 226 MB).
 """
 
@@ -30,7 +30,7 @@ PARTS = ("model", "ema")
 
 
 def write_ckpt(saved: Saved, target: Path) -> None:
-    """Write model and EMA weights of a checkpoint as ckpt.pt, whole or not at all.
+    """Write model and EMA weights of a checkpoint as ckpt.pt, completely or not at all.
 
     Raises:
         InputFileError: the checkpoint holds no model, or was changed.
@@ -59,14 +59,14 @@ def write_ckpt(saved: Saved, target: Path) -> None:
             save_tensors(values, temporary)
         places = _places(temporary)
         with temporary.open("r+b") as file:
-            for number, key in enumerate(names):  # torch.save numbers storages as it meets them
+            for number, key in enumerate(names):  # in torch.save's numbering: by first use
                 tensor = torch.empty(stored[key].size, dtype=_dtype(stored[key]))
                 reader.read({key: tensor}, one_process=True)
                 places[f"data/{number}"].fill(file, tensor)
 
 
 class _Place:
-    """Where a file of a zip archive, and its two checksums, lie in it."""
+    """The positions of a file and its two checksums in a zip archive."""
 
     def __init__(self, start: int, size: int, entry: int) -> None:
         self._start = start
@@ -91,7 +91,7 @@ class _Place:
 
 
 def _places(path: Path) -> dict[str, _Place]:
-    """Return the places of an archive's files by their names, without the archive's own."""
+    """Return the positions of an archive's files by name, without the archive's own."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         places = {}
         entry = archive.start_dir

@@ -101,7 +101,7 @@ def test_a_card_names_the_run_that_a_model_began_with(
 
 def test_a_damaged_card_is_made_anew(measured: Path, small_run: Path, shelf: Path) -> None:
     (shelf / "new.md").write_text("damaged")
-    with pytest.raises(InputFileError, match="wrong card"):
+    with pytest.raises(InputFileError, match="the card of a packaged model is invalid"):
         add_model.run(small_run, "new", measured, WORDS)
     add_model.run(small_run, "new", measured, dataclasses.replace(WORDS, text="# New"))
     assert read_card("new").text.startswith("# New")

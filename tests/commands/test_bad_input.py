@@ -56,7 +56,7 @@ def test_train(
 
 def test_train_without_a_recipe(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "there.yaml").write_text("name: a")
-    assert "recipes here: there.yaml" in refused(3, "train", "their.yaml")
+    assert "available recipes: there.yaml" in refused(3, "train", "their.yaml")
     assert "not key=value" in refused(2, "train", "there.yaml", "--", "-steps", "5")
 
 
@@ -166,7 +166,7 @@ def test_pack(
         (["--prompt-class", "ankel boot"], 2, ["'ankel boot'", "did you mean 'ankle boot'?"]),
         (["--prompt-class", "10"], 2, ["out of range: got 10, expected 0 to 9"]),
         (["--prompt-class", "-1"], 2, ["out of range: got -1"]),
-        (["--prompt-class", ""], 2, ["a word of the command is empty"]),
+        (["--prompt-class", ""], 2, ["an argument of the command is empty"]),
         (["--prompt-class", " "], 2, ["unknown class"]),
         (["--prompt-class", "1,,2"], 2, ["unknown class"]),
         (["--prompt-class", "1", "--sampler", "dppm"], 2, ["'dppm'", "did you mean 'ddpm'"]),
@@ -179,7 +179,7 @@ def test_pack(
         (["--prompt-class", "1", "--seed", "-1"], 2, ["got -1", "--seed"]),
         (["--prompt-class", "1", "--device", "toaster"], 2, ["'toaster'", "--device cpu"]),
         (["--prompt-class", "1", "--device", "cuda:99"], 4, ["got --device cuda:99", "Fix: --de"]),
-        (["--prompt-class", "1", "--vae", "some/vae"], 2, ["some/vae", "no VAE"]),
+        (["--prompt-class", "1", "--vae", "some/vae"], 2, ["some/vae", "Fix: leave --vae out"]),
         (["--prompt-class", "1", "--backend", "gpu"], 4, ["'gpu' cannot run", "--backend auto"]),
         (["--prompt-class", "1", "--backend", "qpu"], 2, ["unknown backend"]),
         (["--prompt-class", "1", "-o", "x.jpg"], 2, [".jpg", "-o x.png", "-o x.jpg/"]),

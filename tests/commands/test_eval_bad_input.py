@@ -199,11 +199,11 @@ def test_extractors_that_give_no_features(
         (
             ["--batch-size", 8],
             2,
-            ["--batch-size would do nothing", "images generated with --model"],
+            ["--batch-size would have no effect", "images generated with --model"],
         ),
-        (["--steps", 20], 2, ["--steps would do nothing here"]),
-        (["--raw"], 2, ["--ema would do nothing here"]),
-        (["--tolerance", 0.1], 2, ["--tolerance would do nothing here: it is for --max-reg"]),
+        (["--steps", 20], 2, ["--steps would have no effect here"]),
+        (["--raw"], 2, ["--ema would have no effect here"]),
+        (["--tolerance", 0.1], 2, ["--tolerance would have no effect here: it is for --max-reg"]),
         (["--confidence", 1], 2, ["wrong --confidence: got 1", "--confidence 100"]),
         (["--confidence", -1], 2, ["wrong --confidence: got -1"]),
         (["--pr-samples", "many"], 2, ["wrong --pr-samples: got 'many'", "all"]),
@@ -280,7 +280,7 @@ def test_nothing_to_do(refused: Refused, folder: Path, features: str, tmp_path: 
     for option, value in (("--max-fid", 3), ("--report", "x.html"), ("--per-class", "all")):
         assert f"{option} needs a reference" in refused(2, *alone, option, value)
     for option in (["--confidence", 50], ["--pr-samples", "all"]):
-        assert f"{option[0]} would do nothing here" in refused(2, *alone, *option)
+        assert f"{option[0]} would have no effect here" in refused(2, *alone, *option)
     assert "no such model" in refused(3, *words, "--model", "x.tdt", "--reference", folder)
 
 

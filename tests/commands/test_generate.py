@@ -211,7 +211,7 @@ def test_a_device_that_is_not_there(monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert usable_device("auto") == usable_device(None) == torch.device("cpu")
     for name in ("cuda", "cuda:1"):
-        with pytest.raises(EnvironmentProblem, match=r"no GPU to use.*--device cpu, or") as e:
+        with pytest.raises(EnvironmentProblem, match=r"no usable GPU.*--device cpu, or") as e:
             usable_device(name)
         assert f"got --device {name}; torch {torch.__version__}" in str(e.value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -170,7 +170,9 @@ def test_names_that_there_are_not(package: Make, monkeypatch: pytest.MonkeyPatch
         command.run("cloths")
     assert "Fix: see `terdit models`" in str(wrong.value)
     monkeypatch.setenv("TERDIT_MODELS", "nowhere")
-    with pytest.raises(UsageError, match=r"TERDIT_MODELS is no folder: got nowhere\. Fix: unset"):
+    with pytest.raises(
+        UsageError, match=r"TERDIT_MODELS is not a folder: got nowhere\. Fix: unset"
+    ):
         catalogue.names()
 
 
@@ -256,7 +258,7 @@ def test_wrong_cards(shelf: Path, text: str, part: str) -> None:
     message = str(caught.value)
     assert part in message
     assert str(shelf / "clothes.md") in message
-    assert "expected a YAML head with name, data, licence" in message
+    assert "expected a YAML header with name, data, licence" in message
     assert "Fix: " in message
 
 
@@ -273,7 +275,7 @@ def test_a_model_without_its_card_and_a_damaged_one(package: Make, shelf: Path) 
 
 def test_the_card_of_another_model_is_noticed(package: Make) -> None:
     package("clothes", sha256="1" * 64)
-    with pytest.raises(InputFileError, match=r"of another model.*expected 1{64}.*clothes\.tdt"):
+    with pytest.raises(InputFileError, match=r"to another model.*expected 1{64}.*clothes\.tdt"):
         command.run()
 
 
@@ -294,13 +296,13 @@ def test_the_model_that_knows_the_class(
     assert chosen("fox, bag") == "animals"
     with pytest.raises(UsageError) as caught:
         find_model(None, "bag")
-    assert "several packaged models know this class: got 'bag'" in str(caught.value)
-    assert "one of animals, clothes. Fix: choose one: --model animals" in str(caught.value)
+    assert "several packaged models have this class: got 'bag'" in str(caught.value)
+    assert "one of animals, clothes has. Fix: choose one: --model animals" in str(caught.value)
     for prompt in ("sneeker", "fox, sneaker"):
         with pytest.raises(UsageError) as caught:
             find_model(None, prompt)
         message = str(caught.value)
-        assert f"no packaged model knows this class: got {prompt!r}" in message
+        assert f"no packaged model has this class: got {prompt!r}" in message
         assert "of animals: cat, dog, fox" in message
         assert "of clothes: T-shirt/top, Trouser" in message
     with pytest.raises(UsageError, match=r"did you mean 'sneaker'\?"):
@@ -318,14 +320,14 @@ def test_the_model_that_knows_the_class(
 
 
 ADVISED = SamplerConfig("dpmpp-2m", 3, 1.5, eps_scale=0.99)
-_WORDS = "--sampler dpmpp-2m --steps 3 --cfg-scale 1.5 --eps-scale 0.99, as its card advises"
+_WORDS = "--sampler dpmpp-2m --steps 3 --cfg-scale 1.5 --eps-scale 0.99, from its card"
 
 
 @pytest.mark.parametrize(
     ("given", "wanted", "line"),
     [
         ({}, ADVISED, f"clothes: {_WORDS}"),
-        ({"eps_scale": 1.0}, replace(ADVISED, eps_scale=1.0), "--steps 3 --cfg-scale 1.5, as"),
+        ({"eps_scale": 1.0}, replace(ADVISED, eps_scale=1.0), "--steps 3 --cfg-scale 1.5, from"),
         (
             {"sampler": "dpmpp-2m", "steps": 3, "cfg_scale": 1.5},
             ADVISED,
@@ -369,7 +371,7 @@ def test_sample_with_no_other_argument(package: Make) -> None:
     assert result.output.is_file()
     assert (result.sampler, result.steps, result.cfg_scale, result.nfe) == ("dpmpp-2m", 3, 1.5, 6)
     assert "the packaged model clothes" in err
-    assert "as its card advises" in err
+    assert "from its card" in err
     again, _, _ = said(
         lambda: sample.run(
             "7",

@@ -129,7 +129,7 @@ def test_a_full_precision_run_is_fitted_with_a_plain_warning(
         done = terdit(*words)
         assert done.code == 0
         assert "warning:" in done.err
-        assert "fitted afterwards with a mean relative error of 0." in done.err
+        assert "post-training quantisation has a mean relative error of 0." in done.err
         assert "train with ternary.enabled=true" in done.err
         errors.append(one_object(terdit(*words, "--json").out)["relative_error"])
         assert terdit("pack", output, "-o", tmp_path / f"{granularity}.tdt").code == 0
@@ -336,7 +336,7 @@ def test_the_batch_that_a_gpu_has_room_for(
     )
     done = terdit(*words, "--device", "auto")
     assert done.code == 0, done.err
-    assert "--batch-size 3: the GPU has too little memory for 8" in done.err
+    assert "--batch-size 3: too little GPU memory for 8" in done.err
     images = np.load(output)["arr_0"]
     assert terdit(*words, "--batch-size", 3).code == 0
     np.testing.assert_array_equal(np.load(output)["arr_0"], images)

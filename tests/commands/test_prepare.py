@@ -255,8 +255,8 @@ def test_folder_of_other_latents(place: Place, whole: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data.vae=null"], "nothing is to prepare"),
-        (["data.source=latents"], "trains on latents already"),
+        (["data.vae=null"], "there is nothing to prepare"),
+        (["data.source=latents"], "already trains on latents"),
         (
             ["model.num_classes=5"],
             "got 3 classes \\(a, b, c\\), expected",
@@ -414,7 +414,7 @@ def test_verb(place: Place, whole: Path, capsys: pytest.CaptureFixture[str]) -> 
     prepare_verb(place.recipe, None, whole, SHARD_MB, BATCH, json=True)
     assert json.loads(capsys.readouterr().out)["shards_made"] == 0
     prepare_verb(verify=whole)
-    assert "6 shards are whole, 23 images" in capsys.readouterr().out
+    assert "6 shards are intact, 23 images" in capsys.readouterr().out
     prepare_verb(verify=whole, json=True)
     assert json.loads(capsys.readouterr().out)["images"] == COUNT
     for recipe, verify in ((None, None), (place.recipe, whole)):

@@ -368,9 +368,9 @@ class Faulty:
 @pytest.mark.parametrize(
     ("fault", "codes", "message"),
     [
-        ("killed", ["4", ""], "was killed: got no last word from rank 1"),
+        ("killed", ["4", ""], "was killed: got no message from rank 1"),
         # The closed connection is seen, or torchrun's signal, whichever comes first.
-        ("killed later", ["4", ""], "has ended: got |was killed: got no last word from rank 1"),
+        ("killed later", ["4", ""], "has ended: got |was killed: got no message from rank 1"),
         ("error", ["3", "3"], "something is wrong with the file"),
     ],
 )
@@ -425,5 +425,5 @@ def test_devices_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [third.device_named(name) for name in ("cpu", "cuda:3")] == ["cpu", "cuda:3"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert str(own_device(place)) == "cuda:0"  # shared
-    with pytest.raises(EnvironmentProblem, match="more processes on this machine than GPUs"):
+    with pytest.raises(EnvironmentProblem, match="this machine has more processes than GPUs"):
         own_device(place, a_gpu_each=True)

@@ -27,17 +27,17 @@ def test_the_plan_as_a_table(terdit: Terdit, small_recipe: Path) -> None:
     done = terdit("train", small_recipe, "train.global_batch_size=16", *words, "--dry-run")
     assert done.code == 0, done.err
     for line in (
-        r"small: plan of 2 processes, ddp, nothing trained",
+        r"small: plan for 2 processes, ddp",
         r"parameters +56,658",
         r"ternary +[\d,]+ \(\d\d\.\d{3} %\)",
         r"weights, fp32 +226\.6 kB",
-        r"optimizer, two moments, fp32 +453\.3 kB",
+        r"optimizer, Adam state, fp32 +453\.3 kB",
         r"EMA, fp32 +226\.6 kB",
         r"activations, 8 images, bf16 +\d+\.\d .B",
-        r"with checkpointing \(not chosen\) +\d+\.\d .B",
-        r"memory of one process +\d+\.\d .B",
+        r"with activation checkpointing \(not enabled\) +\d+\.\d .B",
+        r"total memory per process +\d+\.\d .B",
         r"largest micro-batch that fits 80\.0 GB +8 images",
-        r"operations a step +0\.\d\d TFLOP",
+        r"operations per step +0\.\d\d TFLOP",
         r"2 x 989 TFLOP/s at 50% MFU +0\.0 days",
     ):
         assert re.search(line, done.out), line
@@ -47,7 +47,7 @@ def test_the_plan_as_a_table(terdit: Terdit, small_recipe: Path) -> None:
 def test_a_gpu_that_is_too_small(terdit: Terdit, small_recipe: Path) -> None:
     words = ("train.global_batch_size=1", "train.micro_batch_size=1", "--gpu-memory", "1MB")
     done = terdit("train", small_recipe, "--dry-run", *words)
-    assert "none: shard over more GPUs, or checkpoint" in done.out
+    assert "none: use more GPUs or activation checkpointing" in done.out
     plan = json.loads(terdit("train", small_recipe, "--dry-run", "--json", *words).out)
     assert (plan["gpus"], plan["parameters"]) == (1, 56_658)
     assert (plan["largest_micro_batch"], plan["gpu_bytes"], plan["days"]) == (0, 10**6, None)
@@ -115,7 +115,7 @@ def test_export(terdit: Terdit, small_run: Path, tmp_path: Path) -> None:
     [
         (["--plot"], "terdit train has no --plot", "use terdit plot RUN"),
         (["--export"], "terdit train has no --export", "use terdit export RUN"),
-        (["--gpus", "8"], "--gpus would do nothing here", "leave --gpus out"),
+        (["--gpus", "8"], "--gpus would have no effect here", "leave --gpus out"),
         (["--gpu-memory", "h100"], "it is for a --dry-run", "leave --gpu-memory out"),
         (["--mfu", "0.4"], "it is for a --dry-run", "leave --mfu out"),
         (["--dry-run", "--resume", "auto"], "it is for training", "leave --resume out"),
@@ -123,8 +123,8 @@ def test_export(terdit: Terdit, small_run: Path, tmp_path: Path) -> None:
         (["--dry-run", "--gpu-memory", "big"], "got 'big', expected a size such as 80GB", ""),
         (["--dry-run", "--gpu-memory", "h10"], "did you mean 'h100'?", ""),
         (["--dry-run", "--gpu-memory", "h100", "--mfu", "40"], "got --mfu 40.0", "for 0.4"),
-        (["--dry-run", "--mfu", "0.4"], "peak is not known", "--gpu-memory h100"),
-        (["--dry-run", "--gpus", "3"], "does not divide over", "train.global_batch_size=24"),
+        (["--dry-run", "--mfu", "0.4"], "peak is unknown", "--gpu-memory h100"),
+        (["--dry-run", "--gpus", "3"], "cannot be divided among", "train.global_batch_size=24"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together(

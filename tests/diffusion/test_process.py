@@ -104,7 +104,7 @@ def test_uneven_ddim_names_the_nearest(respacing, nearest):
     with pytest.raises(UsageError, match=f"{nearest} steps, the nearest") as caught:
         make_schedule(respacing)
     assert repr(respacing) in str(caught.value)
-    assert f"Fix: take {nearest} steps" in str(caught.value)
+    assert f"Fix: use {nearest} steps" in str(caught.value)
     for word in nearest.split(" or "):
         assert len(spaced_timesteps(f"ddim{word}")) == int(word)
 

@@ -54,7 +54,7 @@ class Bomb:
 def test_code_is_refused_and_never_run(tmp_path):
     path, mark = tmp_path / "evil.pt", tmp_path / "it-ran"
     torch.save({"format": "terdit-checkpoint", "model": Bomb(mark)}, path)
-    with pytest.raises(InputFileError, match=r"other than tensors.*evil\.pt.*Fix: ") as error:
+    with pytest.raises(InputFileError, match=r"more than tensors.*evil\.pt.*Fix: ") as error:
         load_ckpt(path)
     assert not mark.exists()
     assert "mkdir" in str(error.value)
@@ -114,11 +114,11 @@ def test_other_contents(tmp_path, tiny_config, make_ckpt):
             load_ckpt(path)
         assert "other.pt" in str(error.value)
 
-    refuse(good["model"], r"not a checkpoint of terdit: got a OrderedDict with keys .*final_layer")
+    refuse(good["model"], r"not a terdit checkpoint: got a OrderedDict with keys .*final_layer")
     refuse([1, 2], "got a list")
     refuse(torch.ones(3), "got a Tensor")
     for version in (0, 2, "1", None, True, torch.zeros(3)):
-        refuse(good | {"version": version}, r"another version.*Fix: update terdit")
+        refuse(good | {"version": version}, r"another format version.*Fix: update terdit")
     refuse(good | {"model": [1]}, "'model' is not a state dict")
     refuse(good | {"ema": {"x": 1}}, "'ema' is not a state dict")
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
@@ -197,7 +197,7 @@ def test_description_round_trip(info):
 def test_wrong_fields_are_named(info, section, field, value):
     values = info.to_dict()
     (values if section is None else values[section])[field] = value
-    with pytest.raises(InputFileError, match=r"model\.bin.*Fix: make the file again") as error:
+    with pytest.raises(InputFileError, match=r"model\.bin.*Fix: write the file again") as error:
         ModelInfo.from_dict(values, "model.bin")
     assert field in str(error.value) or "too large" in str(error.value)
 

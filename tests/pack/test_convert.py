@@ -108,7 +108,7 @@ def test_grouped_heads_and_other_shapes(tmp_path, golden_case):
     assert error <= 1e-5
     # Another number of heads that fits as well cannot be told from the tensors.
     assert load_model(tmp_path, n_heads=12).config.n_kv_heads == 6
-    with pytest.raises(UsageError, match=r"n_kv_heads does not fit.*got 6, expected 3"):
+    with pytest.raises(UsageError, match=r"n_kv_heads does not match.*got 6, expected 3"):
         load_model(tmp_path, n_heads=6, n_kv_heads=6)
 
 
@@ -137,7 +137,7 @@ def test_without_arguments(folder, golden_case):
     [
         (
             {"n_heads": 5},
-            r"n_heads does not fit the checkpoint: got 5, expected a divisor of dim 64",
+            r"n_heads does not match the checkpoint: got 5, expected a divisor of dim 64",
         ),
         ({"n_heads": 64}, r"dim: got 64, expected a multiple of 128, 2 x n_heads 64"),
         ({"n_heads": 0}, "n_heads is 0, expected a positive number"),
@@ -145,10 +145,10 @@ def test_without_arguments(folder, golden_case):
         ({"n_heads": "four"}, "n_heads is 'four', expected int"),
         ({"n_heads": 4.0}, "n_heads is 4.0"),
         ({"n_heads": True}, "n_heads is True"),
-        ({"n_heads": 4, "n_kv_heads": 2}, "n_kv_heads does not fit the checkpoint: got 2"),
+        ({"n_heads": 4, "n_kv_heads": 2}, "n_kv_heads does not match the checkpoint: got 2"),
         ({"n_heads": 4, "heads": 3}, r"unknown model field.*'heads' \(did you mean 'n_heads'"),
         ({"n_heads": 4, "patch_size": 3}, r"patch_size\^2 \* in_channels = 16"),
-        ({"n_heads": 4, "in_channels": 3}, "does not fit the checkpoint"),
+        ({"n_heads": 4, "in_channels": 3}, "does not match the checkpoint"),
         ({"n_heads": 4, "in_channels": 0}, "in_channels is 0"),
         ({"n_heads": 4, "dim": 96}, "override of dim contradicts the checkpoint: got 96"),
         ({"n_heads": 4, "n_layers": 3}, "override of n_layers contradicts"),
@@ -208,7 +208,7 @@ def test_damaged_weights(folder, name):
 
 def test_files_that_are_missing_or_foreign(folder, tmp_path):
     torch.save({"a": 1}, folder / ARGUMENTS_FILE)
-    with pytest.raises(InputFileError, match=r"not the training arguments.*got dict"):
+    with pytest.raises(InputFileError, match=r"does not hold the training arguments.*got dict"):
         load_model(folder, n_heads=4)
     torch.save(argparse.Namespace(image_size="big"), folder / ARGUMENTS_FILE)
     with pytest.raises(InputFileError, match=r"image_size = 'big'.*model_args.pth.*Fix: "):

@@ -39,7 +39,7 @@ def test_truncated(tmp_path, tiny_tdts, codec):
     lengths |= set(range(0, len(whole), len(whole) // 40))
     for length in sorted(lengths):
         path.write_bytes(whole[:length])
-        assert "cut.tdt" in refuse(path, "truncated, damaged or no .tdt")
+        assert "cut.tdt" in refuse(path, "truncated, damaged or not a .tdt")
     path.write_bytes(whole + b"\0")
     refuse(path)
 
@@ -117,7 +117,7 @@ def test_codes_that_are_no_trits(tmp_path, tiny_tdts, forge):
             tensors[f"{WQ}.weight"].flatten()[3] = value
 
         path = forge(tiny_tdts[codec], tmp_path / "codes.tdt", edit)
-        assert f"{WQ}.weight holds codes that are no trits" in refuse(path)
+        assert f"{WQ}.weight holds invalid codes" in refuse(path)
 
 
 def test_numbers_that_are_not_finite(tmp_path, tiny_tdts, forge):
@@ -128,7 +128,7 @@ def test_numbers_that_are_not_finite(tmp_path, tiny_tdts, forge):
                 tensors[key].flatten()[0] = value
 
             path = forge(tiny_tdts["t2"], tmp_path / "numbers.tdt", edit)
-            assert f"{key} holds values that are no finite numbers" in refuse(path)
+            assert f"{key} holds values that are not finite" in refuse(path)
 
 
 def _edit_tensor(key, value):

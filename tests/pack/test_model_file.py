@@ -39,7 +39,7 @@ def test_each_kind_has_its_reader(tmp_path, tiny_config, make_ckpt, tiny_tdts, r
 def test_paths_without_a_model(tmp_path):
     with pytest.raises(InputFileError, match=r"no such model: got .*absent.* Fix: check the path"):
         ModelFile.open(tmp_path / "absent").exported()
-    with pytest.raises(InputFileError, match=r"no finished model.*Fix: name a run folder"):
+    with pytest.raises(InputFileError, match=r"no finished model.*Fix: give a run folder"):
         ModelFile.open(tmp_path).exported()
     (tmp_path / "recipe.yaml").write_text("")
     with pytest.raises(InputFileError, match=r"Fix: finish the run: .*--resume auto --out .*"):
@@ -89,7 +89,9 @@ def test_an_output_takes_no_checkpoints_place(tmp_path, tiny_config, make_ckpt, 
     before = path.read_bytes()
     for source in (run, path):
         for verb in (pack.run, ternarize.run):
-            with pytest.raises(UsageError, match=r"output is (the input|no checkpoint).*another"):
+            with pytest.raises(
+                UsageError, match=r"output (is the input|has a checkpoint's suffix).*another"
+            ):
                 verb(source, run / name)
     assert path.read_bytes() == before
     assert [file.name for file in run.iterdir()] == ["ckpt.pt"]

@@ -167,7 +167,7 @@ def test_values_that_are_not_finite(tmp_path, tiny_config, make_ckpt, enabled, b
     state = dict(opened.ema) | {key: opened.ema[key].clone()}
     state[key].view(-1)[0] = bad
     broken = Checkpoint(opened.path, opened.info, opened.recipe, opened.model, state)
-    with pytest.raises(InputFileError, match=rf"no finite numbers: got {key} .*ckpt.pt"):
+    with pytest.raises(InputFileError, match=rf"values that are not finite: got {key} .*ckpt.pt"):
         write_tdt(CheckpointExport(broken, "ema"), tmp_path / "m.tdt", "t2", "fp32")
     assert not (tmp_path / "m.tdt").exists()
 
@@ -175,9 +175,19 @@ def test_values_that_are_not_finite(tmp_path, tiny_config, make_ckpt, enabled, b
 @pytest.mark.parametrize(
     ("part", "value", "rest", "match"),
     [
-        ("w1.weight", torch.tensor(1e39, dtype=torch.float64), "fp32", "no finite numbers"),
-        ("w1.alphas", torch.tensor(1e300, dtype=torch.float64), "fp32", "no finite numbers"),
-        ("x_embedder.bias", torch.tensor(3.4e38), "bf16", "x_embedder.bias .* torch.bfloat16"),
+        (
+            "w1.weight",
+            torch.tensor(1e39, dtype=torch.float64),
+            "fp32",
+            "values that are not finite",
+        ),
+        (
+            "w1.alphas",
+            torch.tensor(1e300, dtype=torch.float64),
+            "fp32",
+            "values that are not finite",
+        ),
+        ("x_embedder.bias", torch.tensor(3.4e38), "bf16", "x_embedder.bias, .* torch.bfloat16"),
     ],
 )
 def test_values_that_do_not_fit(tmp_path, tiny_config, make_ckpt, part, value, rest, match):

@@ -221,7 +221,7 @@ def test_other_dtypes_are_refused(make, random_inputs, dtype):
 def test_matrices_of_several_kinds_are_refused(make, random_inputs):
     network = make(BASE, "int8")
     network.get_submodule("layers.1.feed_forward.w2").precision = "int16"
-    with torch.inference_mode(), pytest.raises(ValueError, match="of several kinds"):
+    with torch.inference_mode(), pytest.raises(ValueError, match="different scale granularities"):
         network(*random_inputs(BASE))
 
 

@@ -81,7 +81,7 @@ def test_raw_and_averaged_weights(run_folder, tiny_config, random_network, rando
             loaded = load(run_folder, weights=weights)
             assert torch.equal(loaded.network(*inputs), expected)
             assert loaded.facts()["weights"] == weights
-            assert f"ternary masters, {weights}, " in loaded.reason
+            assert f"ternary master weights, {weights}, " in loaded.reason
 
 
 def test_full_precision_checkpoints_sample_too(
@@ -227,9 +227,7 @@ def test_a_model_trained_with_int8_runs_as_trained(tmp_path, tiny_config, make_c
         loaded = load(path, backend=backend)
         assert loaded.precision == "int8"
         assert "activations int8 (as trained)" in loaded.reason
-    with pytest.raises(
-        UsageError, match="trained with int8 activations and runs with nothing else"
-    ):
+    with pytest.raises(UsageError, match="trained with int8 activations and needs them"):
         load(path, activations="fp32")
     assert load(ckpt).precision == "int8"
     inputs = random_inputs(tiny_config)
@@ -259,7 +257,7 @@ def test_scales_of_another_granularity_than_the_model_s(tmp_path, tiny_config, m
             rows = self.matrix_shape(name)[0]
             return export.alphas(name).expand(rows) if name.endswith("w1") else export.alphas(name)
 
-    with pytest.raises(InputFileError, match=r"do not fit the model's own conf.*w1\.alphas"):
+    with pytest.raises(InputFileError, match=r"do not match the model's own conf.*w1\.alphas"):
         write_tdt(Lying(), tmp_path / "m.tdt", "t2", "fp32")
 
 

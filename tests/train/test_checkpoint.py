@@ -146,7 +146,7 @@ def test_a_state_that_the_checkpoint_does_not_hold(
     tmp_path: Path, save: Callable[..., Saved], name: str, wanted: torch.Tensor, got: str
 ) -> None:
     saved = save(tmp_path, 1)
-    with pytest.raises(InputFileError, match=f"lacks a part: {got}") as caught:
+    with pytest.raises(InputFileError, match=f"lacks a tensor: {got}") as caught:
         load_state(saved, {"model": {name: wanted}})
     assert f"model.{name} of shape {list(wanted.shape)}" in str(caught.value)
     assert str(saved.path) in str(caught.value)
@@ -214,12 +214,12 @@ def test_shards_that_never_arrive(
     saver = writer(tmp_path)
     saver.save(1, make_state())
     with pytest.raises(
-        EnvironmentProblem, match=r"not in one place: got no __0_0\.distcp"
+        EnvironmentProblem, match=r"in different places: got no __0_0\.distcp"
     ) as caught:
         saver.wait()
     assert "expected a run folder that all machines share" in str(caught.value)
     assert str(tmp_path) in str(caught.value)
-    assert "Fix: name a folder on shared storage with --out" in str(caught.value)
+    assert "Fix: give a folder on shared storage with --out" in str(caught.value)
 
 
 LIMITED = """

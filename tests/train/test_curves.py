@@ -80,7 +80,7 @@ def test_runs_of_equal_names_are_told_apart(tmp_path: Path) -> None:
     page = plot_runs(runs, tmp_path / "c.html").read_text(encoding="utf-8")
     assert "one/run" in page
     assert "two/run" in page
-    with pytest.raises(UsageError, match="named twice"):
+    with pytest.raises(UsageError, match="given twice"):
         plot_runs([runs[0], runs[0]], tmp_path / "c.html")
 
 

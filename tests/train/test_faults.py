@@ -255,7 +255,7 @@ def killed(job: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) ->
         assert torchrun.process.returncode == 1, err
         assert torchrun.exits(2) == [4, None], err
     assert "error: another process of this job has ended: got " in err
-    assert "Fix: see its own message, then continue with: terdit train" in err
+    assert "Fix: see its message, then continue with: terdit train" in err
     assert f"--resume auto --out {folder}" in err
     # The save before the kill may not have been done.
     assert list(complete_checkpoints(folder)) in ([6, 3], [9, 6, 3], [12, 9, 6])
@@ -406,8 +406,8 @@ def test_too_many_in_a_row_stop_the_run(
     )
     assert list(complete_checkpoints(folder)) == [every]
     assert all(tensor.isfinite().all() for tensor in tensors_of(folder_of(folder, every)).values())
-    assert "Fix: try a lower rate: terdit train" in str(caught.value)
-    [fix] = re.findall(r"Fix: try a lower rate: (.*)\.", str(caught.value))
+    assert "Fix: try a lower learning rate: terdit train" in str(caught.value)
+    [fix] = re.findall(r"Fix: try a lower learning rate: (.*)\.", str(caught.value))
     resumed = [] if every == 4 else ["--resume", str(folder_of(folder, 3))]  # 4 is where it began
     assert shlex.split(fix) == [
         "terdit", "train", str(folder / "recipe.yaml"), *resumed,

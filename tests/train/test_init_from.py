@@ -99,7 +99,7 @@ def test_weights_of_another_model_are_refused(
     recipe_path: Path, baseline: Path, words: list[str], problem: str
 ) -> None:
     network = build.build_network(load_recipe(recipe_path, words))
-    with pytest.raises(UsageError, match="do not fit the model") as caught:
+    with pytest.raises(UsageError, match="do not match the model") as caught:
         copy_weights(network, baseline, FASHION_CLASSES)
     assert problem in str(caught.value)
 
@@ -122,9 +122,13 @@ def test_no_checkpoint_there(train: Train, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "expected", "said"),
     [
-        (["Bag", "Kimono"], [8, None, 10], "2 here; label rows: 1 kept by name, 1 new"),
-        ([f"new {k}" for k in range(12)], [None] * 12 + [10], "12 here; label rows: 0 kept"),
-        (FASHION_CLASSES[::-1], [*range(9, -1, -1), 10], "10 here; label rows: 10 kept by name"),
+        (["Bag", "Kimono"], [8, None, 10], "2 here; label embeddings: 1 kept by name, 1 new"),
+        ([f"new {k}" for k in range(12)], [None] * 12 + [10], "12 here; label embeddings: 0 kept"),
+        (
+            FASHION_CLASSES[::-1],
+            [*range(9, -1, -1), 10],
+            "10 here; label embeddings: 10 kept by name",
+        ),
         ([str(k) for k in range(10)], [*range(11)], None),  # as many without a name in common
         (FASHION_CLASSES, [*range(11)], None),
     ],
@@ -146,4 +150,4 @@ def test_other_classes_keep_the_rows_of_their_names(
         assert torch.equal(rows[row], fresh[row] if place is None else theirs[place]), row
     told = capsys.readouterr().err
     assert (said or "") in told
-    assert ("label rows" in told) == (said is not None)
+    assert ("label embeddings" in told) == (said is not None)

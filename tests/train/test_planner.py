@@ -202,8 +202,8 @@ def test_the_largest_micro_batch_just_fits() -> None:
     [
         ("h100", 0.0, "got --mfu 0.0, expected a number in (0, 1]"),
         ("h100", 1.5, "got --mfu 1.5"),
-        ("80GB", 0.4, "peak is not known"),
-        (None, 0.4, "peak is not known"),
+        ("80GB", 0.4, "peak is unknown"),
+        (None, 0.4, "peak is unknown"),
         ("h1000", None, "did you mean 'h100'?"),
     ],
 )

@@ -154,7 +154,7 @@ def test_a_teacher_of_other_images_is_refused(
     recipe_path: Path, teacher: Path, word: str, problem: str
 ) -> None:
     recipe = load_recipe(recipe_path, [f"distill.teacher={teacher}", word])
-    with pytest.raises(UsageError, match="other inputs than the student") as caught:
+    with pytest.raises(UsageError, match="different inputs from the student") as caught:
         load_teacher(recipe, torch.device("cpu"))
     assert f"got {problem}" in str(caught.value)
 

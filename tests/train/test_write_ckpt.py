@@ -171,7 +171,7 @@ def test_an_older_checkpoint_does_not_replace_the_product(tmp_path: Path, whole_
     shutil.copytree(whole_run, folder)
     before = (folder / "ckpt.pt").read_bytes()
     [older, _] = sorted((folder / "checkpoints").iterdir())
-    with pytest.raises(UsageError, match=r"got step 40, expected step 30.*Fix: name another file"):
+    with pytest.raises(UsageError, match=r"got step 40, expected step 30.*Fix: write another file"):
         command.run(older)
     assert (folder / "ckpt.pt").read_bytes() == before
     assert command.run(older, folder / "early.pt").step == 30
@@ -184,4 +184,4 @@ def test_a_folder_without_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(InputFileError, match="there is no complete checkpoint") as caught:
         command.run(tmp_path)
     assert str(tmp_path) in str(caught.value)
-    assert "Fix: name a run folder" in str(caught.value)
+    assert "Fix: give a run folder" in str(caught.value)

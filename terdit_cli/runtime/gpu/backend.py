@@ -1,7 +1,7 @@
 """The gpu backend: Triton kernels that multiply with 2-bit codes at tensor-core speed.
 
     fp32    x in three tf32 products         int8, int16  as the reference, bit for bit
-    bf16    x rounded to bfloat16            fp8          u = e4m3(x * (1 / absmax * 448)), a row
+    bf16    x rounded to bfloat16            fp8          u = e4m3(x * (1 / absmax * 448)) per row
 
 Products are summed in float32 (fp32, bf16, fp8; in fp8 with the fewer bits that Hopper's tensor
 cores keep) or int32. The codes lie on the device in another
@@ -51,7 +51,7 @@ _LIMITS: dict[str, float] = {"int8": 127.0, "int16": INT16_LIMIT, "fp8": FP8_LIM
 
 
 def auto_precision() -> Precision:
-    """Return int8: the products are the cpu backend's, whose images were compared."""
+    """Return int8: the products are those of the cpu backend, whose images were compared."""
     return "int8"
 
 
@@ -88,10 +88,10 @@ def available(device: torch.device) -> str | None:
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:
-    """Check that a device has the numbers of a precision.
+    """Check that a device supports a precision.
 
     Raises:
-        EnvironmentProblem: fp8 on a chip without it.
+        EnvironmentProblem: fp8 on a GPU without it.
     """
     if precision != "fp8" or device.type != "cuda":
         return
@@ -106,7 +106,7 @@ def check_precision(precision: Precision, device: torch.device) -> None:
 
 
 def network_class() -> type[DiT]:
-    """Return the network whose whole step is a graph of launches."""
+    """Return the network whose whole forward pass is a graph of kernel launches."""
     from terdit_cli.runtime.gpu.graph_step import GpuDiT  # which calls this module
 
     return GpuDiT
@@ -116,7 +116,7 @@ t5_to_t2 = reference.t5_to_t2
 
 
 def condition_device(device: torch.device) -> torch.device:
-    """Return the CPU: the step keeps modulations by the values of t and y."""
+    """Return the CPU: the step caches modulations by the values of t and y."""
     return torch.device("cpu")
 
 
@@ -145,7 +145,7 @@ def from_t2(packed: Tensor, rows: int, columns: int) -> Tensor:
     """Reorder t2 bytes, uint8 [ceil(N/64), ceil(K/4), 64], as the kernels read them.
 
     Returns uint8 [N, 128 S]: byte (n, 128 s + i) holds the trits of row n at k = 512 s + 128 j + i
-    in bits 2j and 2j+1 as two's complement. Temporary memory: 3 bytes a weight of this matrix.
+    in bits 2j and 2j+1 as two's complement. Temporary memory: 3 bytes per weight of this matrix.
     """
     trits = t2_decode(packed, rows, columns)
     width = weight_shape(rows, columns)[1]
@@ -155,7 +155,7 @@ def from_t2(packed: Tensor, rows: int, columns: int) -> Tensor:
 
 
 class Rows(NamedTuple):
-    """Activations as the products take them."""
+    """Activations in the form that the products read."""
 
     values: Tensor  # [M, K]; int16: [2M, K]
     steps: Tensor | None  # float32 [M] of quantised ones
@@ -214,7 +214,7 @@ def make_rows(
 
 @functools.cache
 def device_facts(device: torch.device) -> Device:
-    """Return what the choice of tiles depends on."""
+    """Return the facts that the choice of tiles depends on."""
     if device.type != "cuda":
         return Device("interpreter", gpu_config.SMALLEST_SHARED, 1 << 30, False)
     facts = torch.cuda.get_device_properties(device)
@@ -227,7 +227,7 @@ def device_facts(device: torch.device) -> Device:
 
 
 def problem_of(rows: Rows, alphas: Tensor, columns: int, epilogue: Epilogue) -> Problem:
-    """Return what the tile of a product with `columns` outputs is chosen by."""
+    """Return the key by which the tile of a product with `columns` outputs is chosen."""
     return Problem(KINDS[rows.precision], alphas.dim() == 2, epilogue, len(rows.values), columns)
 
 
@@ -335,7 +335,7 @@ def _check(
     columns: int,
     precision: Precision,
 ) -> None:
-    """Refuse what the kernels would read wrongly or beyond its end."""
+    """Refuse tensors that the kernels would read wrongly or beyond their end."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}, expected one of {', '.join(PRECISIONS)}")
     if rows < 1 or not 1 <= columns <= LARGEST_K:
@@ -381,7 +381,7 @@ def _no_backward(ctx: Any, gradient: Tensor) -> Tensor:
     )
 
 
-# terdit::gpu_linear, so that torch.compile and export see one operator. On the CPU it is there
+# terdit::gpu_linear, so that torch.compile and export see one operator. On the CPU it exists
 # for Triton's interpreter only.
 _OPERATORS = torch.library.Library("terdit", "FRAGMENT")
 _OPERATORS.define(
@@ -405,10 +405,10 @@ def matmul(
     """Compute x [..., K] @ (alpha * trits).T + bias -> [..., N]; see `reference.matmul`.
 
     Args:
-        packed: as `from_t2` gives it; t2 bytes are taken too, and reordered at each call.
+        packed: as returned by `from_t2`; t2 bytes work too, and are reordered in each call.
 
     Raises:
-        ValueError: tensors of other shapes, types or places than documented.
+        ValueError: tensors of other shapes, types or devices than documented.
     """
     if packed.dim() == 3 and tuple(packed.shape) == t2_shape(*shape):
         packed = from_t2(packed, *shape)

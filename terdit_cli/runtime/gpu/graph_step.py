@@ -1,16 +1,16 @@
-"""The fused step on a GPU: ten launches a block, one CUDA graph a batch bucket.
+"""The fused step on a GPU: ten launches per block, one CUDA graph per batch bucket.
 
     rows(norm, modulate, quantise) -> [wq wk wv] -> norm, rotary -> attention -> rows -> wo, gated
     rows(norm, modulate, quantise) -> [w1 w3] with SwiGLU                     -> rows -> w2, gated
 
-The same modules and state dict as the composable network: at the first forward the codes of
-matrices that share an input are laid one after the other, and the modules' own buffers become
-views of that. The residual stream is float32; between the products values are bfloat16 (float32 in
+The same modules and state dict as the composable network: at the first forward pass the codes of
+matrices that share an input are concatenated, and the modules' own buffers become views of the
+result. The residual stream is float32; between the products values are bfloat16 (float32 in
 fp32). The modulations of all blocks are one launch over all their adaLN matrices.
 
-Modulations recur: one schedule serves many batches. Where t and y come as CPU tensors their values
-are known without waiting for the GPU, and modulations are kept by (t, y), the least recently used
-leaving first. Where they are on the GPU they are computed at each step.
+Modulations recur: one schedule serves many batches. If t and y are CPU tensors, their values
+are known without waiting for the GPU, and modulations are cached by (t, y); the least recently used
+are dropped first. If they are on the GPU, modulations are computed in each step.
 
 Shapes: B images, T tokens, D dim, A width of the conditioning, K k/v width, F feed-forward width,
 L layers, M = B T rows.
@@ -33,7 +33,7 @@ from terdit_cli.runtime.gpu import backend as gpu
 from terdit_cli.runtime.gpu.backend import make_rows, multiply
 from terdit_cli.runtime.reference import Precision
 
-CACHE_BYTES = 128 << 20  # of modulations, for each network
+CACHE_BYTES = 128 << 20  # of modulations, per network
 SPARE_BYTES = 64 << 20  # for the libraries' workspaces and the sampler's own tensors
 # Batches are filled up to one of these, so that few graphs serve all; larger ones run without.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -47,7 +47,7 @@ class Matrix(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What a block's launches read."""
+    """The tensors that a block's launches read."""
 
     qkv: Matrix
     wo: Matrix
@@ -60,7 +60,7 @@ class Layer(NamedTuple):
 
 
 def _joined(layers: list[Any]) -> Matrix:
-    """Lay the codes of packed layers one after the other and let the layers keep views of them."""
+    """Concatenate the codes of packed layers and let the layers keep views of the result."""
     packed = torch.cat([layer.weight for layer in layers]) if layers[1:] else layers[0].weight
     start = 0
     for layer in layers:
@@ -82,7 +82,7 @@ def _state(owner: dict[str, Any], key: str) -> tuple[int, int] | None:
 
 
 class _Graph(NamedTuple):
-    """A captured step with the places of its inputs and its output."""
+    """A captured step with the buffers of its inputs and its output."""
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
@@ -90,7 +90,7 @@ class _Graph(NamedTuple):
 
 
 class Step:
-    """A network as the kernels read it, valid as long as its tensors stay what they were."""
+    """A network as the kernels read it, valid as long as its tensors are unchanged."""
 
     def __init__(self, network: GpuDiT) -> None:
         self.network = weakref.proxy(network)  # which owns this step
@@ -105,7 +105,7 @@ class Step:
         kinds = {precision for name, precision in found if name != ADALN}
         adaln = {precision for name, precision in found if name == ADALN}
         if len(kinds) > 1 or len(adaln) > 1:
-            raise ValueError("the layers have precisions of several kinds")
+            raise ValueError("the layers have different precisions")
         self.precision: Precision = kinds.pop()
         self.adaln_precision: Precision = adaln.pop()
         self.layers = [self._layer(layer) for layer in layers]
@@ -127,7 +127,7 @@ class Step:
         self.stream: torch.cuda.Stream | None = None  # on which graphs are captured
 
     def is_valid(self) -> bool:
-        """Return whether all tensors of the network are what they were."""
+        """Return whether all tensors of the network are unchanged."""
         return all(_state(owner, key) == state for owner, key, state in self.slots)
 
     def _layer(self, block: Any) -> Layer:
@@ -189,7 +189,7 @@ class Step:
         )  # fmt: skip
 
     def _empty(self, rows: gpu.Rows, width: int) -> Tensor:
-        """Return place for a product [M, width] that another operation reads."""
+        """Return a buffer for a product [M, width] that another operation reads."""
         dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
         count = len(rows.values) // (2 if rows.precision == "int16" else 1)
         return rows.values.new_empty(count, width, dtype=dtype)
@@ -216,9 +216,9 @@ class Step:
         width = self.config.ffn_width
         if self.precision != "fp32":
             return multiply(rows, *layer.w13, None, self._empty(rows, width), swiglu=True)
-        # Two accumulators of three products each would not fit the registers.
+        # Two accumulators of three products each would not fit in the registers.
         both = multiply(rows, *layer.w13, None, self._empty(rows, 2 * width))
-        return F.silu(both[:, :width], inplace=True).mul_(both[:, width:])  # `step_bytes` counts so
+        return F.silu(both[:, :width], inplace=True).mul_(both[:, width:])  # as in `step_bytes`
 
     def final(self, hidden: Tensor, c: Tensor) -> Tensor:
         """The final layer: hidden [B, T, D], c [B, A] -> [B, T, p * p * out_channels]."""
@@ -249,7 +249,7 @@ class Step:
             labels = torch.tensor([key[1] for key in new], device=device)
             network = self.network
             made = self.modulations(network.t_embedder(times) + network.y_embedder(labels))
-            # Each has its own memory: a view would keep all the others' alive.
+            # Each has its own memory: a view would keep all others alive.
             self.cache.update(zip(new, (each.clone() for each in made), strict=True))
         for key in keys:
             self.cache.move_to_end(key)
@@ -260,7 +260,7 @@ class Step:
         return found
 
     def run(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Compute f(x, t, y), by a captured graph where there is one for the batch."""
+        """Compute f(x, t, y), with a captured graph if there is one for the batch."""
         batch = len(x)
         known = not t.is_cuda and not y.is_cuda
         modulations = self.cached_modulations(t, y, x.device) if known else None
@@ -280,7 +280,7 @@ class Step:
 
     def _capture(self, bucket: int, inputs: tuple[Tensor, ...]) -> _Graph:
         """Capture the step of a bucket, after a run that compiles its kernels."""
-        with torch.inference_mode(False):  # places that any later call can write to
+        with torch.inference_mode(False):  # buffers that any later call can write to
             places = tuple(
                 value[:1].expand(bucket, *value.shape[1:]).contiguous().clone() for value in inputs
             )
@@ -292,7 +292,7 @@ class Step:
             self.forward(*arguments)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may take memory meanwhile, as an evaluation's do for the batch before.
+        # Other threads may allocate memory meanwhile, as evaluation does for the batch before.
         with torch.cuda.graph(graph, self.pool, stream, capture_error_mode="thread_local"):
             out = self.forward(*arguments)
         # One pool for all: their outputs are copied before another graph runs.
@@ -311,17 +311,17 @@ class GpuDiT(DiT):
     _lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles hold: all but graphs and streams, which are made anew."""
+        """Return what copies and pickles hold: all but graphs and streams, created again later."""
         return self.__dict__ | {"_step": None}
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Predict noise and variance; see `DiT.forward`. t and y may lie on the CPU.
+        """Predict noise and variance; see `DiT.forward`. t and y may be on the CPU.
 
         torch.compile and torch.export see the composable network, whose operators they know.
 
         Raises:
             ValueError: x is not of the configured shape or type.
-            NotImplementedError: a gradient is asked for.
+            NotImplementedError: a gradient is required.
         """
         if torch.compiler.is_compiling():
             return super().forward(x, t, y)
@@ -337,7 +337,7 @@ class GpuDiT(DiT):
             )
         if not len(x):
             return x.new_empty(0, config.out_channels, config.input_size, config.input_size)
-        # One at a time: a graph has one place for its inputs.
+        # One at a time: a graph has one set of input buffers.
         with self._lock, torch.no_grad(), gpu.on(x.device):  # the device of streams and graphs
             step = self._step
             if step is None or not step.is_valid():
@@ -347,7 +347,7 @@ class GpuDiT(DiT):
 
 
 def step_bytes(config: DiTConfig, batch: int, precision: Precision) -> int:
-    """Return about how many bytes of GPU memory a step takes beside the weights.
+    """Return about how many bytes of GPU memory a step needs in addition to the weights.
 
     Of a batch: the residual stream, the input of a product and its largest output, which are
     alive together, and the modulations.
@@ -363,9 +363,9 @@ def step_bytes(config: DiTConfig, batch: int, precision: Precision) -> int:
 
 
 def sampling_bytes(config: DiTConfig, batch: int, precision: Precision) -> int:
-    """Return about how many bytes sampling takes beside the weights, in steps of `batch` images.
+    """Return about how many bytes sampling `batch` images needs in addition to the weights.
 
-    A captured step keeps its memory, and that of the last, smaller batch first runs beside it.
+    A captured step keeps its memory, and that of the last, smaller batch is needed in addition.
     """
     rows = next((size for size in BUCKETS if size >= batch), batch)
     steps = step_bytes(config, rows + min(rows, BUCKETS[-1]), precision)
@@ -373,7 +373,7 @@ def sampling_bytes(config: DiTConfig, batch: int, precision: Precision) -> int:
 
 
 def largest_batch(config: DiTConfig, free: int, precision: Precision) -> int:
-    """Return the most images whose `sampling_bytes` are at most `free`, 0 where not one fits."""
+    """Return the most images whose `sampling_bytes` are at most `free`, 0 if none fits."""
     one = step_bytes(config, 1, precision)
     steps = max(0, free - CACHE_BYTES - SPARE_BYTES) // one
     if steps >= 2 * BUCKETS[-1]:

@@ -1,9 +1,9 @@
-"""Tile sizes of the products: a short list for each kind of shape, and the measured best of it.
+"""Tile sizes of the products: a short list for each kind of shape, and the best measured one.
 
     $TERDIT_CACHE or ~/.cache/terdit/gpu.json    {device and triton: {kind of shape: tile}}
 
 The first of a list that fits the device's shared memory is used, unless `tune` has measured and
-written another; nothing is measured at start.
+written another; nothing is measured at start-up.
 
 Shapes: M rows of x (times planes), N out features; BN, BM, BK the tile.
 """
@@ -30,7 +30,7 @@ GPU_CACHE = "gpu.json"
 
 
 class Device(NamedTuple):
-    """What the choice of a tile depends on."""
+    """The device facts that the choice of a tile depends on."""
 
     name: str  # with the version of Triton
     shared: int  # bytes of shared memory that a program may have
@@ -39,7 +39,7 @@ class Device(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What a tile is chosen by."""
+    """The problem that a tile is chosen for."""
 
     kind: str  # of the operands: int8, fp8, bf16, fp32
     grouped: bool
@@ -55,7 +55,7 @@ class Problem(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """BN x BM outputs a program; BK bytes of each row of codes (4 BK of K) a step."""
+    """BN x BM outputs per program; BK bytes of each row of codes (4 BK of K) per step."""
 
     BN: int
     BM: int
@@ -64,7 +64,7 @@ class Tile(NamedTuple):
     stages: int
 
     def shared_bytes(self, problem: Problem) -> int:
-        """Return at most how much shared memory the stages take, in bytes."""
+        """Return an upper bound of the stages' shared memory, in bytes."""
         codes = self.BN * (2 if problem.epilogue == "swiglu" else 1)
         depth = SLICE if problem.grouped else self.BK
         return self.stages * depth * (codes + 4 * self.BM * ITEM_BYTES[problem.kind])
@@ -72,7 +72,7 @@ class Tile(NamedTuple):
 
 # Two reasons for the sizes: an unpacked weight should meet many columns of x (BM), and there
 # should be a program for each multiprocessor, better two. The accumulators of all matrices take
-# at most 128 registers a thread.
+# at most 128 registers per thread.
 _FEW = (Tile(128, 16, 128, 4, 2), Tile(64, 16, 128, 4, 2), Tile(64, 16, 64, 4, 3))
 _FEW_GROUPED = (Tile(128, 16, 128, 4, 2), Tile(64, 16, 128, 4, 2))
 _LARGE: dict[tuple[int, Epilogue], tuple[Tile, ...]] = {
@@ -141,7 +141,7 @@ def candidates(problem: Problem, device: Device) -> list[Tile]:
         tile
         for tile in tiles
         if tile.shared_bytes(problem) <= device.shared
-        # Without wgmma both operands of a group lie in registers.
+        # Without wgmma both operands of a group are in registers.
         and (device.wgmma or not problem.grouped or tile.BN * tile.BM <= 2048)
     ]
 
@@ -149,20 +149,20 @@ def candidates(problem: Problem, device: Device) -> list[Tile]:
         programs = -(-problem.columns // tile.BN) * -(-problem.rows // tile.BM)
         return programs >= device.processors and 2 * problem.rows > tile.BM
 
-    # Of those that give every multiprocessor something useful to do the largest, else the smallest.
+    # The largest of those that keep every multiprocessor busy, else the smallest.
     busy = [tile for tile in fitting if is_busy(tile)]
     idle = [tile for tile in fitting if not is_busy(tile)]
     return busy + idle[::-1] or [tiles[-1]]
 
 
 def cache_path() -> Path:
-    """Return where the measured choices are kept."""
+    """Return the file of the measured choices."""
     return cache_folder() / GPU_CACHE
 
 
 @functools.cache
 def _measured(path: Path) -> dict[str, dict[str, list[int]]]:
-    """Return what a cache file holds; nothing where it is missing or broken."""
+    """Return the contents of a cache file; nothing if it is missing or broken."""
     with contextlib.suppress(OSError, ValueError):
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
@@ -171,7 +171,7 @@ def _measured(path: Path) -> dict[str, dict[str, list[int]]]:
 
 
 def choose(problem: Problem, device: Device) -> Tile:
-    """Return the tile for a problem: the measured one where there is one, else the first."""
+    """Return the tile for a problem: the measured one if there is one, else the first."""
     tiles = candidates(problem, device)
     measured = _measured(cache_path()).get(device.name)
     best = measured.get(problem.key()) if isinstance(measured, dict) else None
@@ -182,7 +182,7 @@ def tune(problem: Problem, device: Device, measure: Callable[[Tile], float]) -> 
     """Measure the candidates, keep the best in the user's cache folder and return it.
 
     Args:
-        measure: returns the seconds of a product with a tile; infinity where it cannot run.
+        measure: returns the seconds of a product with a tile; infinity if it cannot run.
     """
     tiles = candidates(problem, device)
     best = min(tiles, key=measure)
@@ -191,7 +191,7 @@ def tune(problem: Problem, device: Device, measure: Callable[[Tile], float]) -> 
     found = dict(_measured(path))
     mine = found.get(device.name)
     found[device.name] = {**(mine if isinstance(mine, dict) else {}), problem.key(): list(best)}
-    # Without a place to keep it the choice is made again next time.
+    # Without a writable cache the choice is measured again next time.
     with contextlib.suppress(EnvironmentProblem), atomic.atomic_path(path) as temporary:
         temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
     _measured.cache_clear()

@@ -2,13 +2,13 @@
 # ruff: noqa: RET505  what follows a return is compiled, unless it is in an else
 """The Triton kernels: products with packed trits, and the row operations between them.
 
-The packed operand ("slices", made by `gpu.from_t2` from t2 once at load, 2 bits a weight too):
-uint8 [N, 128 S], S = ceil(K / 512). Byte (n, 128 s + i) holds the trits of row n at
+The packed operand ("slices", made by `backend.from_t2` from t2 once at load, also 2 bits per
+weight): uint8 [N, 128 S], S = ceil(K / 512). Byte (n, 128 s + i) holds the trits of row n at
 k = 512 s + 128 j + i, j = 0..3, as two's complement in bits 2j and 2j+1: 00, 01, 11 = 0, 1, -1.
 
 Why not t2 itself: there a byte holds four rows of W, so a program that reads it once needs four
-accumulators, and an unpacked weight meets a quarter as many columns of x before it is thrown
-away; and its runs of 4 bytes a row are too short for 16-byte copies. With four k to a byte the
+accumulators, and an unpacked weight is used for a quarter as many columns of x before it is
+dropped; and its runs of 4 bytes per row are too short for 16-byte copies. With four k per byte the
 tile of bytes goes from global to shared memory to registers in the tensor cores' own layout.
 
 Unpacking is a shift and a mask: the field in the two top bits of a byte is +-64 in int8 and +-2 in
@@ -25,14 +25,14 @@ K additions costs at most 2^-22 of the running size: K 2^-22 S; scale and bias 2
 size; rounding y to bfloat16 u |y|. So |error| <= |alpha| S (u [if x is float32] + (K + 1) 2^-22)
 + 2^-22 (|alpha| S + |bias|) + u |y| [if y is bfloat16].
 
-Shapes: M rows of x, N out features, K in features, D width, T tokens an image.
+Shapes: M rows of x, N out features, K in features, D width, T tokens per image.
 """
 
 import triton
 import triton.language as tl
 
 SLICE = 128  # k that one bit field of a run of bytes covers: the group of a scale
-# Where there is no GPU the tests run the kernels in Triton's interpreter, which has no inline
+# Without a GPU the tests run the kernels in Triton's interpreter, which has no inline
 # assembly and whose bfloat16 products are wrong.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -140,7 +140,7 @@ def linear_kernel(
     tiles = tl.cdiv(N, BN)
     first_n = (tl.program_id(0) % tiles) * BN
     first_m = (tl.program_id(0) // tiles) * COLUMNS
-    # Rows beyond the edge repeat the last: read in vain, never written.
+    # Rows beyond the edge repeat the last: read, but never written.
     n = tl.minimum(first_n + tl.arange(0, BN), N - 1)
     rows = tl.minimum(first_m * PLANES + tl.arange(0, BM), M * PLANES - 1)
     k = tl.arange(0, BK)
@@ -261,7 +261,8 @@ def rows_kernel(
         if KIND == "fp8":
             tl.store(out + row * stride_out + d, u.to(out.dtype.element_ty), mask=inside)
         else:
-            # Half to even: above 2^23 a float32 has no fraction. Not to be fused with the product.
+            # Half to even: above 2^23 a float32 has no fraction. Must not be fused with the
+            # product.
             u = ((u + 12582912.0) - 12582912.0).to(tl.int32)
             if KIND == "int8":
                 tl.store(out + row * stride_out + d, u.to(tl.int8), mask=inside)
@@ -301,7 +302,7 @@ def rotary_kernel(
             weight = tl.load(q_weight + d, mask=inside, other=0.0)
             bias = tl.load(q_bias + d, mask=inside, other=0.0)
         value = value * weight + bias
-        # What the composable network rounds its q and k to between the norm and the rotation.
+        # The dtype to which the composable network rounds q and k between norm and rotation.
         value = value.to(heads.dtype.element_ty).to(tl.float32)
     even, odd = tl.split(value)
     angle = (row % tokens) * half + pair % half

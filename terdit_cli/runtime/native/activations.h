@@ -1,5 +1,5 @@
-// Rows of activations: where they come from (plain, normed and modulated, SiLU) and what they
-// become (float32, bfloat16, one or two planes of int8).
+// Rows of activations: their sources (plain, normed and modulated, SiLU) and their formats
+// (float32, bfloat16, one or two planes of int8).
 //
 // Integer kinds: step = max(absmax, 1e-5) / L and u = rint(x * (1 / max(absmax, 1e-5) * L)) with
 // L = 127 or 32512, every operation rounded to float32, as model/ternary.py defines it. The
@@ -35,8 +35,8 @@ TERDIT_INLINE void store_bytes(int8_t *p, vi v) {
     memcpy(p, &b, sizeof b);
 }
 
-// One vector of u. The low plane is u's lowest byte: u - 256 high lies in -128..127. Of two planes
-// the sums are those of u and of high.
+// One vector of u. The low plane is u's lowest byte: u - 256 high lies in -128..127. With two
+// planes the sums are those of u and of high.
 template <int kPlanes>
 TERDIT_INLINE void quantise(vf scaled, int8_t *high, int8_t *low, vi *sum, vi *sum_high) {
     const vi u = round_to_int(scaled);
@@ -48,7 +48,7 @@ TERDIT_INLINE void quantise(vf scaled, int8_t *high, int8_t *low, vi *sum, vi *s
     store_bytes(low, u);
 }
 
-// Sums of the planes from what `quantise` summed.
+// Sums of the planes from the sums of `quantise`.
 template <int kPlanes>
 TERDIT_INLINE void plane_sums(vi sum, vi sum_high, int32_t *high, int32_t *low) {
     const int32_t all = sum_lanes(sum);

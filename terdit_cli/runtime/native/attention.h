@@ -1,7 +1,7 @@
 // softmax(q k^T / sqrt(head_dim)) v of one head, 6 queries at a time with an online softmax
 // (Milakov and Gimelshein, arXiv 1805.02867): no T x T matrix.
 //
-// k is transposed once a head into tiles of 64 keys, v copied to rows of whole vectors; both
+// k is transposed once per head into tiles of 64 keys, v copied to rows of whole vectors; both
 // products then use the float32 microkernel of gemm.h.
 #ifndef TERDIT_ATTENTION_H
 #define TERDIT_ATTENTION_H
@@ -51,8 +51,8 @@ TERDIT_INLINE void transpose4(const float *from, ptrdiff_t from_stride, float *t
     for (int i = 0; i < 4; i++) memcpy(to + i * to_stride, &out[i], 16);
 }
 
-// A head's columns lie in short pieces, one a token, where no hardware prefetch follows: asks for
-// the piece that is some tokens ahead.
+// The columns of a head are in short pieces, one per token, where no hardware prefetch works: so
+// this prefetches the piece some tokens ahead.
 TERDIT_INLINE void fetch_piece(const float *rows, ptrdiff_t stride, int64_t t, int64_t tokens,
                                int64_t head_dim) {
     constexpr int64_t ahead = 12, floats = 16;
@@ -119,7 +119,7 @@ struct ValueRows {
     }
 };
 
-// Where the rows of a task begin: its head's columns, from the first token of its image on.
+// Start of the rows of a task: its head's columns, from the first token of its image on.
 struct AttentionRows {
     const float *q, *k, *v;
     float *out;
@@ -145,7 +145,7 @@ AttentionRows attention_rows(const Attention *job, int64_t task) {
     return rows;
 }
 
-// The greatest of `most` and a row's scores. The row is filled up to whole vectors with its first.
+// The maximum of `most` and a row's scores. The row is filled up to whole vectors with its first.
 TERDIT_INLINE float max_score(float *row, int64_t keys, float most) {
     for (int64_t s = keys; s % kLanes; s++) row[s] = row[0];
     vf highest = load(row);

@@ -1,7 +1,7 @@
 // The attention of attention.h on the dot products of bytes, for CPUs that have them for any u8:
 // close to float32, not equal.
 //
-//     scores = (q8 . k8) step_q step_k / sqrt(head_dim)     q8, k8, v8: int8, a step for each token
+//     scores = (q8 . k8) step_q step_k / sqrt(head_dim)     q8, k8, v8: int8, one step per token
 //     out    = sum(w16 v8) most_step_v / 32512 / sum(p)     p = exp(score - most)
 //     w16    = rint(32512 p step_v / most_step_v)
 //
@@ -27,7 +27,7 @@ struct QuantisedPlace {
     uint8_t *keys;        // [ceil(T / 64)][ceil(head_dim / 4)][256]
     int8_t *values;       // [padded / 64][ceil(T / 4)][256]
     float *key_steps;     // [T padded to 64]
-    float *value_shares;  // [T padded to 64]: 32512 step / greatest step, 0 beyond T
+    float *value_shares;  // [T padded to 64]: 32512 step / largest step, 0 beyond T
     float *scores;        // [6][256]
     uint8_t *planes;      // [12][256]: high and low bytes of each row's weights
     float *out;           // [6][padded]
@@ -76,7 +76,7 @@ TERDIT_INLINE vu load_bytes(const int8_t *p) {
     return (vu)from_bytes(v) & 0xffu;
 }
 
-// Values [T][padded] to tiles; the tokens that fill the last four up are zeros.
+// Values [T][padded] to tiles; the last group of four tokens is filled up with zeros.
 void spread_values(const int8_t *values, int64_t tokens, const QuantisedPlace &place) {
     for (int64_t d = 0; d < place.padded; d += kLanes) {
         int8_t *tile =
@@ -91,7 +91,7 @@ void spread_values(const int8_t *values, int64_t tokens, const QuantisedPlace &p
     }
 }
 
-// The greatest of n steps, NaN if one is NaN.
+// The largest of n steps, NaN if one is NaN.
 float greatest_step(const float *steps, int64_t n) {
     vf most = {}, poison = {};
     int64_t i = 0;
@@ -136,7 +136,7 @@ TERDIT_INLINE float quantised_weights(const QuantisedPlace &place, int64_t r, in
     const float *row = place.scores + r * kKeyBlock;
     const float *shares = place.value_shares + first;
     uint8_t *high = place.planes + 2 * r * kKeyBlock, *low = high + kKeyBlock;
-    // Below 2^-16 a weight rounds to 0: 2^-100 is as good as less.
+    // Below 2^-16 a weight rounds to 0, so clamping at 2^-100 changes nothing.
     const vf factor = splat(scale), shift = splat(-most * scale), least = splat(-100.0f);
     vf sum = {};
     // 2^23 leaves no bits for a fraction: the low 16 bits of the sum are the rounded weight.

@@ -1,5 +1,5 @@
-// The choice of an instruction set. Compiled for the oldest CPU, so that asking cannot fault; the
-// features asked for include the operating system's part (saved registers).
+// The choice of an instruction set. Compiled for the oldest CPU, so that the query cannot fault;
+// the queried features include the operating system's part (saved registers).
 #include "dispatch.h"
 
 #include <atomic>
@@ -26,8 +26,8 @@ bool always() { return true; }
 #if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-// CPUID leaf 7, subleaf 1, register eax: bit 4 is AVX-VNNI, bit 5 AVX512-BF16. Compilers learned
-// these names late.
+// CPUID leaf 7, subleaf 1, register eax: bit 4 is AVX-VNNI, bit 5 AVX512-BF16. Older compilers
+// do not know these names.
 bool has_late_feature(int bit) {
     unsigned a, b, c, d;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> bit & 1);

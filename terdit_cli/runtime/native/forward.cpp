@@ -1,4 +1,4 @@
-// The library's calls: jobs cut into tasks for the pool, all their memory in one arena.
+// The calls of the library: jobs divided into tasks for the pool, with all memory in one arena.
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,7 +20,7 @@ int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * uni
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // One piece of memory for everything a call needs; kept for the next call, grown when too small.
-// Its users hold the pool. A plan is laid out twice: first from nothing, to learn its size.
+// Its users hold the pool. A plan is laid out twice: first from address 0, to find its size.
 struct Arena {
     char *base = nullptr;
     size_t capacity = 0;
@@ -48,7 +48,7 @@ struct Arena {
 
 Arena arena;
 
-// Hands out places from an address on; with no address it only counts.
+// Hands out memory from an address on; without an address it only counts.
 struct Layout {
     char *base;
     size_t used;
@@ -61,7 +61,7 @@ struct Layout {
     }
 };
 
-// A call of the library: the pool is held from first to last.
+// A call of the library, which holds the pool from start to end.
 struct Call {
     const Kernels *kernels;
     int threads;
@@ -84,7 +84,7 @@ void parallel(int64_t tasks, const F &f) {
         const_cast<F *>(&f));
 }
 
-// Memory of each thread, the largest that any job of a call asks for.
+// Memory per thread: the largest that any job of a call needs.
 struct Scratch {
     size_t bytes = 0;
     char *base = nullptr;
@@ -119,7 +119,7 @@ Activations take_activations(Layout *layout, const Kernels *kernels, int32_t kin
 
 void prepare(const Call &call, const Prepare &job, const Scratch &scratch) {
     const int64_t m = job.to.m;
-    if (job.source == kPlain && job.to.kind == TERDIT_FP32) return;  // read where they are
+    if (job.source == kPlain && job.to.kind == TERDIT_FP32) return;  // read in place
     parallel((m + kRowsATask - 1) / kRowsATask, [&](int64_t task, int thread) {
         const int64_t end = (task + 1) * kRowsATask < m ? (task + 1) * kRowsATask : m;
         for (int64_t row = task * kRowsATask; row < end; row++)
@@ -129,8 +129,8 @@ void prepare(const Call &call, const Prepare &job, const Scratch &scratch) {
 
 int64_t panels_of(const Multiply &job) { return (job.matrix->rows + kPanel - 1) / kPanel; }
 
-// Cuts the rows into chunks, as many for each thread, so that a thread keeps to its rows; into more
-// where there are too few panels to keep all threads busy to the end.
+// Divides the rows into chunks, equally many per thread, so that a thread keeps to its rows; into
+// more if there are too few panels to keep all threads busy to the end.
 void set_chunks(Multiply *jobs, int count, int threads) {
     int64_t panels = 0;
     for (int i = 0; i < count; i++) panels += panels_of(jobs[i]);
@@ -167,7 +167,7 @@ Multiply multiply_job(const terdit_matrix *matrix, const Activations *x, float *
 
 bool is_grouped(const terdit_matrix &matrix) { return matrix.granularity == TERDIT_GROUP128; }
 
-// Everything that the blocks need of memory, and their jobs.
+// All memory that the blocks need, and their jobs.
 struct Step {
     const Call &call;
     const terdit_model &model;
@@ -176,7 +176,7 @@ struct Step {
     bool quantised = false;  // the attention
     Scratch scratch;
     float *wide;             // [M][max(3 dim, ffn)]: q, k, v, and later the SwiGLU's output
-    float *attended, *rows;  // [M][dim]; rows as prepared, where they stay float
+    float *attended, *rows;  // [M][dim]; prepared rows, if they stay float
     float *ffn_rows;         // [M][ffn], likewise
     Activations to_dim, to_ffn;
     HeadBytes q_bytes = {}, k_bytes = {}, v_bytes = {};
@@ -191,7 +191,7 @@ struct Step {
         const bool grouped = is_grouped(model.blocks[0].wq);
         wide = layout->take<float>(m * most(dim + 2 * kv_width, model.ffn_width));
         quantised = model.attention == TERDIT_INT8 && call.kernels->dots_any_bytes;
-        // Attention that reads the bytes of the heads may write where q was.
+        // Attention that reads the bytes of the heads may overwrite q.
         attended = quantised ? wide : layout->take<float>(m * dim);
         rows = floats ? layout->take<float>(m * dim) : nullptr;
         ffn_rows = kind == TERDIT_BF16 ? layout->take<float>(m * model.ffn_width) : nullptr;
@@ -215,7 +215,7 @@ struct Step {
 
     HeadBytes take_heads(Layout *layout, int64_t heads) const {
         HeadBytes place;
-        // Blocks of rows may reach beyond the last token.
+        // Blocks of rows may extend beyond the last token.
         place.bytes = layout->take<int8_t>((m * heads + kBlockRows) *
                                            rounded_up(dim / model.heads, kPanel));
         place.steps = layout->take<float>(m * heads);
@@ -429,7 +429,7 @@ int32_t terdit_blocks(const terdit_model *model, float *hidden, const float *con
 }
 
 int32_t terdit_t5_to_t2(const uint8_t *t5, int64_t n, int64_t k, uint8_t *codes, int32_t threads) {
-    constexpr int64_t slack = 8;  // a row begins up to 4 codes into a byte and is copied by eights
+    constexpr int64_t slack = 8;  // a row starts up to 4 codes into a byte and is copied in eights
     const Call call(threads);
     const int64_t vectors = (k + 3) / 4, used = (n * k + 4) / 5, stride = 4 * vectors + 3 * slack;
     Scratch scratch;
@@ -439,7 +439,7 @@ int32_t terdit_t5_to_t2(const uint8_t *t5, int64_t n, int64_t k, uint8_t *codes,
     if (!arena.reserve(layout.used)) return 2;
     layout = {arena.base, 0};
     scratch.place(&layout, call.threads);
-    uint64_t digits[256];  // the five codes of a byte, one a byte
+    uint64_t digits[256];  // the five codes of a byte, one per byte
     for (int byte = 0; byte < 256; byte++) {
         digits[byte] = 0;
         for (int i = 0, rest = byte; i < 5; i++, rest /= 3)

@@ -1,12 +1,12 @@
 // Activations times packed ternary matrices: panels of 64 columns, blocks of up to 6 rows.
 //
-// A panel's codes are spread over a tile that stays in the L2 cache while all rows pass by: bytes
+// A panel's codes are expanded into a tile that stays in the L2 cache for all rows: bytes
 // for the integer kinds, float32 or bfloat16 for the others. With codes = trits + 1 as the
 // unsigned operand there are no zero points: sum(u * trit) = sum(u * code) - sum(u), so the
 // accumulators simply start at minus the row's sum.
 //
 // Bounds: |u| <= 32512 and |trit| <= 1, so a sum is below 2^31 for K <= 66,000. The planes'
-// accumulators may wrap on the way; arithmetic modulo 2^32 still ends at the true sum.
+// accumulators may wrap around; arithmetic modulo 2^32 still gives the true sum.
 #ifndef TERDIT_GEMM_H
 #define TERDIT_GEMM_H
 
@@ -30,9 +30,9 @@ namespace {
 
 // Tile rows: k / 4 for bytes, k for floats, k / 2 for halves; 256 bytes each.
 constexpr int kTileRow = 256;
-// Inputs a float tile covers at once, so that it fits half of a small L2 (256 KiB).
+// Inputs that a float tile covers at once, so that it fits in half of a small L2 (256 KiB).
 constexpr int64_t kFloatSpan = 512;
-// Vectors of codes a byte tile covers at once when one block of rows uses it: fits L1.
+// Vectors of codes that a byte tile covers at once for a single block of rows: fits in L1.
 constexpr int64_t kSmallSpan = 64;
 
 // Codes [vectors][64] to bytes [vectors][4 groups of 16 columns][16 columns][4 k].
@@ -67,7 +67,7 @@ void spread_floats(const uint8_t *codes, int64_t vectors, const float *group_alp
 }
 
 // out [R][V vectors] = a [R][steps] times b [steps][V vectors], added to what out holds if `add`.
-// Not inlined: the accumulators need the registers that a caller's loop keeps its constants in.
+// Not inlined: the accumulators need the registers in which a caller's loop keeps constants.
 template <int R, int V>
 __attribute__((noinline)) void fma_block(const float *a, ptrdiff_t a_stride, const float *b,
                                          ptrdiff_t b_stride, int64_t steps, bool add, float *out,
@@ -190,13 +190,13 @@ TERDIT_INLINE vi joined(vi high, vi low) {
 }
 
 // Rows of bytes times a piece of a tile: sums [R][64] start at minus_sums (rows `groups` apart) or
-// go on from what they hold.
+// continue from their present values.
 struct DotRows {
     const int8_t *bytes;
     ptrdiff_t stride;
     const uint8_t *tile;
     int64_t vectors;
-    const int32_t *minus_sums;  // or NULL: go on
+    const int32_t *minus_sums;  // or NULL: continue
     int32_t *sums;
     template <int R>
     void rows() const {
@@ -270,7 +270,7 @@ void grouped_block(const Panel &panel, const Activations &x, int64_t m, int64_t 
     }
 }
 
-// One scale a row or tensor: sums [rows * planes][64], the planes still apart.
+// One scale per row or tensor: sums [rows * planes][64], the planes still separate.
 template <int kPlanes>
 void plain_block(const Panel &panel, const Activations &x, int64_t m, int64_t rows, bool spread,
                  int32_t *sums) {
@@ -300,7 +300,7 @@ void float_rows(const Panel &panel, const Activations &x, int64_t m0, int64_t m1
 }
 
 #ifdef TERDIT_HALVES
-// The same from bfloat16 rows. Scales of groups do not fit into bfloat16 trits, so each group's
+// The same from bfloat16 rows. Group scales cannot be folded into bfloat16 trits, so each group's
 // sums are scaled in float32.
 void halves_rows(const Panel &panel, const Activations &x, int64_t m0, int64_t m1, float *y) {
     const int64_t span = panel.group_alphas ? kGroup : kFloatSpan;
@@ -327,7 +327,7 @@ void halves_rows(const Panel &panel, const Activations &x, int64_t m0, int64_t m
 }
 #endif
 
-// What a block of rows leaves to the epilogue: sums of integers or of floats, [rows][64].
+// The input of the epilogue for a block of rows: sums of integers or of floats, [rows][64].
 template <int kPlanes>
 struct IntegerSums {
     static constexpr bool kMayBeGrouped = false;
@@ -344,7 +344,7 @@ struct FloatSums {
     TERDIT_INLINE vf at(int64_t r, int n) const { return load(sums + r * kPanel + n); }
 };
 
-// (sum * step) * alpha + bias: the order of model/ternary.py. Scales of groups are in the sums.
+// (sum * step) * alpha + bias: the order of model/ternary.py. Group scales are already in the sums.
 template <class Sums>
 TERDIT_INLINE vf scaled(const Panel &panel, const Sums &sums, int64_t r, float step, int n) {
     vf y = sums.at(r, n) * step;
@@ -352,7 +352,7 @@ TERDIT_INLINE vf scaled(const Panel &panel, const Sums &sums, int64_t r, float s
     return y + load(panel.bias + n);
 }
 
-// Writes rows m .. m + rows - 1 of the columns from n0 on, in the last panel as far as N goes.
+// Writes rows m .. m + rows - 1 of the columns from n0 on, in the last panel only up to N.
 template <int kKind, bool kWhole, class Sums>
 TERDIT_INLINE void finish_rows(const Multiply *job, const Panel *panels, int64_t n0, int64_t m,
                                int64_t rows, const float *steps, const Sums &sums,
@@ -431,7 +431,7 @@ void integer_rows(const Multiply *job, const Panel *panels, int matrices, int64_
                   int64_t m1) {
     constexpr int64_t block = kBlockRows / kPlanes;
     const Activations &x = *job->x;
-    const bool spread = m1 - m0 > block;  // else each code is used once: spread it in L1
+    const bool spread = m1 - m0 > block;  // else each code is used once: expand it in L1
     alignas(64) int32_t sums[2][kBlockRows * kPanel];
     alignas(64) float y[2][kBlockRows * kPanel];
     for (int i = 0; spread && i < matrices; i++)

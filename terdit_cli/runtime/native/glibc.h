@@ -1,7 +1,7 @@
 // Force-included when a wheel is built (TERDIT_OLD_GLIBC). glibc 2.32 and 2.34 moved these functions
 // from libpthread to libc and gave their symbols a new version, to which a library built today
-// would be bound; the versions of before are still there. torch itself needs glibc 2.28, so a wheel
-// shall need no more. `make wheel` fails if a function is missing here.
+// would be bound; the older versions still exist. torch itself needs glibc 2.28, so a wheel
+// should need no more. `make wheel` fails if a function is missing here.
 #ifndef TERDIT_GLIBC_H
 #define TERDIT_GLIBC_H
 

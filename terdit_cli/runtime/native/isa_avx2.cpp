@@ -15,7 +15,7 @@ constexpr int64_t kWiden = 63;
 
 double peak(const char *what, int64_t rounds) {
     if (strcmp(what, "int8") != 0) return peak_fp32(rounds);
-    // Two instructions for 32 products: half of the rate of either of them alone.
+    // Two instructions for 32 products: half the rate of either of them alone.
     __m256i chain[6], pairs[6];
     const __m256i one = _mm256_set1_epi8(1), two = _mm256_set1_epi8(2);
 #pragma GCC unroll 6

@@ -1,5 +1,5 @@
 // AVX-512 with VNNI: 16 lanes, vpdpbusd. Shared by isa_avx512.cpp and isa_avx512bf16.cpp, which
-// compile it apart and keep all of it in their unnamed namespaces.
+// compile it separately and keep all of it in their unnamed namespaces.
 #ifndef TERDIT_ISA_AVX512_H
 #define TERDIT_ISA_AVX512_H
 
@@ -22,7 +22,7 @@ constexpr int kDotColumns = 64;
 constexpr bool kDotsAnyBytes = true;
 
 // 24 accumulators, 4 vectors of codes and the broadcast bytes: 29 of 32 registers. Broadcasting
-// from memory costs a load port only, so the two dot units are what limits the loop.
+// from memory uses only a load port, so the two dot units limit the loop.
 template <int R, int V, class Byte, class Code, class Start, class Finish>
 TERDIT_INLINE void dot_block(const Byte *bytes, ptrdiff_t stride, const Code *tile,
                              int64_t vectors, const Start &start, const Finish &finish) {
@@ -50,7 +50,7 @@ TERDIT_INLINE void dot_block(const Byte *bytes, ptrdiff_t stride, const Code *ti
     finish(total);
 }
 
-// One asm statement an instruction keeps the compiler from folding or spilling the 24 chains.
+// One asm statement per instruction keeps the compiler from merging or spilling the 24 chains.
 #define TERDIT_PEAK_LOOP(instruction)                                             \
     __m512i chain[24];                                                            \
     const __m512i one = _mm512_set1_epi8(1), two = _mm512_set1_epi8(2);           \

@@ -1,7 +1,7 @@
-// AVX-512 with VNNI and BF16: bfloat16 activations stay halves and meet vdpbf16ps.
+// AVX-512 with VNNI and BF16: bfloat16 activations stay halves and use vdpbf16ps.
 //
-// Chosen by itself only on AMD: on Intel's cores vdpbf16ps takes more than twice the time of the
-// two float32 multiply-adds that it replaces, so there isa_avx512.cpp is faster in every kind.
+// Chosen automatically only on AMD: on Intel's cores vdpbf16ps takes more than twice the time of
+// the two float32 multiply-adds that it replaces, so there isa_avx512.cpp is faster in every kind.
 #include "isa_avx512.h"
 
 #define TERDIT_HALVES 1

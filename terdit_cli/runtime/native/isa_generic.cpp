@@ -1,4 +1,4 @@
-// Plain C++ for any CPU, and the plain version that the others are read against.
+// Plain C++ for any CPU, and the reference for reading the others.
 #define TERDIT_LANES 4
 #include "simd.h"
 

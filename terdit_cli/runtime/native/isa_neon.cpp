@@ -1,5 +1,5 @@
 // 64-bit ARM with the dot product extension (ARMv8.2-A; Apple M1, Cortex-A76, Neoverse N1, ...).
-// Codes are at most 2, so as signed bytes they are the same numbers: sdot.
+// Codes are at most 2, so they are the same numbers as signed bytes: sdot.
 #include <arm_neon.h>
 
 #define TERDIT_LANES 4
@@ -13,7 +13,7 @@ TERDIT_INLINE vf fma(vf a, vf b, vf c) {
     return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
 
-// Not vmaxq_f32: a NaN in the first place must not come out.
+// Not vmaxq_f32: a NaN in the first operand must not be returned.
 TERDIT_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 TERDIT_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 

@@ -1,5 +1,5 @@
 // 256-bit x86: 8 lanes, 16 registers. Shared by isa_avx2.cpp and isa_avxvnni.cpp, which add
-// their dot product and compile everything apart.
+// their dot product and compile everything separately.
 #ifndef TERDIT_ISA_X86_256_H
 #define TERDIT_ISA_X86_256_H
 

@@ -1,6 +1,6 @@
-// What one instruction set offers to the rest of the library: a table of functions on raw
+// The interface of one instruction set to the rest of the library: a table of functions on raw
 // pointers, each doing one task of a job. dispatch.cpp chooses the table, forward.cpp runs the
-// tasks on the pool. Included by every file; holds no code.
+// tasks on the pool. Included by every file; contains no code.
 //
 // Letters: M rows of activations, K inputs, N outputs, D width, T tokens, B images.
 #ifndef TERDIT_KERNELS_H
@@ -13,7 +13,7 @@
 
 constexpr int kPanel = 64;       // output columns of a panel of codes
 constexpr int kGroup = 128;      // inputs that share a scale (TERDIT_GROUP128)
-constexpr int kBlockRows = 6;    // rows of activations that a microkernel takes at once
+constexpr int kBlockRows = 6;    // rows of activations that a microkernel handles at once
 
 // Activations as the microkernels read them, row after row.
 //   int8:  bytes [M][stride], int16: bytes [2M][stride], the high plane of a row, then its low
@@ -29,10 +29,10 @@ struct Activations {
     const float *floats;
     uint16_t *halves;
     float *steps;         // [M]; NaN for a row that holds a NaN or an infinity
-    int32_t *minus_sums;  // [M * planes][groups]: minus the sum of u, which the codes' +1 adds
+    int32_t *minus_sums;  // [M * planes][groups]: minus the sum of u, for the codes' +1
 };
 
-// Where rows of activations come from.
+// The sources of rows of activations.
 enum Source {
     kPlain,      // the rows of x
     kModulated,  // RMSNorm(x) * weight * (1 + scale) + shift (adaLN)
@@ -46,11 +46,11 @@ struct Prepare {
     float eps;
     const float *const *modulations;  // per image: shift at +shift_at, scale at +scale_at
     int64_t shift_at, scale_at, tokens;
-    float *floats;  // where fp32 and bf16 rows go; unused for plain fp32
+    float *floats;  // destination of fp32 and bf16 rows; unused for plain fp32
     Activations to;
 };
 
-// What becomes of the products.
+// What is done with the products.
 enum Epilogue {
     kStore,     // out = y
     kGatedAdd,  // out = out + gate * y, gate per image
@@ -64,11 +64,12 @@ struct Multiply {
     float *out;        // [M][N]
     const float *const *modulations;  // per image: gate at +gate_at
     int64_t gate_at, tokens;
-    int64_t row_chunks;  // the rows are cut into so many tasks a panel
+    int64_t row_chunks;  // the number of tasks per panel into which rows are divided
 };
 
-// The heads of one of q, k, v in int8: a row of ceil(head_dim / 64) * 64 bytes, a step and
-// minus the bytes' sum for each [image][head][token]; the step of a row that is not finite is NaN.
+// The heads of one of q, k, v in int8: for each [image][head][token] a row of
+// ceil(head_dim / 64) * 64 bytes, a step and minus the sum of the bytes; the step of a row that is
+// not finite is NaN.
 struct HeadBytes {
     int8_t *bytes;
     float *steps;
@@ -91,8 +92,8 @@ struct Attention {
     HeadBytes q_bytes, k_bytes, v_bytes;  // instead of them, if quantised
     float *out;              // [B * T][heads * head_dim]
     int64_t tokens, heads, kv_heads, head_dim;
-    int64_t row_chunks;  // the queries of a head are cut into so many tasks
-    bool quantised;      // on dot products of bytes
+    int64_t row_chunks;  // the number of tasks into which a head's queries are divided
+    bool quantised;      // computed with dot products of bytes
 };
 
 struct Kernels {

@@ -22,7 +22,7 @@ struct Job {
     PoolTask run;
     void *context;
     int64_t tasks;
-    int workers;  // how many take part
+    int workers;  // number of workers that take part
 };
 
 pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER;   // held during a call
@@ -115,7 +115,7 @@ void *work(void *argument) {
     return nullptr;
 }
 
-// The child of a fork has none of the threads, and the locks as they were at that moment.
+// The child of a fork has none of the threads, and the locks in their state at that moment.
 void forget_everything() {
     static const pthread_mutex_t fresh_mutex = PTHREAD_MUTEX_INITIALIZER;
     static const pthread_cond_t fresh_cond = PTHREAD_COND_INITIALIZER;
@@ -136,7 +136,7 @@ void pool_enter(int threads) {
     pthread_once(&fork_handler, install_fork_handler);
     pthread_mutex_lock(&turn);
     if (threads > TERDIT_MAX_THREADS) threads = TERDIT_MAX_THREADS;
-    // Workers take no signals: those are for the thread that called, which runs Python.
+    // Workers block signals, which are for the calling thread: it runs Python.
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);

@@ -6,8 +6,8 @@
 
 typedef void (*PoolTask)(void *context, int64_t task, int thread);
 
-// Takes the pool for one call of the library; other callers wait their turn, so that no more than
-// `threads` threads ever compute. Starts missing workers; runs on fewer where none can be started.
+// Locks the pool for one call of the library; other callers wait, so that no more than `threads`
+// threads ever compute. Starts missing workers; uses fewer if they cannot be started.
 void pool_enter(int threads);
 void pool_leave();
 

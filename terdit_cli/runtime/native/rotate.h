@@ -1,7 +1,7 @@
 // LayerNorm over all heads of a row of q or k at once, then the rotary embedding of its pairs
 // (2j, 2j + 1): even' = even cos - odd sin, odd' = even sin + odd cos (RoFormer, arXiv 2104.09864).
-// For the quantised attention the heads then go to int8, each token's row of a head with a step of
-// its own, sorted by head: there one after the other, where here they are pieces of long rows.
+// For quantised attention the heads are then converted to int8, with one step per token and head,
+// and stored head by head, contiguously, while here they are pieces of long rows.
 #ifndef TERDIT_ROTATE_H
 #define TERDIT_ROTATE_H
 

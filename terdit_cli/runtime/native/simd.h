@@ -1,10 +1,10 @@
-// The vector layer: what the portable sources need of an instruction set, on top of the vector
+// The vector layer: what the portable sources need from an instruction set, on top of the vector
 // types that gcc and clang share. An isa_*.cpp file defines TERDIT_LANES, includes this header,
 // adds its own `fma` and dot products, and includes kernels.inc.
 //
 // Everything that an isa_*.cpp file includes is in an unnamed namespace and uses no library
-// templates: a function shared between two files would be compiled for the better of the two
-// instruction sets and then called on CPUs that lack it.
+// templates: a function shared by two files could be compiled for the newer of the two instruction
+// sets and then called on CPUs that lack it.
 #ifndef TERDIT_SIMD_H
 #define TERDIT_SIMD_H
 
@@ -41,8 +41,8 @@ TERDIT_INLINE vf load_part(const float *p, int64_t n) {
 
 TERDIT_INLINE void store_part(float *p, vf v, int64_t n) { memcpy(p, &v, size_t(n) * 4); }
 
-// From the isa_*.cpp file: a * b + c with one rounding where the CPU can; the greater and the
-// lesser of two values, of which the second comes out if either is a NaN.
+// From the isa_*.cpp file: a * b + c with one rounding where the CPU can; the maximum and the
+// minimum of two values, which is the second one if either is a NaN.
 TERDIT_INLINE vf fma(vf a, vf b, vf c);
 TERDIT_INLINE vf max(vf a, vf b);
 TERDIT_INLINE vf min(vf a, vf b);
@@ -52,7 +52,7 @@ TERDIT_INLINE vi splat_int(int32_t x) { return x - vi{}; }
 
 TERDIT_INLINE vi bits(vf v) { return (vi)v; }
 TERDIT_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
-// The lowest byte of each lane, and back. gcc 12 takes some conversions to 16 bytes apart.
+// The lowest byte of each lane, and back. gcc 12 splits some conversions to 16 bytes.
 #if TERDIT_LANES == 16
 TERDIT_INLINE vb to_bytes(vi v) { return (vb)_mm512_cvtepi32_epi8((__m512i)v); }
 TERDIT_INLINE vi from_bytes(vb v) { return (vi)_mm512_cvtepi8_epi32((__m128i)v); }

@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-// What becomes of the activations. Each row has its own step (dynamic, symmetric). A row that
+// Precision of the activations. Each row has its own step (dynamic, symmetric). A row that
 // holds a NaN or an infinity gives NaN in all its outputs in the integer modes.
 enum terdit_activations {
     TERDIT_FP32 = 0,   // as they are; sums in float32
@@ -61,7 +61,7 @@ typedef struct {
     int64_t n_blocks;
     const terdit_block *blocks;
     // TERDIT_FP32, or TERDIT_INT8: attention on int8 queries, keys and values (weights of 16 bits)
-    // where the instruction set has dot products of any bytes; close to fp32, not equal.
+    // if the instruction set has dot products of any bytes; close to fp32, not equal.
     int32_t attention;
 } terdit_model;
 
@@ -69,7 +69,7 @@ typedef struct {
 TERDIT_API int32_t terdit_abi(void);
 TERDIT_API const char *terdit_version(void);
 
-// Instruction sets: those built in that this CPU can run (first what auto takes), the one in use.
+// Instruction sets: those built in that this CPU can run (auto's choice first), the one in use.
 // terdit_set_isa("auto" or a name) returns 0; 1 for an unknown name; 2 for one the CPU lacks.
 TERDIT_API const char *terdit_isas_usable(void);
 TERDIT_API const char *terdit_isa(void);
@@ -88,16 +88,16 @@ TERDIT_API int32_t terdit_blocks(const terdit_model *model, float *hidden,
                                  const float *const *modulations, int64_t batch,
                                  int32_t activations, int32_t threads);
 
-// Codecs: t5 bytes (row by row, 5 codes a byte) -> t2 codes. Returns 0, 1 if a byte is > 242, 2 when
-// memory ran out.
+// Codecs: t5 bytes (row by row, 5 codes per byte) -> t2 codes. Returns 0, 1 if a byte is > 242, 2
+// when memory ran out.
 TERDIT_API int32_t terdit_t5_to_t2(const uint8_t *t5, int64_t n, int64_t k, uint8_t *codes,
                                    int32_t threads);
 
 // Measured peaks: runs the ISA's dot instruction (what = "int8", "bf16" or "fp32") from registers
-// on all threads for about `seconds`; returns operations (multiply and add count 2) a second.
+// on all threads for about `seconds`; returns operations per second (multiply and add count 2).
 TERDIT_API double terdit_peak(const char *what, double seconds, int32_t threads);
 
-// Bytes of scratch memory that the library holds (one arena, grown on demand), and giving it back.
+// Bytes of scratch memory that the library holds (one arena, grown on demand), and releasing it.
 TERDIT_API int64_t terdit_arena_bytes(void);
 TERDIT_API void terdit_release(void);
 

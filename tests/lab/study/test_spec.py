@@ -120,7 +120,7 @@ def test_mistakes(study_file: Path, old: str, new: str, parts: list[str]) -> Non
 
 
 def test_a_missing_study_names_its_neighbours(tmp_path: Path, study_file: Path) -> None:
-    with pytest.raises(InputFileError, match=r"cannot read the study.*studies here: .*small\.yaml"):
+    with pytest.raises(InputFileError, match=r"study not found.*available studies: .*small\.yaml"):
         load_study(tmp_path / "smal.yaml")
 
 
