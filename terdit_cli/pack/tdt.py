@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from terdit_cli.errors import InputFileError
-from terdit_cli.model.layout import matrix_names
+from terdit_cli.model.layout import block_layout
 from terdit_cli.model.metadata import LARGEST_INTEGER, ModelInfo
 from terdit_cli.model.ternary import GRANULARITIES, alpha_shape
 from terdit_cli.pack.exported import ExportedModel, check_fit
@@ -267,7 +267,9 @@ class TdtFile(ExportedModel):
 
     def _check_layout(self) -> None:
         """Check that every declared matrix is present, in the shape of its codec."""
-        if len(self._ternary) != len(matrix_names(self.info.config)):
+        config = self.info.config
+        # Counted before any name is made: a forged number of layers can be huge.
+        if len(self._ternary) != config.n_layers * len(block_layout(config).matrices):
             raise self._damaged(
                 f"{len(self._ternary)} ternary matrices for {self.info.config.n_layers} layers"
             )
