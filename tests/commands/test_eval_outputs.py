@@ -131,7 +131,7 @@ def test_a_folder_of_saved_images_is_of_one_run(
         ({"steps": 3, "n": 90}, "the images of another run"),
         ({}, "000080.png, of a larger -n"),
     ):
-        with pytest.raises(UsageError, match=f"for the images holds others: got {got}"):
+        with pytest.raises(UsageError, match=f"for the images holds other files: got {got}"):
             evaluate(**of_the_model | change, save_images=folder)
     others = tmp_path / "others"
     others.mkdir()

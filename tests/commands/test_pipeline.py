@@ -72,7 +72,7 @@ def test_dry_run_trains_nothing(terdit: Terdit, small_recipe: Path, tmp_path: Pa
     done = terdit(*words)
     assert done.code == 0
     assert done.err == "nowhere is not here: the plan is of the recipe alone\n"
-    assert "plan of one process, nothing trained" in done.out
+    assert "plan for one process" in done.out
     assert "56,658" in done.out
     values = one_object(terdit(*words, "--json").out)
     assert values["parameters"] == 56_658

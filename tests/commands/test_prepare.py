@@ -210,7 +210,7 @@ def test_killed_and_resumed_by_two_processes(place: Place, whole: Path, tmp_path
     process = place.start(folder, processes=2)
     error = finish(process)
     assert process.returncode == 0, error
-    assert "23 images of 32 pixels, each and its mirror" in error
+    assert "23 images of 32 pixels, each also mirrored" in error
     assert content(folder) == content(whole)
 
 
