@@ -257,7 +257,7 @@ def test_options(
         (["--steps", 1], 2, ["got 1"]),
         (["--cfg-scale", "nan"], 2, ["got nan"]),
         (["--backend", "qpu"], 2, ["unknown backend"]),
-        (["--vae", "some/vae"], 2, ["some/vae", "no VAE"]),
+        (["--vae", "some/vae"], 2, ["some/vae", "without a VAE"]),
         (["--batch-size", 0], 2, ["wrong --batch-size: got 0"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),

@@ -136,7 +136,7 @@ def test_a_folder_of_saved_images_is_of_one_run(
     others = tmp_path / "others"
     others.mkdir()
     (others / "cat.png").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"got cat\.png.*Fix: name another folder"):
+    with pytest.raises(UsageError, match=r"got cat\.png.*Fix: give another folder"):
         evaluate(**of_the_model, save_images=others)
     (others / "cat.png").rename(others / ".terdit.json")
     with pytest.raises(UsageError, match="got the images of another run"):
