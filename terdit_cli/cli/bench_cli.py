@@ -65,14 +65,16 @@ def bench(
     activations: Annotated[
         str,
         typer.Option(
-            help="Some of int8,int16,bf16,fp32; the first is used everywhere.  [default: all]"
+            help="A comma-separated list of int8, int16, bf16, fp32. Benchmarks of a single "
+            "precision use the first.  [default: all]"
         ),
     ] = "",
     backend: Annotated[str, typer.Option(help="auto, gpu, cpu or reference.")] = "auto",
     rivals: Annotated[
         str,
         typer.Option(
-            help="all, none, or some of fp32,fp32-medium,bf16,bf16-compiled,int8-ao,int8-mm,unpack."
+            help="all, none, or a comma-separated list of fp32, fp32-medium, bf16, bf16-compiled, "
+            "int8-ao, int8-mm, unpack."
         ),
     ] = "all",
     ggml: Annotated[
@@ -89,7 +91,7 @@ def bench(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Benchmark speed, accuracy and memory on a CPU or GPU, against other libraries."""
+    """Benchmark speed, accuracy and memory against other libraries."""
     line = shlex.join(["terdit", *sys.argv[1:]])
     if what in ON_GPU or (device != "cpu" and what != "images"):
         refuse_given(context, _CPU_ONLY, "for the benchmarks of CPUs")

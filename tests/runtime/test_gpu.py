@@ -54,7 +54,7 @@ def run(
 
 
 def torch_fp8(x: Tensor) -> gpu.Rows:
-    """Quantise rows to e4m3 as gpu.py defines it."""
+    """Quantise rows to e4m3 as gpu/backend.py defines it."""
     limit = x.abs().amax(-1, keepdim=True).clamp_min(ACTIVATION_FLOOR)
     values = (x * (limit.reciprocal() * gpu.FP8_LIMIT)).to(torch.float8_e4m3fn)
     return gpu.Rows(values, (limit / gpu.FP8_LIMIT).flatten(), "fp8")
@@ -74,7 +74,7 @@ def exact(x: Tensor, trits: Tensor, alphas: Tensor, bias: Tensor | None) -> tupl
 
 
 def assert_within(got: Tensor, values: tuple[Any, ...], precision: str) -> None:
-    """Hold the bound of gpu_kernels.py: u S for x, (K + 4) 2^-22 S for sums, scale and bias.
+    """Hold the bound of triton_kernels.py: u S for x, (K + 4) 2^-22 S for sums, scale and bias.
 
     u is 2^-8 in bf16; in fp32 the three tf32 parts keep 22 bits: 2^-21 leaves room for their sums.
     fp8 (e4m3, absmax scaled to 448): 2^-4 of a value, or, below the normal numbers, 2^-10 of a

@@ -418,6 +418,6 @@ def test_a_job_of_one(monkeypatch: pytest.MonkeyPatch, given: dict[str, str]) ->
 def test_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     set_launcher(monkeypatch, **WHOLE)
     assert not is_main()
-    match = r"did not meet.*2 processes within 1 s"
+    match = r"could not connect.*2 processes within 1 s"
     with pytest.raises(EnvironmentProblem, match=match), join_job(timeout_seconds=1):
         pass

@@ -5,8 +5,8 @@
 
 Products are summed in float32 (fp32, bf16, fp8; in fp8 with the fewer bits that Hopper's tensor
 cores keep) or int32. On the device the codes are in another order than t2 (`from_t2`;
-triton_kernels.py says why), with as many bytes: nothing larger is ever in
-global memory. Triton is imported when first used, never when this module is.
+triton_kernels.py says why), with as many bytes: nothing larger is ever in global memory. Triton is
+imported on first use, never when this module is imported.
 
 Shapes: M rows, N out features, K in features, G = ceil(K / 128) groups, S = ceil(K / 512).
 """
