@@ -1,4 +1,4 @@
-# `make` prints what there is. Everything happens in .venv; nothing else is installed or changed.
+# `make` lists the targets. Everything happens in .venv; nothing else is installed or changed.
 PYTHON ?= python3
 BIN = .venv/bin
 NATIVE = terdit_cli/runtime/native
@@ -6,7 +6,7 @@ NATIVE = terdit_cli/runtime/native
 help:  ## print this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-install: .venv/installed $(NATIVE)/libterdit.so  ## make .venv with terdit and all it needs
+install: .venv/installed $(NATIVE)/libterdit.so  ## make .venv with terdit and everything it needs
 
 # pip leaves the native library to the next rule, which builds only what has changed.
 .venv/installed: pyproject.toml constraints.txt
@@ -17,7 +17,7 @@ install: .venv/installed $(NATIVE)/libterdit.so  ## make .venv with terdit and a
 		--config-settings wheel.cmake=false --editable '.[dev]'
 	touch $@
 
-# Without a compiler the rest works, and goes on here.
+# Without a compiler everything else works, so make continues.
 $(NATIVE)/libterdit.so: .venv/installed terdit_cli/__init__.py \
 		$(wildcard $(addprefix $(NATIVE)/, *.cpp *.h *.inc CMakeLists.txt))
 	rm -f $@
@@ -31,7 +31,7 @@ demo: install  ## train, pack, sample and score a small ternary DiT (minutes on 
 
 PYTEST = $(BIN)/pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
-test: install lint  ## lint, types and the tests that find most faults (minutes)
+test: install lint  ## lint, types and the fast tests (minutes)
 	$(PYTEST) -m 'not slow and not sanitizer'
 
 test-slow: install  ## the other tests
@@ -40,7 +40,7 @@ test-slow: install  ## the other tests
 test-all: install lint  ## lint, types and all tests
 	$(PYTEST)
 
-coverage: install  ## all tests, with the share of each file's lines that they run
+coverage: install  ## all tests, with line coverage per file
 	$(PYTEST) --cov=terdit_cli --cov-report=term:skip-covered
 
 lint: .venv/installed  ## ruff and mypy
@@ -65,14 +65,14 @@ docs: install  ## docs/recipes.md and recipes/recipe.schema.json from the models
 	$(BIN)/python -m terdit_cli.lab.recipe_docs docs/recipes.md
 	$(BIN)/terdit recipes --schema > recipes/recipe.schema.json
 
-results: install  ## docs/results.md, -tables.md and .html from what the studies found, in docs/studies
+results: install  ## docs/results.md, -tables.md and .html from the results of the studies in docs/studies
 	$(BIN)/terdit study recipes/studies/fashion-mnist.yaml recipes/studies/cifar10.yaml \
 		recipes/studies/ablations.yaml --render --runs docs/studies --out docs/results.md
 
-results-quick: install  ## the same comparisons in little, from the packaged images (minutes)
+results-quick: install  ## a small version of the same comparisons, on the packaged images (minutes)
 	$(BIN)/terdit study recipes/studies/quick.yaml --out runs/results-quick.md
 
-native-sanitize: install  ## the native code under the address, undefined and thread sanitizers
+native-sanitize: install  ## the native code under the address, undefined-behaviour and thread sanitizers
 	$(BIN)/pytest -q -m sanitizer
 
 wheel: install  ## build dist/terdit-*.whl for any Linux with glibc 2.28, checked by auditwheel

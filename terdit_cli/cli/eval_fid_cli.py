@@ -43,7 +43,10 @@ def eval_fid(
     loading: ModelOptions,
     json: Json = False,
 ) -> None:
-    """Score a model or images against a reference; exit with 5 if a quality gate fails."""
+    """Score a model or images against a reference.
+
+    Ends with exit code 5 if a quality gate fails.
+    """
     if options.images is not None:
         refuse_given(context, _OF_MODELS, "for images generated with --model")
     if options.reference is None:

@@ -30,7 +30,7 @@ def export(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Export the newest checkpoint of a run, or a given one, as a single file."""
+    """Export a run's newest or a given checkpoint as a single file."""
     if not run.exists():  # shows before torch is imported
         raise InputFileError(
             "no such run", where=run, fix="give a run folder such as runs/quickstart"

@@ -24,7 +24,7 @@ def plot(
     ] = Path("curves.png"),
     json: Json = False,
 ) -> None:
-    """Plot the training curves of runs: losses, learning rate, trit flips and shares."""
+    """Plot training curves: losses, learning rate and trit flips."""
     from terdit_cli.commands import plot as command
 
     result = command.run(runs, out)

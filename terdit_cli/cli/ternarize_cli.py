@@ -35,7 +35,10 @@ def ternarize(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Convert a checkpoint to ternary weights and scales; print a table of every layer."""
+    """Convert a checkpoint to ternary weights and scales.
+
+    Prints a table of every layer.
+    """
     catalogue.resolve(checkpoint)  # a wrong path shows before torch is imported
     from terdit_cli.commands import ternarize as command
 

@@ -18,7 +18,7 @@ class PackagedModel:
     name: str
     path: Path
     file_bytes: int
-    parameters: int  # ternary weights + alphas + the rest
+    parameters: int  # ternary weights, alphas and all others
     ternary: int
     image_size: int  # pixels
     channels: int  # of the network's input

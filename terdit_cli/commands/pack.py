@@ -26,7 +26,7 @@ class PackResult:
     output: Path
     codec: str
     rest: str
-    parameters: int  # ternary weights + alphas + the rest
+    parameters: int  # ternary weights, alphas and all others
     ternary: int
     file_bytes: int
     fp32_bytes: int

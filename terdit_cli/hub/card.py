@@ -52,7 +52,7 @@ class Advice(_Part):
 class Network(_Part):
     """Facts about the .tdt, for listing models without opening them."""
 
-    parameters: Count  # ternary weights + alphas + the rest
+    parameters: Count  # ternary weights, alphas and all others
     ternary: Count
     image_size: Count  # pixels
     channels: Count  # of the network's input

@@ -157,7 +157,7 @@ def test_shares_of_measured_peaks(terdit: Terdit, monkeypatch: pytest.MonkeyPatc
     found = json.loads(done.out)
     assert {"int8", "bf16", "fp32"} < set(found["peaks"][0])
     assert found["peaks"][0]["isa"] == cpu.isa()
-    for row in found["gemm"]:  # what a share is: tests/bench/test_goals.py
+    for row in found["gemm"]:  # what a share is: tests/lab/bench/test_goals.py
         assert row["isa"] == cpu.isa()
         assert row["share"] is None or row["share"] >= 0
     assert any(row["share"] for row in found["gemm"]) == (cpu.isa() != "generic")
