@@ -109,7 +109,8 @@ def find_classes(query: str, names: list[list[str]]) -> list[int]:
 
 def numbers_that_are_names(query: str, names: list[list[str]]) -> str | None:
     """Return a line on the numbers in a query that name classes of other ids, None without any."""
-    parts = [part.strip() for part in query.split(",")]
+    whole = query.strip()
+    parts = [whole] if _matches(whole, names) else [part.strip() for part in query.split(",")]
     found = {part: find_class(part, names) for part in parts if part.isdecimal()}
     taken = [f"{part} (id {place})" for part, place in found.items() if int(part) != place]
     return f"taken as names of classes, not as ids: {', '.join(taken)}" if taken else None

@@ -31,9 +31,9 @@ class TerditError(Exception):
         facts += [f"expected {expected}"] if expected is not None else []
         message = what + (": " + ", ".join(facts) if facts else "")
         message += f" ({where})" if where is not None else ""
-        message = _sentence(message)
-        message += f" Fix: {_sentence(fix)}" if fix else ""
-        super().__init__(message)
+        advice = f" Fix: {_sentence(fix)}" if fix else ""
+        super().__init__(_sentence(message) + advice)
+        self.problem = message.rstrip(".")  # without the advice, to be quoted in another message
 
 
 def _sentence(text: str) -> str:

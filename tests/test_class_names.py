@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from terdit_cli.class_names import find_class, find_classes, imagenet_class_names
+from terdit_cli.class_names import (
+    find_class,
+    find_classes,
+    imagenet_class_names,
+    numbers_that_are_names,
+)
 from terdit_cli.data.sources.idx import FASHION_CLASSES
 from terdit_cli.errors import UsageError
 
@@ -95,6 +100,16 @@ def test_numbers_as_names() -> None:
     assert [find_class(str(number), ids) for number in (0, 2, 10)] == [0, 2, 10]
     with pytest.raises(UsageError, match="class id out of range: got 12, expected 0 to 11"):
         find_class("12", ids)
+
+
+def test_numbers_that_are_told_of() -> None:
+    folders = [[name] for name in sorted(map(str, range(12)))]
+    told = numbers_that_are_names("0,10,2", folders)
+    assert told == "taken as names of classes, not as ids: 10 (id 2), 2 (id 4)"
+    assert numbers_that_are_names("0", folders) is None
+    assert numbers_that_are_names("all", folders) is None
+    # A comma within a name splits nothing.
+    assert numbers_that_are_names("model, 100", [["model, 100"], ["other"]]) is None
 
 
 def test_accents_as_one_character_or_two() -> None:

@@ -61,8 +61,12 @@ def init(
         console.result_json(values)
         return
     size = console.byte_size
-    time = "not known for this GPU" if result.seconds is None else console.duration(result.seconds)
-    where = f"{gpus} x {gpu}" if gpu else "this machine"
+    if result.seconds is None:
+        time = "not known for this GPU"
+    elif plan.peak_flops is None:
+        time = f"about {console.duration(result.seconds)} on this machine"
+    else:  # a small network reaches less
+        time = f"at least {console.duration(result.seconds)}, at {plan.mfu:.0%} MFU"
     for name, text in (
         ("data", result.facts.describe()),
         (
@@ -72,7 +76,8 @@ def init(
         ),
         ("training", f"{plan.steps:,} steps of {recipe.train.global_batch_size} images"),
         ("memory", f"{size(plan.total_bytes)} of each process, besides what torch itself takes"),
-        ("time", f"about {time} on {where}"),
+        ("time", time),
     ):
         console.result(f"{name:<9} {text}")
-    console.result(f"\nterdit train {shlex.quote(str(result.output))}")
+    train = f"torchrun --nproc-per-node {gpus} -m terdit_cli" if gpus > 1 else "terdit"
+    console.result(f"\n{train} train {shlex.quote(str(result.output))}")

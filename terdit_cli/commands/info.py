@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from terdit_cli.class_names import names_of_classes
 from terdit_cli.data.image_sources import find_images, open_image_set
 from terdit_cli.data.latent_shards import INDEX, read_index
 from terdit_cli.errors import InputFileError
 from terdit_cli.evaluate.reference_set import is_statistics_file, load_reference
 from terdit_cli.evaluate.result import load_result
-from terdit_cli.generate.image_output import SOFTWARE
+from terdit_cli.generate.image_output import read_grid
 from terdit_cli.hub import catalogue
 from terdit_cli.hub.model_file import ModelFile
 from terdit_cli.model.metadata import ModelInfo
@@ -54,9 +52,11 @@ def run(what: str) -> FileInfo:
 def _model(path: Path, what: str) -> FileInfo:
     file = ModelFile.open(what)
     info: ModelInfo
+    facts: dict[str, Any]
     if file.kind == "checkpoint":
         checkpoint = file.checkpoint()
-        info, facts = checkpoint.info, _sizes(checkpoint.model)
+        info = checkpoint.info
+        facts = {"parameters": sum(value.numel() for value in checkpoint.model.values())}
     elif file.kind == "release":
         with file.exported() as model:
             info, facts = model.info, {"ternary_matrices": len(model.ternary_names())}
@@ -88,10 +88,6 @@ def _model(path: Path, what: str) -> FileInfo:
     kinds = {"checkpoint": "training checkpoint", "release": "TerDiT release"}
     kind = kinds.get(file.kind, "packed model" if file.path.suffix == ".tdt" else "ternary weights")
     return FileInfo(file.path, kind, facts, names)
-
-
-def _sizes(state: dict[str, Any]) -> dict[str, Any]:
-    return {"parameters": sum(value.numel() for value in state.values())}
 
 
 def _recipe(path: Path, what: str) -> FileInfo:
@@ -144,17 +140,7 @@ def _latents(path: Path, what: str) -> FileInfo:
 
 
 def _grid(path: Path, what: str) -> FileInfo:
-    return FileInfo(path, "images of terdit sample", _texts(path))
-
-
-def _texts(path: Path) -> dict[str, Any]:
-    """Return the texts of a PNG, none of a file that is none."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            found = {str(k): value for k, value in image.info.items() if isinstance(value, str)}
-            return {"pixels": f"{image.width} x {image.height}", **found}
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return {}
+    return FileInfo(path, "images of terdit sample", dict(read_grid(path) or {}))
 
 
 def _images(path: Path, what: str) -> FileInfo:
@@ -190,7 +176,7 @@ def _first(path: Path) -> str:
 
 
 def _is_grid(path: Path, what: str) -> bool:
-    return path.suffix.lower() == ".png" and SOFTWARE in _texts(path)
+    return path.suffix.lower() == ".png" and read_grid(path) is not None
 
 
 def _is_result(path: Path, what: str) -> bool:

@@ -61,13 +61,7 @@ def run(
     has_gpu = gpu is not None or torch.cuda.is_available()
     if gpu is None and has_gpu:
         gpu = f"{torch.cuda.get_device_properties(0).total_memory >> 20}MiB"
-    values = suggest(facts, has_gpu, None if output is None else _name_of(output))
-    seconds = None
-    if not has_gpu:
-        seconds = seconds_per_step(parse_recipe(values, "the suggestion"))
-        quick = values | {"optim": dict(ADAMW)}
-        if seconds > MUON_GAIN * (other := seconds_per_step(parse_recipe(quick, "the suggestion"))):
-            values, seconds = quick, other
+    values = suggest(facts, gpus if has_gpu else 0, output)
     output = output or Path(f"{values['name']}.yaml")
     if output.suffix.lower() not in (".yaml", ".yml"):
         raise UsageError(
@@ -75,19 +69,20 @@ def run(
         )
     check_writable(output)
     refuse_existing(output, force)
+    seconds = None
+    if not has_gpu:
+        seconds = seconds_per_step(parse_recipe(values, "the suggestion"))
+        quick = values | {"optim": dict(ADAMW)}
+        if seconds > MUON_GAIN * (other := seconds_per_step(parse_recipe(quick, "the suggestion"))):
+            values, seconds = quick, other
+    plan = plan_run(parse_recipe(values, "the suggestion"), gpus, gpu)
     write_whole(output, recipe_text(values, facts, output))
     recipe = load_recipe(output, more=data_mistakes)
-    plan = plan_run(recipe, gpus, gpu)
     if seconds is not None:
         seconds *= recipe.train.steps
     elif plan.days is not None:
         seconds = plan.days * 24 * 3600
     return InitResult(output, recipe, facts, plan, seconds)
-
-
-def _name_of(output: Path) -> str | None:
-    """Return the name of a recipe in such a file, None if it is no name."""
-    return output.stem if output.stem.replace("-", "").replace("_", "").isalnum() else None
 
 
 def seconds_per_step(recipe: Recipe) -> float:

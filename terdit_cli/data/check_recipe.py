@@ -35,7 +35,7 @@ def data_mistakes(recipe: Recipe) -> Iterator[Mistake]:
     try:
         images = open_labelled(data.source, data.path, data.split)
     except UsageError as error:  # of the split
-        yield Mistake(_first_part(error), "data.split=null")
+        yield Mistake(error.problem, "data.split=null")
         try:
             images = open_labelled(data.source, data.path)
         except TerditError:
@@ -62,8 +62,3 @@ def class_mistakes(recipe: Recipe, names: list[str]) -> Iterable[Mistake]:
             f"model.num_classes={count}",
         )
     ]
-
-
-def _first_part(error: TerditError) -> str:
-    """Return an error without its advice."""
-    return str(error).partition(" Fix: ")[0].rstrip(".")

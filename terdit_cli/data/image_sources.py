@@ -36,11 +36,13 @@ class ImageSource:
         open: from (path, split, with_classes) to the set; `path` is empty for the embedded one.
         finds: says whether an existing path, or a pattern, is such a place.
         splits: the parts that can be asked for; () for none, None for those that it names itself.
+        scored: the part that is scored where none is named.
     """
 
     open: Callable[[Path, str, bool], ImageSet]
     finds: Callable[[Path], bool]
     splits: tuple[str, ...] | None = ()
+    scored: str = "train"
 
 
 def _has_suffix(suffix: str) -> Callable[[Path], bool]:
@@ -61,7 +63,9 @@ def _holds_tars(path: Path) -> bool:
 
 # In the order in which a path is tried: a folder of images is what no other kind is.
 SOURCES: dict[str, ImageSource] = {
-    EMBEDDED: ImageSource(lambda _, split, __: open_embedded(split), lambda _: False, SPLITS),
+    EMBEDDED: ImageSource(
+        lambda _, split, __: open_embedded(split), lambda _: False, SPLITS, "all"
+    ),
     "cifar10": ImageSource(lambda path, split, _: open_cifar10(path, split), is_cifar10, SPLITS),
     "fashion-mnist": ImageSource(
         lambda path, split, _: open_fashion_mnist(path, split), is_fashion_mnist, SPLITS
@@ -130,11 +134,10 @@ def open_image_set(where: str) -> ImageSet:
         InputFileError: missing, empty, damaged or of another kind. UsageError: a wrong split.
     """
     name, split = find_images(where)
-    if name == EMBEDDED:
-        return SOURCES[EMBEDDED].open(Path(), _split(EMBEDDED, split, "all", where), False)
     path = Path(name)
-    source = source_of(path)
-    return SOURCES[source].open(path, _split(source, split, "train", where), False)
+    source = EMBEDDED if name == EMBEDDED else source_of(path)
+    row = SOURCES[source]
+    return row.open(path, _split(source, split, row.scored, where), False)
 
 
 def source_of(path: Path) -> str:

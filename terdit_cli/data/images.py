@@ -141,7 +141,7 @@ class _MemoryImages(TrainingImages):
                 try:
                     pixels[index] = source.cropped(index, image_size)
                 except InputFileError as error:
-                    bad.append((index, str(error)))
+                    bad.append((index, error.problem))
             return bad
 
         # The first images tell what one costs: for tiny ones threads lose more time over the
@@ -253,10 +253,11 @@ def _too_many_bad(bad: dict[int, str], source: ImageSet) -> InputFileError:
     count = len(source)
     order = sorted(bad)
     more = f", and {len(bad) - 10} more" if len(bad) > 10 else ""
-    first = bad[order[0]].partition(" Fix: ")[0].rstrip(".")
     return InputFileError(
         f"{len(bad)} of {count} images unreadable",
-        got=", ".join(source.names[index] for index in order[:10]) + more + f"; the first: {first}",
+        got=", ".join(source.names[index] for index in order[:10])
+        + more
+        + f"; the first: {bad[order[0]]}",
         where=source.where,
         fix="repair or remove them"
         + (", or leave them out with data.on_bad_image=skip" if len(bad) < count else ""),

@@ -12,6 +12,9 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +160,7 @@ def _load_file(path: Path) -> Any:
     return model.float()
 
 
-def _guarded(where: Path, load: Any) -> Any:
+def _guarded(where: Path, load: Callable[[], Any]) -> Any:
     """Return what `load` loads; what a library raises on damaged files becomes InputFileError."""
     from pickle import UnpicklingError
 
@@ -182,21 +185,17 @@ def _download(vae: str) -> Path:
     import_vision("diffusers")
     import huggingface_hub
 
+    get = partial(
+        huggingface_hub.snapshot_download,
+        vae,
+        allow_patterns=_PATTERNS,
+        etag_timeout=_ONE_TRY,
+    )
     try:
-        for cached in (True, False):
-            try:
-                found = huggingface_hub.snapshot_download(
-                    vae,
-                    allow_patterns=_PATTERNS,
-                    local_files_only=cached,
-                    etag_timeout=_ONE_TRY,
-                )
-                if not cached or _is_whole(Path(found)):
-                    return Path(found)
-            except FileNotFoundError:
-                if not cached:
-                    raise
-        raise AssertionError("returned or raised")
+        with suppress(FileNotFoundError):  # not in the cache
+            if _is_whole(cached := Path(get(local_files_only=True))):
+                return cached
+        return Path(get(local_files_only=False))
     except (OSError, ValueError) as error:
         if refusal := _refusal(error):
             raise EnvironmentProblem(

@@ -75,7 +75,7 @@ class ImageOutput:
                 refuse_existing(there, force, "the folder holds images")
             return
         check_writable(self.path)
-        if not (self.kind == "grid" and _is_ours(self.path)):
+        if not (self.kind == "grid" and read_grid(self.path) is not None):
             refuse_existing(self.path, force)
 
     def clear(self) -> None:
@@ -116,10 +116,12 @@ class ImageOutput:
             )
 
 
-def _is_ours(path: Path) -> bool:
-    """Return whether a PNG was made by `terdit sample`."""
+def read_grid(path: Path) -> dict[str, str] | None:
+    """Return what `terdit sample` wrote into a PNG: seed, sampler, hashes; None of other files."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            return str(image.info.get(SOFTWARE, "")).startswith("terdit ")
+            texts = {str(key): text for key, text in image.info.items() if isinstance(text, str)}
+            size = f"{image.width} x {image.height}"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
+        return None
+    return {"pixels": size, **texts} if texts.get(SOFTWARE, "").startswith("terdit ") else None

@@ -7,12 +7,14 @@ larger one, from 128 pixels on in the latents of Stable Diffusion's VAE.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from terdit_cli.data.image_sources import EMBEDDED, open_labelled, source_of
 from terdit_cli.errors import InputFileError
@@ -92,8 +94,14 @@ def look_at(path: Path | None) -> DataFacts:
     )
 
 
-def suggest(facts: DataFacts, gpu: bool, name: str | None = None) -> dict[str, Any]:
-    """Return the values of a recipe, section by section, that differ from the defaults."""
+def suggest(facts: DataFacts, gpus: int, output: Path | None = None) -> dict[str, Any]:
+    """Return the values of a recipe, section by section, that differ from the defaults.
+
+    Args:
+        gpus: how many train; 0: a CPU does.
+        output: the file after which the recipe is named; None: after the data.
+    """
+    gpu = gpus > 0
     latents = gpu and facts.median >= LATENT_SIDE
     image_size = _image_size(facts, latents)
     side = image_size // VAE_DOWNSAMPLE if latents else image_size
@@ -116,10 +124,13 @@ def suggest(facts: DataFacts, gpu: bool, name: str | None = None) -> dict[str, A
     while batch > 8 and batch > facts.images:
         batch //= 2
     train: dict[str, Any] = {"steps": _CPU_STEPS, "global_batch_size": batch}
-    values: dict[str, Any] = {"name": name or _name(facts.path), "model": model, "data": data}
+    name = _name(facts.path if output is None else output)
+    values: dict[str, Any] = {"name": name, "model": model, "data": data}
     if gpu:
         _, model["size"], train["steps"] = next(s for s in _GPU_SIZES if facts.images >= s[0])
-        train |= {"micro_batch_size": min(32, batch), "precision": "bf16", "compile": True}
+        micro = max(1, min(32, batch // gpus))
+        train["global_batch_size"] = max(1, batch // (micro * gpus)) * micro * gpus
+        train |= {"micro_batch_size": micro, "precision": "bf16", "compile": True}
         values |= {"train": train, "optim": {"lr": 1e-4, "schedule": "constant"}}
         every = max(1, train["steps"] // 20)
     else:
@@ -193,8 +204,4 @@ def recipe_text(values: dict[str, Any], facts: DataFacts, file: Path) -> str:
 
 
 def _scalar(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_./~][\w./~-]*", value):
-        return "'" + value.replace("'", "''") + "'"
-    return str(value)
+    return yaml.safe_dump(value, width=math.inf, allow_unicode=True).splitlines()[0]

@@ -73,7 +73,7 @@ def test_what_is_chosen_trains(
     data = make_images(tmp_path / "my images", classes, 5, side, colour)
     facts = look_at(data)
     assert (facts.images, facts.colour) == (5 * classes, colour)
-    values = suggest(facts, gpu=False)
+    values = suggest(facts, gpus=0)
     path = tmp_path / "first.yaml"
     path.write_text(recipe_text(values, facts, path))
     recipe = load_recipe(path, more=data_mistakes)
@@ -90,7 +90,7 @@ def test_what_is_chosen_trains(
 )
 def test_what_is_chosen_for_a_gpu(images: int, size: str, tmp_path: Path) -> None:
     facts = look_at(make_images(tmp_path / "set", 2, 2, (300, 280), True))
-    values = suggest(type(facts)(**{**vars(facts), "images": images}), gpu=True)
+    values = suggest(type(facts)(**{**vars(facts), "images": images}), gpus=8)
     assert values["model"]["size"] == size
     assert (values["data"]["image_size"], values["model"]["patch_size"]) == (256, 2)
     path = tmp_path / "gpu.yaml"
@@ -121,8 +121,36 @@ def test_init_writes_a_recipe_and_says_what_it_takes(
     values = json.loads(terdit("init", "--data", "cats", "--force", "--gpu", "h100", "--json").out)
     assert (values["images"], values["classes"]) == (12, ["class 0", "class 1"])
     assert values["seconds"] > 0
+    done = terdit("init", "--data", "cats", "--force", "--gpu", "h100", "--gpus", 8)
+    assert "at 40% MFU" in done.out
+    assert done.out.endswith("torchrun --nproc-per-node 8 -m terdit_cli train cats.yaml\n")
     done = terdit("train", "cats.yaml", "--dry-run")
     assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("gpus", [1, 3, 8, 64, 512])
+def test_a_batch_divides_over_the_gpus(gpus: int, tmp_path: Path) -> None:
+    facts = look_at(make_images(tmp_path / "set", 2, 2, (64, 64), True))
+    train = suggest(type(facts)(**{**vars(facts), "images": 60_000}), gpus)["train"]
+    assert train["global_batch_size"] % (gpus * train["micro_batch_size"]) == 0
+    assert 192 <= train["global_batch_size"] <= 512
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("photos.yaml", "photos"),
+        ("caf\u00e9 au lait.v2.yaml", "caf-au-lait"),
+        ("---.yaml", "first"),
+    ],
+)
+def test_names_that_a_recipe_can_have(path: str, name: str, tmp_path: Path) -> None:
+    data = make_images(tmp_path / "it's: #1 [a]", 1, 2, (8, 8), False)
+    facts = look_at(data)
+    values = suggest(facts, 0, tmp_path / path)
+    assert values["name"] == name
+    (tmp_path / path).write_text(recipe_text(values, facts, tmp_path / path), encoding="utf-8")
+    assert load_recipe(tmp_path / path, more=data_mistakes).data.path == data
 
 
 def test_first_steps_that_cannot_be_made(terdit: Callable[..., Any], tmp_path: Path) -> None:
