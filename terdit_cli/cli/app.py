@@ -90,7 +90,7 @@ RENAMED = {
     ("bench", "--ggml"): "--rivals all,LIBGGML-CPU.SO",
     ("bench", "--recorded"): "terdit bench RECORDED.json",
     ("bench", "--repeats"): "--full (7 repeats; else 3)",
-    ("bench", "--seed"): "no seed: it is 0",
+    ("bench", "--seed"): "terdit bench without it (the seed is 0)",
 }
 
 
@@ -131,9 +131,8 @@ def main() -> None:
             app(prog_name="terdit")
     except SystemExit as end:
         code = end.code
-        if isinstance(
-            end.__context__, BrokenPipeError
-        ):  # click's exit code for it is 1, which means a bug here
+        # click's exit code for it is 1, which means a bug here.
+        if isinstance(end.__context__, BrokenPipeError):
             code = 128 + signal.SIGPIPE
     except StopSignal as stop:
         code = _fail(stop.told())
