@@ -61,7 +61,7 @@ def package_files() -> set[str]:
         for path in (ROOT / "terdit_cli").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.parent.name != "native"
     }
-    recipes = (ROOT / "recipes").rglob("*.yaml")
+    recipes = {path for path in (ROOT / "recipes").rglob("*.*") if path.is_file()}
     return package | {f"terdit_cli/{path.relative_to(ROOT)}" for path in recipes}
 
 

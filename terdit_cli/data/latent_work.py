@@ -37,6 +37,7 @@ from terdit_cli.data.latent_shards import (
 from terdit_cli.data.vae import VaeSpace
 from terdit_cli.errors import EnvironmentProblem, InputFileError, UsageError
 from terdit_cli.recipe import DataSection
+from terdit_cli.system.atomic import remove_file
 
 _AHEAD = 2  # batches decoded while one is encoded
 
@@ -99,7 +100,7 @@ class LatentWork:
                 if self._has(record) and not self._record_path(record.number).exists():
                     write_json(self._record_path(record.number), record)
         write_json(self.folder / PLAN, LatentPlan(**self.plan.model_dump()))
-        (self.folder / INDEX).unlink(missing_ok=True)
+        remove_file(self.folder / INDEX)
 
     def is_complete(self) -> bool:
         """Say whether the finished folder lies there already, with all its shards.
@@ -275,7 +276,7 @@ class LatentWork:
             )
         index = LatentIndex(**self.plan.model_dump(), images=images, shards=shards)
         write_json(self.folder / INDEX, index)
-        (self.folder / PLAN).unlink(missing_ok=True)
+        remove_file(self.folder / PLAN)
         for number in records:
-            self._record_path(number).unlink(missing_ok=True)
+            remove_file(self._record_path(number))
         return index

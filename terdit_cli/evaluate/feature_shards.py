@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from terdit_cli.errors import InputFileError, UsageError
-from terdit_cli.system.atomic import atomic_path
+from terdit_cli.system.atomic import atomic_path, remove_file
 
 FACTS_FILE = "run.json"
 _MOST_FACTS = 1 << 20  # bytes of run.json
@@ -103,7 +103,7 @@ class FeatureShards:
                 return True
         except _UNREADABLE:
             pass
-        path.unlink(missing_ok=True)
+        remove_file(path)
         return False
 
     def write(self, block: Block, arrays: Arrays) -> None:

@@ -25,7 +25,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from terdit_cli.errors import EnvironmentProblem, InputFileError
-from terdit_cli.system.atomic import file_sha256, sync_folder
+from terdit_cli.system.atomic import file_sha256, remove_file, sync_folder
 from terdit_cli.system.cache import cache_folder
 
 Progress = Callable[[int, int], None]  # (bytes here, bytes in all)
@@ -182,11 +182,11 @@ def _download(pinned: PinnedFile, target: Path, progress: Progress | None) -> No
     _fetch(pinned, target, part, progress)
     found = weights_sha256(part)
     if found != pinned.sha256 and resumed:  # what was here before may be of another file
-        part.unlink()
+        remove_file(part)
         _fetch(pinned, target, part, progress)
         found = weights_sha256(part)
     if found != pinned.sha256:
-        part.unlink()
+        remove_file(part)
         raise _refused(pinned, target, f"another file, SHA-256 {found}")
     try:
         part.replace(target)

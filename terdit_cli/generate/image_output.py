@@ -11,7 +11,7 @@ from typing import Literal
 from PIL import Image
 
 from terdit_cli.errors import UsageError
-from terdit_cli.system.atomic import check_writable, make_folder, refuse_existing
+from terdit_cli.system.atomic import check_writable, make_folder, refuse_existing, remove_file
 
 SOFTWARE = "software"  # text key of a PNG that names the program
 GRID_LIMIT = 256  # images in one grid
@@ -88,8 +88,8 @@ class ImageOutput:
         """
         make_folder(self.path)
         for path in self.path.glob("*.png"):
-            if re.fullmatch(r"\d{6,}-class\d{4,}\.png", path.name):
-                path.unlink(missing_ok=True)
+            if re.fullmatch(r"\d{6,}-class\d{4,}\.png", path.name) and not path.is_dir():
+                remove_file(path)
 
     def image_path(self, number: int, class_id: int) -> Path:
         """Return where image `number` of a folder is written."""

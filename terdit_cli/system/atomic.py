@@ -113,6 +113,14 @@ def make_folder(folder: Path) -> None:
         raise write_problem(folder, error) from error
 
 
+def remove_file(path: Path) -> None:
+    """Remove a file, or find that it is gone; raises what `atomic_path` raises."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise write_problem(path, error) from error
+
+
 def write_problem(target: Path, error: OSError) -> EnvironmentProblem:
     """Turn the operating system's refusal to write `target` into an error with a fix."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -65,7 +65,7 @@ from terdit_cli.lab.study.spec import (
 from terdit_cli.model.ckpt import CKPT, load_ckpt
 from terdit_cli.model.layout import BACKWARD_AND_FORWARD, training_flops
 from terdit_cli.recipe import Recipe
-from terdit_cli.system.atomic import atomic_path
+from terdit_cli.system.atomic import atomic_path, remove_file
 from terdit_cli.train.checkpoint import complete_checkpoints, read_manifest
 from terdit_cli.train.loggers import FILE as METRICS
 from terdit_cli.train.loggers import logged_seconds, read_metrics
@@ -189,7 +189,7 @@ class Runner:
             new.exists() and _is_newer(new, old) for old, new in pairs
         ):
             return True
-        place.conversion.unlink(missing_ok=True)
+        remove_file(place.conversion)
         how = ["ternarize", "--granularity", str(variant.ternarize)]
         if variant.pack is not None:
             how = ["pack", "--codec", variant.pack.codec, "--rest", variant.pack.rest]
@@ -326,7 +326,7 @@ class Runner:
 
     def _drop_features(self, place: Place, step: int, cfg_scale: float) -> None:
         shutil.rmtree(place.features(step, cfg_scale), ignore_errors=True)
-        place.features_started(step, cfg_scale).unlink(missing_ok=True)
+        remove_file(place.features_started(step, cfg_scale))
 
     def _grid(self, variant: Variant, seed: int, cfg_scale: float) -> None:
         """Generate images of every class from the same noise."""
@@ -335,7 +335,7 @@ class Runner:
         asked = self._asked(variant, seed, **sampled_by(self._study, cfg_scale))
         if path.exists() and current(record, Grid, asked) is not None:
             return
-        record.unlink(missing_ok=True)
+        remove_file(record)
         done = self._run(
             [
                 "sample", *self._sampling(variant, seed, cfg_scale), "-n", str(evaluation.grid),
@@ -351,7 +351,7 @@ class Runner:
         asked = self._asked(variant, seed, **sampled_by(study, largest))
         if current(place.neighbours, Neighbours, asked) and place.nearest_images.exists():
             return
-        place.neighbours.unlink(missing_ok=True)
+        remove_file(place.neighbours)
         with np.load(place.grid(largest), allow_pickle=False) as arrays:
             images, labels = arrays["arr_0"], arrays["labels"]
         found = find_nearest(self._base, images)
@@ -424,7 +424,7 @@ class Runner:
         )  # fmt: skip
         save(place.footprint, record)
         for path in (images, *place.folder.glob("footprint-*.tdt")):
-            path.unlink(missing_ok=True)
+            remove_file(path)
 
     # What all variants share
 

@@ -44,6 +44,7 @@ from terdit_cli.report.blocks import (
     write_markdown,
 )
 from terdit_cli.report.figures import number
+from terdit_cli.system.atomic import remove_file
 
 ENOUGH_IMAGES = 10_000  # for a distance that others can compare with
 _MOST_COLUMNS = 16  # classes in a picture
@@ -84,7 +85,7 @@ def write_pages(path: Path, studies: Sequence[Findings]) -> None:
     studies_shown = {findings.study.name for findings in studies}
     for old in folder.glob("*--*"):  # of variants that a study no longer has
         if old.name not in used and old.name.partition("--")[0] in studies_shown:
-            old.unlink()
+            remove_file(old)
 
 
 def _headline(findings: Findings) -> Iterator[Block]:
