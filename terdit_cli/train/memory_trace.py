@@ -136,7 +136,13 @@ class StepTracer:
         peak = max(first.peak, final.peak) + missing
         return StepMemory(int(first.kept), int(self._traced_trits + missing), int(peak))
 
-    def _pass(self, micro_batch: int, last: bool, held: float) -> _Pass:
+    def kept(self, micro_batch: int, checkpointing: int) -> int:
+        """Return the bytes that a forward pass keeps; `step` knows them too, at thrice the time."""
+        self.network.activation_checkpointing = checkpointing
+        with self._tally:
+            return int(self._pass(micro_batch, last=True, held=0.0, backward=False).kept)
+
+    def _pass(self, micro_batch: int, last: bool, held: float, backward: bool = True) -> _Pass:
         """Trace a forward and a backward pass; a group holds `held` bytes of gradients before."""
         config, group, middle = self.network.config, self._group, GROUPS // 2
         tally = self._tally
@@ -169,7 +175,8 @@ class StepTracer:
             with autocast(self._recipe.train, torch.device("cpu")):
                 loss = self.network(x0, t, t).float().square().mean()  # the real one is as small
             kept = tally.live - before
-            loss.backward()
+            if backward:
+                loss.backward()
         del loss, x0, t
         for hook in hooks:
             hook.remove()
@@ -177,6 +184,9 @@ class StepTracer:
         if self._extra:
             inner, outer = middle * group - 1, (middle + 1) * group - 1
             a = after_forward[outer] - after_forward[inner]
+        if not backward:
+            return _Pass(kept + self._extra * a, 0.0, 0.0)
+        if self._extra:
             g = held + at_backward[inner] - at_backward[outer] + a
         rising = peaks[0] + self._extra * (a + held)
         falling = tally.take_highest() + self._extra * g

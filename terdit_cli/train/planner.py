@@ -92,7 +92,8 @@ def plan_run(
     every = int(train.activation_checkpointing)
     teacher = open_teacher(recipe)  # its activations die before the student's begin
     with StepTracer(recipe, gpus) as tracer:
-        steps = {k: tracer.step(train.micro_batch_size, accumulate > 1, k) for k in (0, every or 1)}
+        step = tracer.step(train.micro_batch_size, accumulate > 1, every)
+        other = tracer.kept(train.micro_batch_size, 0 if every else 1)
         parameters = tracer.parameters()
         lasting = _lasting_bytes(parameters, recipe)
         if teacher is not None:
@@ -119,12 +120,12 @@ def plan_run(
         ema_bytes=lasting["ema"],
         record_bytes=lasting["record"],
         teacher_bytes=lasting.get("teacher", 0),
-        codes_bytes=steps[every].trits,
-        activation_bytes=steps[0].kept,
-        checkpointed_bytes=steps[every or 1].kept,
-        step_bytes=steps[every].peak,
+        codes_bytes=step.trits,
+        activation_bytes=other if every else step.kept,
+        checkpointed_bytes=step.kept if every else other,
+        step_bytes=step.peak,
         host_bytes=sum(lasting.values()) - on_device,
-        total_bytes=steps[every].peak + on_device,
+        total_bytes=step.peak + on_device,
         gpu_bytes=memory,
         largest_micro_batch=largest,
         steps=train.steps,
