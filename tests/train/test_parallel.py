@@ -11,6 +11,7 @@ the last bits of the first gradients: the cases begin with weights that are not.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -18,7 +19,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,63 +193,69 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def alone(folder: Path) -> dict[str, dict[str, Any]]:
-    """What one process makes of each kind."""
-    recipes = {kind: load_recipe(folder / "odd.yaml", words) for kind, words in KINDS.items()}
-    return {kind: train(recipe, Job(), folder / "one") for kind, recipe in recipes.items()}
+def together(folder: Path, processes: int) -> list[dict[str, Any]]:
+    """Return what a job of torchrun makes of its cases."""
+    job = folder / str(processes)
+    job.mkdir()
+    (job / "odd.yaml").write_text(RECIPE)
+    (job / "worker.py").write_text(WORKER)
+    words = [KINDS[kind] + more for kind, more in CASES[processes]]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", str(processes), job / "worker.py", __file__, job,
+            json.dumps(words)]  # fmt: skip
+    with subprocess.Popen(
+        line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            said, _ = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == 0, said
+    return [
+        torch.load(job / f"case-{number}.pt", weights_only=True) for number in range(len(words))
+    ]
 
 
-@pytest.fixture(scope="module")
-def together(folder: Path) -> Callable[[int], list[dict[str, Any]]]:
-    """Return together(processes): what they make of each of their cases."""
-    known: dict[int, list[dict[str, Any]]] = {}
-
-    def run(processes: int) -> list[dict[str, Any]]:
-        if processes not in known:
-            job = folder / str(processes)
-            job.mkdir()
-            (job / "odd.yaml").write_text(RECIPE)
-            (job / "worker.py").write_text(WORKER)
-            words = [KINDS[kind] + more for kind, more in CASES[processes]]
-            line = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc-per-node", str(processes), job / "worker.py", __file__, job,
-                    json.dumps(words)]  # fmt: skip
-            with subprocess.Popen(
-                line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-            ) as process:  # fmt: skip
-                try:
-                    said, _ = process.communicate(timeout=240)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    raise
-            assert process.returncode == 0, said
-            known[processes] = [
-                torch.load(job / f"case-{number}.pt", weights_only=True)
-                for number in range(len(words))
-            ]
-        return known[processes]
-
-    return run
-
-
+# One test a job: cases in tests of their own would be run again by each of pytest's processes.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "number"),
-    [(processes, number) for processes, cases in CASES.items() for number in range(len(cases))],
-    ids=[
-        f"{processes} processes, {kind}, {' '.join(words)}"
-        for processes, cases in CASES.items()
-        for kind, words in cases
-    ],
-)
-def test_many_are_as_one(
-    processes: int, number: int, alone: dict[str, dict[str, Any]],
-    together: Callable[[int], list[dict[str, Any]]],
-) -> None:  # fmt: skip
-    kind, _ = CASES[processes][number]
-    one, many = alone[kind], together(processes)[number]
+@pytest.mark.parametrize("processes", CASES)
+def test_many_are_as_one(processes: int, folder: Path) -> None:
+    cases = CASES[processes]
+    ones = {
+        kind: train(load_recipe(folder / "odd.yaml", KINDS[kind]), Job(), folder / "one")
+        for kind in {kind for kind, _ in cases}
+    }
+    for (kind, words), many in zip(cases, together(folder, processes), strict=True):
+        with faults_of(f"{processes} processes, {kind}, {' '.join(words)}"):
+            compare(kind, ones[kind], many)
+            check_gammas(words, many)
+
+
+@contextlib.contextmanager
+def faults_of(case: str) -> Iterator[None]:
+    try:
+        yield
+    except AssertionError as error:
+        error.add_note(case)
+        raise
+
+
+def check_gammas(words: list[str], many: dict[str, Any]) -> None:
+    """Bit for bit: what the processes agreed on, against their gathered weights here."""
+    if not {"parallel.mode=fsdp", "parallel.mode=hsdp"} & set(words):
+        assert many["gammas"] == []
+        return
+    weights = [
+        value for name, value in many["model"].items()
+        if name.endswith("weight") and value.dim() == 2
+    ]  # fmt: skip
+    assert len(weights) > 20
+    assert [float(absmean(weight)) for weight in weights] == many["gammas"]
+
+
+def compare(kind: str, one: dict[str, Any], many: dict[str, Any]) -> None:
     assert many["grid"].shape == one["grid"].shape
     losses, norms = np.hsplit(np.array(many["losses"]), [3])
     expected_losses, expected_norms = np.hsplit(np.array(one["losses"]), [3])
@@ -283,27 +290,6 @@ def test_many_are_as_one(
 
 def is_master(name: str) -> bool:
     return bool(re.search(r"\.w[1-3qkvo]\.weight$|adaLN_modulation\.1\.weight$", name))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
-def test_gamma_of_shards_is_that_of_the_whole(
-    processes: int, together: Callable[[int], list[dict[str, Any]]]
-) -> None:
-    """Bit for bit: what the processes agreed on, against their gathered weights here."""
-    compared = 0
-    for (_, words), many in zip(CASES[processes], together(processes), strict=True):
-        weights = [
-            value for name, value in many["model"].items()
-            if name.endswith("weight") and value.dim() == 2
-        ]  # fmt: skip
-        if "parallel.mode=fsdp" not in words:
-            assert many["gammas"] == []
-            continue
-        for weight, gamma in zip(weights, many["gammas"], strict=True):
-            assert float(absmean(weight)) == gamma
-            compared += 1
-    assert compared > 20
 
 
 def small_trainer(folder: Path, *words: str) -> tuple[Trainer, Tensor, Tensor]:
