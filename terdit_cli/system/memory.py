@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import re
 import resource
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +23,7 @@ from terdit_cli.errors import EnvironmentProblem, InputFileError, TerditError, U
 MORE = "free memory, or raise the limit (ulimit -v unlimited)"
 LOADING = 1 << 30  # bytes of address space that torch, numpy and their threads take
 _AMPLE = 4 * LOADING  # what threads reserve beyond their needs does not matter
+_THREAD = 16 << 20  # bytes: a stack of 8 MB, and what others take until the thread runs
 _M_ARENA_MAX = -8  # <malloc.h>
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
@@ -167,6 +170,7 @@ def require_room(what: str) -> None:
             expected=f"at least {_size(used + LOADING)} for torch to be loaded",
             fix="raise the limit (ulimit -v unlimited)",
         )  # fmt: skip
+    _start_threads_only_with_room()
     if used is None or limit - used < _AMPLE:
         with suppress(OSError, AttributeError):  # another C library than glibc
             ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)  # else each thread reserves 64 MB and more
@@ -175,6 +179,23 @@ def require_room(what: str) -> None:
     if limit - (_address_space() or 0) < LOADING:
         torch.set_num_threads(1)
     torch.zeros(1 << 17).add_(1)  # large enough for all threads to take part
+
+
+def _start_threads_only_with_room() -> None:
+    """Let a thread that would find no memory for its first steps fail where it is started.
+
+    Python's `Thread.start` waits until the thread says that it runs, for ever if it cannot.
+    """
+    start = threading.Thread.start
+
+    def start_with_room(thread: threading.Thread) -> None:
+        try:
+            mmap.mmap(-1, _THREAD).close()
+        except OSError as error:
+            raise RuntimeError("can't start new thread") from error  # as Python says it
+        start(thread)
+
+    threading.Thread.start = start_with_room  # type: ignore[method-assign,assignment]
 
 
 def _address_space() -> int | None:

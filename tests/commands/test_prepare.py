@@ -104,8 +104,7 @@ class Place:
         )
         launch = [sys.executable]
         if processes > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone"]
-            launch += ["--nproc-per-node", str(processes)]
+            launch += [str(ROOT / "tests/torchrun.py"), str(processes)]
         return subprocess.Popen(
             [*launch, str(script), str(self.recipe), str(out)],
             cwd=ROOT,

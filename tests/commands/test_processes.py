@@ -23,6 +23,7 @@ from terdit_cli.evaluate.feature_shards import FACTS_FILE
 from terdit_cli.system.job import Job, own_device
 from terdit_cli.system.launcher import Launched
 
+TORCHRUN = Path(__file__).parents[1] / "torchrun.py"
 Terdit = Callable[..., Any]
 Blocks = dict[str, dict[str, np.ndarray]]
 
@@ -33,9 +34,8 @@ OF_THE_RUN = ("date", "seconds", "command")
 
 def run_together(words: tuple[object, ...], processes: int) -> tuple[int, str, str]:
     """Return exit code, stdout and stderr of a job that torchrun starts."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     job = subprocess.run(
-        [sys.executable, *launcher, "-m", "terdit_cli", *map(str, words)],
+        [sys.executable, TORCHRUN, str(processes), "-m", "terdit_cli", *map(str, words)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         timeout=PATIENCE,
         capture_output=True,
@@ -345,9 +345,8 @@ class Faulty:
         self.notes.mkdir()
         script = folder / "faulty.py"
         script.write_text(FAULTY)
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
         self.process = subprocess.Popen(
-            [sys.executable, *launcher, script, self.notes, fault, *map(str, words)],
+            [sys.executable, TORCHRUN, "2", script, self.notes, fault, *map(str, words)],
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -71,8 +71,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What four processes made of sharded and of whole matrices."""
     folder = tmp_path_factory.mktemp("muon")
     (folder / "worker.py").write_text(WORKER)
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4",
-            folder / "worker.py", __file__, folder]  # fmt: skip
+    line = [sys.executable, ROOT / "tests/torchrun.py", "4", folder / "worker.py", __file__, folder]
     done = subprocess.run(
         line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120,
