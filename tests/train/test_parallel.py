@@ -200,8 +200,8 @@ def together(folder: Path, processes: int) -> list[dict[str, Any]]:
     (job / "odd.yaml").write_text(RECIPE)
     (job / "worker.py").write_text(WORKER)
     words = [KINDS[kind] + more for kind, more in CASES[processes]]
-    launch = [sys.executable, ROOT / "tests/torchrun.py", str(processes)]
-    line = [*launch, job / "worker.py", __file__, job, json.dumps(words)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    line = [*launch, str(processes), job / "worker.py", __file__, job, json.dumps(words)]
     with subprocess.Popen(
         line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
